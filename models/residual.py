@@ -1,0 +1,163 @@
+"""ResNet and ResNeXt: blocks whose input is added to what they compute, y = F(x) + x.
+
+He, Zhang, Ren & Sun 2016, "Deep residual learning for image recognition", table 1
+Xie, Girshick, Dollár, Tu & He 2017, "Aggregated residual transformations for deep neural networks", table 1
+
+The sum gives dL/dx = dL/dy (1 + dF/dx): the 1 carries the gradient past any number of blocks.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from models.layers import ConvNet, PooledLinear, check_classes, conv_norm
+
+
+class Variant(NamedTuple):
+    """A column of a paper's table 1."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, int, int, int]
+    groups: int = 1  # "cardinality" in Xie et al.
+    group_width: int = 64  # channels of one group in the first stage's 3x3
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: figure 5, left, of He et al.
+
+    Shapes: (N, in_channels, H, W) -> (N, width, ceil(H / stride), ceil(W / stride)).
+    """
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, *, stride: int, variant: Variant) -> None:
+        super().__init__()
+        assert variant.groups == 1, "no paper groups the two-layer block"
+        self.conv1 = conv_norm(in_channels, width, kernel_size=3, stride=stride)
+        self.conv2 = conv_norm(width, width, kernel_size=3)
+        self.shortcut = shortcut(in_channels, width, stride=stride)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.conv2(self.relu(self.conv1(x)))  # (N, width, H / stride, W / stride)
+        activated: Tensor = self.relu(residual + self.shortcut(x))
+        return activated
+
+
+class Bottleneck(nn.Module):
+    """1x1 to fewer channels, 3x3 in groups, 1x1 to four times as many: figure 5, right, of He et al.
+
+    Shapes: (N, in_channels, H, W) -> (N, 4 width, ceil(H / stride), ceil(W / stride)).
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, *, stride: int, variant: Variant) -> None:
+        super().__init__()
+        groups = variant.groups
+        inner = groups * (width * variant.group_width // 64)  # Xie et al.: width doubles with each stage
+        out_channels = width * self.expansion
+        self.conv1 = conv_norm(in_channels, inner, kernel_size=1)
+        # Stride sits on the 3x3, not the first 1x1 (ResNet v1.5): same cost, and the 1x1 then reads every pixel.
+        self.conv2 = conv_norm(inner, inner, kernel_size=3, stride=stride, groups=groups)
+        self.conv3 = conv_norm(inner, out_channels, kernel_size=1)
+        self.shortcut = shortcut(in_channels, out_channels, stride=stride)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow = self.relu(self.conv1(x))  # (N, inner, H, W)
+        spatial = self.relu(self.conv2(narrow))  # (N, inner, H / stride, W / stride)
+        residual = self.conv3(spatial)  # (N, 4 width, H / stride, W / stride)
+        activated: Tensor = self.relu(residual + self.shortcut(x))
+        return activated
+
+
+# He et al. table 1, Xie et al. table 1 and section 5; 101_64x4d is torchvision's.
+RESNETS = {
+    "resnet18": Variant(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Variant(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Variant(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Variant(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": Variant(Bottleneck, (3, 8, 36, 3)),
+}
+RESNEXTS = {
+    "resnext50_32x4d": Variant(Bottleneck, (3, 4, 6, 3), groups=32, group_width=4),
+    "resnext101_32x8d": Variant(Bottleneck, (3, 4, 23, 3), groups=32, group_width=8),
+    "resnext101_64x4d": Variant(Bottleneck, (3, 4, 23, 3), groups=64, group_width=4),
+}
+STAGE_WIDTHS = (64, 128, 256, 512)
+
+
+def shortcut(in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
+    """The identity where shapes agree, else a strided 1x1 projection: option B of He et al., section 3.3.
+
+    Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
+    """
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return conv_norm(in_channels, out_channels, kernel_size=1, stride=stride)
+
+
+def stem(in_channels: int, image_size: int) -> nn.Sequential:
+    """7x7 at stride 2 and a pooling, as in table 1; for images of 64 pixels and less the 3x3 of section 4.2.
+
+    Shapes: (N, in_channels, H, W) -> (N, 64, ceil(H / 4), ceil(W / 4)), for small images (N, 64, H, W).
+    """
+    if image_size <= 64:
+        return nn.Sequential(conv_norm(in_channels, 64, kernel_size=3), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        conv_norm(in_channels, 64, kernel_size=7, stride=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    )
+
+
+def stages(variant: Variant) -> dict[str, nn.Module]:
+    """Four stages of blocks; all but the first halve H and W in their first block."""
+    in_channels = 64
+    built: dict[str, nn.Module] = {}
+    for number, (width, depth) in enumerate(zip(STAGE_WIDTHS, variant.depths, strict=True), start=1):
+        blocks: list[nn.Module] = []
+        for position in range(depth):
+            stride = 2 if number > 1 and position == 0 else 1
+            blocks.append(variant.block(in_channels, width, stride=stride, variant=variant))
+            in_channels = width * variant.block.expansion
+        built[f"stage{number}"] = nn.Sequential(*blocks)
+    return built
+
+
+def resnet(
+    variant: str = "resnet50", *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224
+) -> ConvNet:
+    """A ResNet with 18 to 152 layers, equal to torchvision's of the same name.
+
+    `image_size` is the side in pixels the network is meant for: 64 and less get a
+    stem without early stride. It takes other sizes too.
+
+    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
+    Raises: ValueError for an unknown variant or fewer than two classes.
+    """
+    return _build(variant, RESNETS, num_classes, stem(in_channels, image_size))
+
+
+def resnext(
+    variant: str = "resnext50_32x4d", *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224
+) -> ConvNet:
+    """A ResNeXt with 50 or 101 layers, equal to torchvision's of the same name; arguments as for `resnet`.
+
+    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
+    Raises: ValueError for an unknown variant or fewer than two classes.
+    """
+    return _build(variant, RESNEXTS, num_classes, stem(in_channels, image_size))
+
+
+def _build(name: str, variants: dict[str, Variant], num_classes: int, built_stem: nn.Module) -> ConvNet:
+    if name not in variants:
+        near = difflib.get_close_matches(name, variants, n=1, cutoff=0)[0]
+        raise ValueError(f"model.variant={name} is not one of {', '.join(variants)}: did you mean {near}?")
+    variant = variants[name]
+    features = STAGE_WIDTHS[-1] * variant.block.expansion
+    return ConvNet(built_stem, stages(variant), PooledLinear(features, check_classes(num_classes)))

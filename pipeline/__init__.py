@@ -1,0 +1,1 @@
+"""One verb a file, each a command: `python -m pipeline.VERB`."""
