@@ -50,7 +50,7 @@ class Plan(Protocol):
         """Batches in an epoch."""
 
     @property
-    def batch_size(self) -> int:
+    def largest_batch(self) -> int:
         """Samples in the largest batch."""
 
     def samples(self, epoch: int, step: int) -> Samples:
@@ -71,8 +71,8 @@ class View(Protocol):
 class Storage(Protocol):
     """Where shards lie: from a position to bytes. Called from several threads."""
 
-    def read(self, file: str, offset: int, size: int) -> NDArray[np.uint8]:
-        """Return exactly `size` bytes. Raises: ValueError, OSError naming the file."""
+    def read(self, file: str, offset: int, into: NDArray[np.uint8]) -> None:
+        """Fill `into` with the bytes from `offset` on. Raises: ValueError, OSError naming the file."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ class LocalShards:
         self.root = root
         self._open = lru_cache(maxsize=OPEN_SHARDS)(_OpenFile)
 
-    def read(self, file: str, offset: int, size: int) -> NDArray[np.uint8]:
-        """Return `size` bytes from `offset`. Raises: ValueError when the file ends before them."""
+    def read(self, file: str, offset: int, into: NDArray[np.uint8]) -> None:
+        """Fill `into` with the bytes from `offset` on. Raises: ValueError when the file ends before them."""
         shard = self._open(self.root / file)  # held until it is read: the cache may let go of it meanwhile
-        content = os.pread(shard.descriptor, size, offset)
-        if len(content) != size:
-            raise ValueError(f"{self.root / file} ends before byte {offset + size}: it changed after it was indexed")
-        return np.frombuffer(content, np.uint8)
+        if os.preadv(shard.descriptor, [into.data], offset) != len(into):
+            raise ValueError(
+                f"{self.root / file} ends before byte {offset + len(into)}: it changed after it was indexed"
+            )
 
 
 class _OpenFile:
@@ -120,17 +120,19 @@ class _OpenFile:
 class _Feed(NamedTuple):
     """One batch before it is decoded."""
 
-    encoded: list[NDArray[np.uint8]]
+    buffer: NDArray[np.uint8]
+    encoded: list[NDArray[np.uint8]]  # each image's part of the buffer
     windows: Windows
     labels: NDArray[np.int64]
     samples: Samples
 
 
 class Loader:
-    """Batches of one plan, epoch after epoch.
+    """Batches of one plan, pass after pass: each iteration is one pass over all of it.
 
-    Reads ahead in threads, so iterate one epoch at a time. `wait_seconds` grows by the
-    time a caller waited for batches.
+    Passes follow each other without a gap: while the last batch of one is used, the
+    first of the next are already decoded. Iterate one at a time. `wait_seconds` grows
+    by the time the caller waited for batches.
     """
 
     def __init__(
@@ -138,31 +140,37 @@ class Loader:
     ) -> None:
         self.index, self.storage = index, storage
         self.plan, self.view, self.decode, self.seed = plan, view, decode, seed
+        self.epoch = 0
         self.wait_seconds = 0.0
         self._pipeline: Pipeline | None = None
-        self._finished = True
+        self._next_position = (-1, -1)  # epoch and step of the batch that the pipeline gives next
         self._coming: deque[Future[_Feed]] = deque()
         self._decoding: deque[_Feed] = deque()
+        # Buffers of batches that are done: fresh memory would cost a page fault every 4 KB of every image.
+        self._buffers: deque[NDArray[np.uint8]] = deque()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="shard-reader")
 
     def __len__(self) -> int:
         return self.plan.num_steps
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.batches(epoch=0)
+        for batch in self.batches(self.epoch, 0):
+            if self._next_position[1] == 0:  # the caller may not come back after the last batch
+                self.epoch += 1
+            yield batch
 
-    def batches(self, *, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """The batches of an epoch from step `start` on.
 
         Raises: UnreadableImage naming shard and key of what cannot be decoded.
         """
-        self._begin(epoch, start)
+        if self._pipeline is None or self._next_position != (epoch, start):
+            self._begin(epoch, start)
         for step in range(start, len(self)):
             began = time.perf_counter()
             batch = self._next()
             self.wait_seconds += time.perf_counter() - began
-            if step == len(self) - 1:  # the caller may never ask again: what follows the last yield may not run
-                self._finished = True
+            self._next_position = (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
             yield batch
 
     def _begin(self, epoch: int, start: int) -> None:
@@ -170,15 +178,17 @@ class Loader:
             future.cancel()
         self._coming.clear()
         self._decoding.clear()
-        self._steps = iter(range(start, len(self)))
-        self._epoch = epoch
-        if self._pipeline is None or not self._finished:  # an epoch left half-way leaves batches in the pipeline
-            self._pipeline = self._build()
-        else:
-            self._pipeline.reset()
-        self._finished = False
+        self._positions = self._endless(epoch, start)
+        self._next_position = (epoch, start)
         for _ in range(self.decode.readahead):
             self._read_ahead()
+        self._pipeline = self._build()
+
+    def _endless(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
+        while True:
+            for step in range(start, len(self)):
+                yield epoch, step
+            epoch, start = epoch + 1, 0
 
     def _next(self) -> Batch:
         assert self._pipeline is not None
@@ -188,32 +198,37 @@ class Loader:
             self._pipeline = None
             raise self._explain(error) from error
         feed = self._decoding.popleft()
+        self._buffers.append(feed.buffer)  # its batch is decoded, so DALI reads it no more
         images = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(
             0, 3, 1, 2
         )  # (N, H, W, 3) -> (N, 3, H, W), no copy
         return Batch(images, torch.from_numpy(feed.labels), torch.from_numpy(feed.samples))
 
     def _read_ahead(self) -> None:
-        step = next(self._steps, None)
-        if step is not None:
-            self._coming.append(self._readers.submit(self._read, self._epoch, step))
+        self._coming.append(self._readers.submit(self._read, *next(self._positions)))
 
     def _read(self, epoch: int, step: int) -> _Feed:
         samples = self.plan.samples(epoch, step)
         rows = self.index.rows(samples)
-        files = [self.index.split.shards[shard].file for shard in rows.shard]
-        encoded = [
-            self.storage.read(file, offset, size)
-            for file, offset, size in zip(files, rows.offset.tolist(), rows.size.tolist(), strict=True)
-        ]
+        ends = np.cumsum(rows.size)
+        buffer = self._free_buffer(int(ends[-1]))
+        encoded = np.split(buffer[: ends[-1]], ends[:-1])
+        for shard, offset, image in zip(rows.shard.tolist(), rows.offset.tolist(), encoded, strict=True):
+            self.storage.read(self.index.split.shards[shard].file, offset, image)
         sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)  # (N, 2)
         windows = self.view.windows(sizes, samples, seed=self.seed, epoch=epoch)
-        return _Feed(encoded, windows, rows.label.astype(np.int64), samples)
+        return _Feed(buffer, encoded, windows, rows.label.astype(np.int64), samples)
+
+    def _free_buffer(self, size: int) -> NDArray[np.uint8]:
+        """A buffer of `size` bytes or more, one of a batch that is done where there is one."""
+        try:
+            buffer = self._buffers.popleft()
+        except IndexError:
+            return np.empty(size, np.uint8)
+        return buffer if len(buffer) >= size else np.empty(size + size // 4, np.uint8)
 
     def _hand_over(self) -> tuple[Any, ...]:
         """DALI's callback: the next batch's bytes and windows."""
-        if not self._coming:
-            raise StopIteration
         feed = self._coming.popleft().result()
         self._read_ahead()
         self._decoding.append(feed)
@@ -222,14 +237,14 @@ class Loader:
     def _build(self) -> Pipeline:
         decode, size = self.decode, self.view.image_size
         pipeline = Pipeline(
-            batch_size=self.plan.batch_size,
+            batch_size=self.plan.largest_batch,
             num_threads=decode.threads,
             device_id=decode.device_id,
             exec_dynamic=True,  # the other executor writes over batches that are still held
         )
         with pipeline:
             encoded, anchor, shape, roi_start, roi_end, mirror = fn.external_source(
-                source=self._hand_over, num_outputs=6, batch=True
+                source=self._hand_over, num_outputs=6, batch=True, no_copy=True
             )
             decoded = fn.decoders.image_slice(
                 encoded,
@@ -280,14 +295,11 @@ class TrainingLoader(Loader):
     exhausts the iterator.
     """
 
-    epoch = 0
     step = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches(epoch=self.epoch, start=self.step):
-            self.step += 1
-            if self.step == len(self):
-                self.epoch, self.step = self.epoch + 1, 0
+        for batch in self.batches(self.epoch, self.step):
+            self.epoch, self.step = self._next_position
             yield batch
 
     def state_dict(self) -> dict[str, int]:

@@ -137,13 +137,13 @@ def rank_positions(step: int, *, global_batch_size: int, rank: int, world_size: 
 
 
 def num_evaluation_steps(num_samples: int, *, batch_size: int, world_size: int) -> int:
-    """Steps in which every rank sees at most `batch_size` samples, and at least one.
+    """Steps in which every rank sees at most `batch_size` samples (2 where 1 does not go), and at least one.
 
     Raises: ValueError when there are more ranks than samples.
     """
     if world_size > num_samples:
         raise ValueError(f"{world_size} ranks are more than the {num_samples} images to evaluate: use fewer devices")
-    return -(-num_samples // (batch_size * world_size))
+    return min(-(-num_samples // (batch_size * world_size)), num_samples // world_size)
 
 
 def evaluation_slice(step: int, num_samples: int, *, batch_size: int, rank: int, world_size: int) -> Samples:
@@ -152,7 +152,7 @@ def evaluation_slice(step: int, num_samples: int, *, batch_size: int, rank: int,
     The samples are cut into steps x ranks pieces that differ by one at most, so that
     all ranks take the same number of steps, none of them empty.
 
-    Shapes: -> (n,), 1 <= n <= batch_size.
+    Shapes: -> (n,), n at least 1.
     """
     num_pieces = num_evaluation_steps(num_samples, batch_size=batch_size, world_size=world_size) * world_size
     piece = step * world_size + rank
@@ -195,6 +195,11 @@ class TrainingPlan:
         return self.batch_size * self.accumulate * self.world_size
 
     @property
+    def largest_batch(self) -> int:
+        """Samples in every batch."""
+        return self.batch_size
+
+    @property
     def num_steps(self) -> int:
         """Batches of one rank in an epoch; `accumulate` of them make an optimizer step."""
         return sum(self.shard_samples) // self.global_batch_size * self.accumulate
@@ -227,12 +232,17 @@ class EvaluationPlan:
         num_evaluation_steps(self.num_samples, batch_size=self.batch_size, world_size=self.world_size)
 
     @property
+    def largest_batch(self) -> int:
+        """Samples in the largest batch of any rank."""
+        return -(-self.num_samples // (self.num_steps * self.world_size))
+
+    @property
     def num_steps(self) -> int:
         """Batches of one rank, the same on all."""
         return num_evaluation_steps(self.num_samples, batch_size=self.batch_size, world_size=self.world_size)
 
     def samples(self, epoch: int, step: int) -> Samples:
-        """This rank's samples of a step, whatever the epoch: (n,) rows of the index, 1 <= n <= batch_size."""
+        """This rank's samples of a step, whatever the epoch: (n,) rows of the index."""
         return evaluation_slice(
             step, self.num_samples, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size
         )

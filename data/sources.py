@@ -46,7 +46,7 @@ class Source:
     ignored: Counter[str] = field(default_factory=Counter)
 
 
-def digits(*, val_fraction: float, seed: int) -> Source:
+def digits(name: str = "digits", *, val_fraction: float, seed: int) -> Source:
     """The 1,797 handwritten digits that come with scikit-learn, 8x8 pixels of 17 grey levels, as JPEGs of quality 100.
 
     Alpaydin & Kaynak 1998, "Optical recognition of handwritten digits" (its test half).
@@ -60,10 +60,10 @@ def digits(*, val_fraction: float, seed: int) -> Source:
         pixels = np.round(grey * (255 / 16)).astype(np.uint8)  # (8, 8)
         encoded = images.to_jpeg(Image.fromarray(pixels), quality=100)
         items.append(Item(f"{label}/{number:04d}", int(label), "jpg", encoded=encoded))
-    return Source("digits", tuple("0123456789"), split_off(items, val_fraction=val_fraction, seed=seed))
+    return Source(name, tuple("0123456789"), split_off(items, val_fraction=val_fraction, seed=seed))
 
 
-def folder(root: Path, name: str, *, val_fraction: float, seed: int) -> Source:
+def folder(root: Path | str, name: str, *, val_fraction: float, seed: int) -> Source:
     """Class folders of images, as torchvision's ImageFolder reads them, searched to any depth.
 
     With `train/` and `val/` (or `validation/`, `valid/`) or `test/` below `root`, these
@@ -72,6 +72,7 @@ def folder(root: Path, name: str, *, val_fraction: float, seed: int) -> Source:
     Raises: FileNotFoundError, ValueError when there is no folder, no class, a class
     without images, or a class of another split that `train/` does not have.
     """
+    root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"source.root={root} is no folder")
     ignored: Counter[str] = Counter()

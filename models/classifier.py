@@ -23,6 +23,7 @@ from models.residual import BasicBlock, Bottleneck
 
 # From the optimizer step, the steps of an epoch and the steps in all to a factor on the learning rate.
 Schedule = Callable[[int, int, int], float]
+UNSUMMED_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ class Classifier(pl.LightningModule):
         self.recipe = recipe
         self.top_k = 5 if num_classes > 5 else 1
         self.initialize()
-        self.register_buffer("train_sums", torch.zeros(4, dtype=torch.float64), persistent=False)
-        self.train_sums: Tensor  # images, loss, top-1 hits, top-k hits since the last take
+        self.register_buffer("_train_sums", torch.zeros(4, dtype=torch.float64), persistent=False)
+        self._train_sums: Tensor  # images, loss, top-1 hits, top-k hits since the last take
+        self._unsummed: list[tuple[Tensor, Tensor]] = []  # losses (N,) and hits (N, top_k) of the latest steps
         self.evaluated_images = 0  # of all ranks, in the last evaluation
         self.val_images = SumMetric().set_dtype(torch.float64)
         self.val_loss = MeanMetric().set_dtype(torch.float64)
@@ -111,9 +113,10 @@ class Classifier(pl.LightningModule):
         logits, losses = self._step(batch, self.recipe.label_smoothing)
         with torch.no_grad():
             hits = logits.topk(self.top_k).indices == batch[1][:, None]  # (N, top_k)
-            ones = torch.ones_like(losses)
-            # Sums stay on the device: reading them back every step would make it wait for the host.
-            self.train_sums += torch.stack([ones.sum(), losses.sum(), hits[:, 0].sum(), hits.sum()])
+        # Summed once in many steps: on a small network the sums of every step would cost as much as a layer.
+        self._unsummed.append((losses.detach(), hits))
+        if len(self._unsummed) == UNSUMMED_STEPS:
+            self._sum_up()
         return losses.mean()
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> None:
@@ -136,10 +139,11 @@ class Classifier(pl.LightningModule):
 
     def take_training_metrics(self) -> TrainingMetrics:
         """Means since the last call, over all ranks: every rank must call it at the same step."""
-        sums = self.trainer.strategy.reduce(self.train_sums, reduce_op="sum")
+        self._sum_up()
+        sums = self.trainer.strategy.reduce(self._train_sums, reduce_op="sum")
         assert isinstance(sums, Tensor)
         images, loss, top1, topk = sums.tolist()
-        self.train_sums.zero_()
+        self._train_sums.zero_()
         return TrainingMetrics(loss / images, top1 / images, topk / images if self.top_k == 5 else None)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -154,6 +158,13 @@ class Classifier(pl.LightningModule):
             optimizer, lambda step: self.recipe.schedule(step, steps_per_epoch, num_steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _sum_up(self) -> None:
+        if self._unsummed:
+            losses, hits = (torch.cat(parts).double() for parts in zip(*self._unsummed, strict=True))
+            count = losses.new_tensor(len(losses))
+            self._train_sums += torch.stack([count, losses.sum(), hits[:, 0].sum(), hits.sum()])
+            self._unsummed.clear()
 
     def _step(self, batch: tuple[Tensor, Tensor, Tensor], label_smoothing: float) -> tuple[Tensor, Tensor]:
         images, labels, _ = batch

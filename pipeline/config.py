@@ -84,7 +84,7 @@ def check_command_line(name: str, arguments: list[str]) -> list[str]:
         _check_keys(base, overrides, groups)
         raise ConfigError(f"no model: add +model=NAME, one of {', '.join(_options('model'))}")
     _check_keys(base, overrides, groups)
-    missing = sorted(OmegaConf.missing_keys(base) - {override.key_or_group for override in overrides})
+    missing = sorted(missing_keys(base) - {override.key_or_group for override in overrides})
     if missing:
         raise ConfigError(f"{missing[0]} has no default: add {missing[0]}=VALUE")
     return arguments
@@ -114,6 +114,11 @@ def flatten(config: DictConfig) -> Iterator[tuple[str, Any]]:
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     yield from _leaves(plain, "")
+
+
+def missing_keys(config: DictConfig) -> set[str]:
+    """The keys that have no default and were not given."""
+    return {key for key, value in _known_keys(config).items() if value == "???"}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ def main(config: DictConfig) -> None:
 
     console = Console()
     began = time.perf_counter()
-    source = instantiate(config.source, val_fraction=config.val_fraction, seed=config.seed)
+    source = instantiate(config.source, name=config.name, val_fraction=config.val_fraction, seed=config.seed)
     packed = pack(
         source,
         Path(config.out),

@@ -81,7 +81,7 @@ class Reporter(pl.Callback):
         module = trainer.lightning_module
         assert isinstance(module, Classifier)
         metrics = module.take_training_metrics()
-        now, waited = time.perf_counter(), self._loader(trainer).wait_seconds
+        now, waited = time.perf_counter(), self._wait_seconds(trainer)
         seconds, steps = now - self._since, step - self._step
         values = {
             "train/loss": metrics.loss,
@@ -124,10 +124,10 @@ class Reporter(pl.Callback):
         assert isinstance(data, ShardData)
         return data
 
-    def _loader(self, trainer: pl.Trainer) -> TrainingLoader:
+    def _wait_seconds(self, trainer: pl.Trainer) -> float:
         loader = trainer.train_dataloader
         assert isinstance(loader, TrainingLoader)
-        return loader
+        return loader.wait_seconds
 
 
 def check_count(trainer: pl.Trainer, module: Classifier) -> None:

@@ -1,0 +1,218 @@
+"""What an image costs: our loader beside bare DALI, torchvision's and timm's, interleaved in one run.
+
+    python -m benchmarks.loader            makes 1,000 JPEGs of 500 x 375, then 5 rounds of 3 epochs each
+
+All do what torchvision's reference preset does for training: decode, random
+resized crop to 224 with antialias, flip, normalise, batch. Each contender has two
+threads or two worker processes. CPU time counts the process and its workers, after
+one epoch of warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import psutil
+
+IMAGES, HEIGHT, WIDTH, QUALITY = 1000, 375, 500, 88
+BATCH_SIZE, THREADS, IMAGE_SIZE = 100, 2, 224
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def make_images(folder: Path) -> None:
+    """JPEGs of 110 KB, like photographs: noise of power 1 / frequency squared, mostly in brightness."""
+    import numpy as np
+    from PIL import Image
+
+    frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH)[None, :])
+    frequency[0, 0] = 1
+    for number in range(IMAGES):
+        noise = np.random.default_rng(number).standard_normal((4, HEIGHT, WIDTH))
+        smooth = np.fft.irfft2(np.fft.rfft2(noise) / frequency, s=(HEIGHT, WIDTH))  # (4, H, W)
+        brightness, *colours = smooth / smooth.std(axis=(1, 2), keepdims=True)
+        pixels = 128 + 50 * brightness + 15 * np.stack(colours)  # (3, H, W)
+        path = folder / "train" / f"class{number % 10}" / f"{number:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(path, quality=QUALITY)
+
+
+def convoy(folder: Path) -> Callable[[], Iterable[object]]:
+    from data.augment import TrainingView
+    from data.indexing import open_dataset
+    from data.loader import Decode, LocalShards, TrainingLoader
+    from data.order import TrainingPlan
+
+    dataset, _ = open_dataset(folder / "shards")
+    index = dataset.index("train")
+    plan = TrainingPlan(index.shard_samples, seed=0, window=4_000_000, batch_size=BATCH_SIZE)
+    decode = Decode(MEAN, STD, threads=THREADS)
+    loader = TrainingLoader(index, LocalShards(dataset.root), plan=plan, view=TrainingView(IMAGE_SIZE), decode=decode)
+    return lambda: loader
+
+
+def bare_dali(folder: Path) -> Callable[[], Iterable[object]]:
+    import torch.utils.dlpack
+    from nvidia.dali import Pipeline, fn, types
+
+    pipeline = Pipeline(batch_size=BATCH_SIZE, num_threads=THREADS, device_id=None, exec_dynamic=True, seed=0)
+    with pipeline:
+        tars = sorted(str(path) for path in (folder / "shards").glob("train-*.tar"))
+        encoded, label = fn.readers.webdataset(
+            paths=tars, ext=["jpg", "cls"], random_shuffle=True, initial_fill=1000, missing_component_behavior="error"
+        )
+        decoded = fn.decoders.image_random_crop(
+            encoded, output_type=types.RGB, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
+        )
+        resized = fn.resize(decoded, size=[IMAGE_SIZE, IMAGE_SIZE], interp_type=types.INTERP_LINEAR, antialias=True)
+        images = fn.crop_mirror_normalize(
+            resized,
+            mirror=fn.random.coin_flip(),
+            mean=[value * 255 for value in MEAN],
+            std=[value * 255 for value in STD],
+            dtype=types.FLOAT,
+            output_layout="HWC",
+        )
+        pipeline.set_outputs(images, label)
+    pipeline.build()
+
+    def epoch() -> Iterator[object]:
+        for _ in range(IMAGES // BATCH_SIZE):
+            images, labels = pipeline.run()
+            yield torch.utils.dlpack.from_dlpack(images.as_tensor()), labels
+
+    return epoch
+
+
+def torchvision_tensor(folder: Path) -> Callable[[], Iterable[object]]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms import v2
+
+    transform = v2.Compose(
+        [v2.RandomResizedCrop(IMAGE_SIZE, antialias=True), v2.RandomHorizontalFlip(), *_to_normalised(v2)]
+    )
+    return _torch_loader(ImageFolder(folder / "train", transform, loader=lambda p: decode_image(p, ImageReadMode.RGB)))
+
+
+def torchvision_pil(folder: Path) -> Callable[[], Iterable[object]]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    transform = v2.Compose(
+        [v2.RandomResizedCrop(IMAGE_SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor(), *_to_normalised(v2)]
+    )
+    return _torch_loader(ImageFolder(folder / "train", transform))
+
+
+def timm(folder: Path) -> Callable[[], Iterable[object]]:
+    from timm.data import create_dataset, create_loader
+
+    dataset = create_dataset("", str(folder / "train"), is_training=True)
+    loader = create_loader(
+        dataset,
+        (3, IMAGE_SIZE, IMAGE_SIZE),
+        BATCH_SIZE,
+        is_training=True,
+        use_prefetcher=False,  # timm's prefetcher needs a GPU
+        no_aug=False,
+        color_jitter=None,
+        auto_augment=None,
+        interpolation="bilinear",
+        mean=MEAN,
+        std=STD,
+        num_workers=THREADS,
+        persistent_workers=True,
+    )
+    return lambda: loader
+
+
+CONTENDERS = {
+    "convoy": convoy,
+    "bare DALI": bare_dali,
+    "torchvision, tensor": torchvision_tensor,
+    "torchvision, PIL": torchvision_pil,
+    "timm": timm,
+}
+
+
+def measure(contender: str, folder: Path, epochs: int) -> dict[str, float]:
+    """Images/s and CPU milliseconds an image of one contender, in this process."""
+    epoch = CONTENDERS[contender](folder)
+    for _ in epoch():
+        pass
+    cpu, began = _cpu_seconds(), time.perf_counter()
+    batches = sum(1 for _ in range(epochs) for _ in epoch())
+    seconds = time.perf_counter() - began
+    images = batches * BATCH_SIZE
+    assert images == IMAGES * epochs, f"{contender} gave {images} images"
+    return {"images_per_second": images / seconds, "cpu_ms": 1000 * (_cpu_seconds() - cpu) / images}
+
+
+def main() -> None:
+    """Make the images, run the rounds, print the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--one", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one[0], Path(arguments.one[1]), arguments.epochs)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_images(folder)
+        _pack(folder)
+        results: dict[str, list[dict[str, float]]] = {contender: [] for contender in CONTENDERS}
+        for _ in range(arguments.rounds):
+            for contender, measured in results.items():
+                command = [sys.executable, "-m", "benchmarks.loader", "--epochs", str(arguments.epochs)]
+                output = subprocess.run(
+                    [*command, "--one", contender, name], check=True, stdout=subprocess.PIPE, text=True
+                ).stdout
+                measured.append(json.loads(output.splitlines()[-1]))
+    print(f"{'loader':<22}{'images/s':>10}{'CPU ms/image':>14}{'ours / its CPU':>16}   medians of {arguments.rounds}")
+    ours = [one["cpu_ms"] for one in results["convoy"]]
+    for contender, measured in results.items():
+        cpu = [one["cpu_ms"] for one in measured]
+        ratio = statistics.median(mine / its for mine, its in zip(ours, cpu, strict=True))
+        speed = statistics.median(one["images_per_second"] for one in measured)
+        print(f"{contender:<22}{speed:>10.0f}{statistics.median(cpu):>14.2f}{ratio:>16.2f}")
+
+
+def _pack(folder: Path) -> None:
+    from data import sources
+    from data.pack import pack
+
+    source = sources.folder(folder / "train", "benchmark", val_fraction=0, seed=0)
+    pack(source, folder / "shards", shard_samples=250)
+
+
+def _torch_loader(dataset: object) -> Callable[[], Iterable[object]]:
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=THREADS, persistent_workers=True)  # type: ignore[arg-type]
+    return lambda: loader
+
+
+def _to_normalised(v2: object) -> list[object]:
+    import torch
+
+    return [v2.ToDtype(torch.float, scale=True), v2.Normalize(MEAN, STD)]  # type: ignore[attr-defined]
+
+
+def _cpu_seconds() -> float:
+    process = psutil.Process()
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What the training loop costs over a bare PyTorch loop with the same network, precision and batches, interleaved.
+
+    python -m benchmarks.step              5 rounds each of ResNet-18 at 32x32 and LeNet-5
+
+Ours is what `train` runs: Lightning, the Classifier, the reporter with its journal,
+a point every 50 steps. The bare loop does forward, backward, optimizer and schedule
+and reads the loss every 50 steps. Both are given the same tensors in memory, so no
+loader is measured, and both start from the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn import functional
+
+from data.loader import Batch
+from models.classifier import Classifier, Recipe, warmup_cosine
+from models.residual import resnet
+from pipeline.journal import Run
+from pipeline.progress import Reporter
+from pipeline.tracking import NoTracker
+from pipeline.training import choose_precision, quieten_lightning, recorder
+
+LOG_EVERY = 50
+WARMUP_STEPS = 10
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18 with the stem for small images."""
+    return resnet("resnet18", num_classes=10, image_size=32)
+
+
+def lenet() -> nn.Module:
+    """LeNet-5 of LeCun et al. 1998 with ReLU and max pooling, three channels."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
+    )
+
+
+class Batches:
+    """The same few random batches again and again, as a loader with what the reporter asks of one."""
+
+    wait_seconds = 0.0
+
+    def __init__(self, num_steps: int, batch_size: int, device: torch.device) -> None:
+        self.num_steps, self.batch_size = num_steps, batch_size
+        generator = torch.Generator().manual_seed(0)
+        images = [torch.randn(batch_size, 3, 32, 32, generator=generator) for _ in range(8)]
+        self.images = [image.to(device, memory_format=torch.channels_last) for image in images]
+        self.labels = torch.randint(10, (batch_size,), generator=generator).to(device)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in range(self.num_steps):
+            yield Batch(self.images[step % 8], self.labels, self.labels)
+
+
+class QuietReporter(Reporter):
+    """The reporter, told the batch size that it asks a data module for in `train`."""
+
+    batch_size = 0
+
+    def _images_per_step(self, trainer: pl.Trainer) -> int:
+        return self.batch_size
+
+    def _wait_seconds(self, trainer: pl.Trainer) -> float:
+        return 0.0
+
+
+class Clock(pl.Callback):
+    """When step WARMUP_STEPS and the last step ended."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
+        """Look at the clock twice."""
+        if trainer.global_step in (WARMUP_STEPS, trainer.max_steps):
+            self.marks.append(now())
+
+
+def ours(net: nn.Module, batches: Batches, precision: str, accelerator: str) -> list[tuple[float, float]]:
+    """Wall and CPU time at the two marks of the training loop of `train`."""
+    module = Classifier(net, num_classes=10, recipe=Recipe(1, optimizer, schedule))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run("benchmark", Path(folder))
+        reporter = QuietReporter(Console(quiet=True), recorder(run, NoTracker()), log_every=LOG_EVERY, num_epochs=1)
+        reporter.batch_size = batches.batch_size
+        clock = Clock()
+        trainer = pl.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,  # type: ignore[arg-type]
+            max_epochs=-1,
+            max_steps=len(batches),
+            callbacks=[reporter, clock],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, batches)  # type: ignore[arg-type]
+    return clock.marks
+
+
+def bare(net: nn.Module, batches: Batches, precision: str, accelerator: str) -> list[tuple[float, float]]:
+    """Wall and CPU time at the two marks of a loop with nothing in it that need not be."""
+    device = batches.labels.device
+    net = net.to(device, memory_format=torch.channels_last)
+    decayed = [parameter for parameter in net.parameters() if parameter.ndim > 1]
+    free = [parameter for parameter in net.parameters() if parameter.ndim <= 1]
+    sgd = optimizer([{"params": decayed}, {"params": free, "weight_decay": 0.0}])
+    steps = len(batches)
+    cosine = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: schedule(step, steps, steps))
+    marks = []
+    for step, (images, labels, _) in enumerate(batches, start=1):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = functional.cross_entropy(net(images), labels)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        cosine.step()
+        if step % LOG_EVERY == 0:
+            loss.item()
+        if step in (WARMUP_STEPS, steps):
+            marks.append(now())
+    return marks
+
+
+def optimizer(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+    """The recipe's SGD."""
+    return torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+
+def schedule(step: int, steps_per_epoch: int, num_steps: int) -> float:
+    """The recipe's schedule."""
+    return warmup_cosine(step, steps_per_epoch, num_steps, warmup_epochs=0.1)
+
+
+def now() -> tuple[float, float]:
+    """Wall and CPU seconds, after the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter(), time.process_time()
+
+
+def compare(name: str, build: Callable[[], nn.Module], *, batch_size: int, num_steps: int, rounds: int) -> None:
+    """Run both in turn and print the medians."""
+    accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    batches = Batches(num_steps, batch_size, torch.device("cuda" if accelerator == "gpu" else "cpu"))
+    precision = choose_precision("auto", accelerator)
+    measured: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
+    for turn in range(rounds):
+        # Who goes first changes: a machine that warms up or slows down favours neither.
+        for contender in ("ours", "bare") if turn % 2 else ("bare", "ours"):
+            torch.manual_seed(0)
+            start, end = (ours if contender == "ours" else bare)(build(), batches, precision, accelerator)
+            steps = num_steps - WARMUP_STEPS
+            measured[contender].append((1000 * (end[0] - start[0]) / steps, 1000 * (end[1] - start[1]) / steps))
+    for kind, unit in enumerate(("wall", "CPU")):
+        pairs = [(mine[kind], its[kind]) for mine, its in zip(measured["ours"], measured["bare"], strict=True)]
+        mine, its = (statistics.median(side) for side in zip(*pairs, strict=True))
+        ratio = statistics.median(a / b for a, b in pairs)
+        extra = statistics.median(a - b for a, b in pairs)
+        print(
+            f"{name:<10}{batch_size:>6}  {precision:<11}{unit:<5}"
+            f"{mine:>9.2f}{its:>9.2f}{ratio:>9.3f}{extra:>+10.2f}   medians of {rounds}"
+        )
+
+
+def main() -> None:
+    """Both networks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    quieten_lightning()
+    warnings.filterwarnings("ignore")
+    print(f"{'network':<10}{'batch':>6}  {'precision':<11}{'ms':<5}{'ours':>9}{'bare':>9}{'ratio':>9}{'extra':>10}")
+    compare("lenet", lenet, batch_size=32, num_steps=1010, rounds=rounds)
+    compare("resnet18", resnet18, batch_size=128, num_steps=30, rounds=rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Every mistake on a command line is answered in one sentence; every config composes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from pipeline.config import CONF, ConfigError, check_command_line, check_targets, compose, flatten, missing_keys
+from tests.conftest import Run
+
+GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ([], "no model: add +model=NAME, one of resnet, resnext"),
+        (["+model=resnt"], "model=resnt is not one of resnet, resnext: did you mean resnet?"),
+        (["model=resnet"], "model=resnet needs a plus: +model=resnet"),
+        (["+modle=resnet"], "there is no modle: did you mean model?"),
+        (["+model=resnet", "trainer=gpuu"], "did you mean gpu?"),
+        (["+model=resnet", "recipe.epoch=3"], "there is no recipe.epoch: did you mean recipe.epochs?"),
+        (["+model=resnet", "+optim.lrr=1"], "there is no optim.lrr: did you mean recipe.optimizer.lr?"),
+        (["+model=resnet", "recipe.epochs=many"], "recipe.epochs=many is not a whole number (default 8)"),
+        (["+model=resnet", "recipe.epochs=1.5"], "is not a whole number"),
+        (["+model=resnet", "recipe.epochs=true"], "is not a whole number"),
+        (["+model=resnet", "recipe.optimizer.lr=fast"], "is not a number (default 0.1)"),
+        (["+model=resnet", "recipe.optimizer.nesterov=1"], "is not true or false"),
+        (["+model=resnet", "augment.training.scale=1"], "is not a list"),
+        (["+model=resnet", "data=shards"], "data.root has no default: add data.root=VALUE"),
+    ],
+)
+def test_a_mistake_is_answered_with_the_nearest_right_word(words: list[str], answer: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_command_line("train", words)
+    assert answer in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["+model=resnet"],
+        ["+model=resnext", "model.variant=resnext101_64x4d", "recipe.epochs=3", "recipe.clip_norm=1"],
+        ["+model=resnet", "+trainer.limit_train_batches=3", "recipe.optimizer.lr=1", "seed=1"],
+        ["+model=resnet", "recipe.epochs=1,2", "-m"],
+        ["+experiment=cifar10_resnet18"],
+        ["+model=resnet", "data.threads=2", "data.threads=null", "data.image_size=${data.batch_size}"],
+    ],
+)
+def test_what_is_right_passes(words: list[str]) -> None:
+    assert check_command_line("train", words) == words
+
+
+def test_a_root_alone_asks_for_the_settings_of_any_data_set() -> None:
+    words = ["+model=resnet", "data.root=somewhere"]
+    assert check_command_line("train", words) == [*words, "data=shards"]
+    assert compose("train", [*words, "data=shards"]).data.image_size == 224
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_composes(path: Path) -> None:
+    group, choice = path.parent.name, path.stem
+    if group == "source":
+        config = compose("pack", [f"source={choice}"])
+    else:
+        plus = "+" if group in ("model", "experiment") else ""
+        model = [] if group in ("model", "experiment") else ["+model=resnet"]
+        config = compose("train", [f"{plus}{group}={choice}", *model])
+        assert config.model._target_
+    for missing in missing_keys(config):
+        OmegaConf.update(config, missing, "given")
+    assert len(dict(flatten(config))) > 5
+    check_targets(config)
+
+
+def test_a_model_brings_its_recipe_and_the_command_line_wins() -> None:
+    assert compose("train", ["+model=resnet"]).recipe.optimizer._target_ == "torch.optim.SGD"
+    assert compose("train", ["+model=resnet", "recipe.optimizer.lr=0.5"]).recipe.optimizer.lr == 0.5
+
+
+def test_targets_from_elsewhere_need_trust() -> None:
+    config = compose("train", ["+model=resnet", "model._target_=tests.networks.plain"])
+    with pytest.raises(ConfigError, match=r"model._target_=tests.networks.plain is outside"):
+        check_targets(config)
+    config.trust = True
+    check_targets(config)
+
+
+def test_the_command_ends_in_one_line_and_exit_code_one(run_verb: Run) -> None:
+    for words in (["+modle=resnet"], ["+model=resnet", "seed=[1"], ["+model=resnet", "model._target_=os.getcwd"]):
+        answer = run_verb("train", *words)
+        assert answer.returncode == 1
+        assert answer.stderr.startswith("error: ")
+        assert answer.stderr.count("\n") == 1
+        assert answer.stdout == ""
+
+
+def test_help_and_mistakes_import_nothing_heavy(run_verb: Run) -> None:
+    for words in (["--help"], ["+model=resnt"]):
+        answer = run_verb("train", *words, PYTHONPROFILEIMPORTTIME="1")
+        imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
+        assert "pipeline.config" in imported
+        assert not imported & {"torch", "numpy", "pytorch_lightning", "mlflow", "nvidia.dali", "webdataset", "pyarrow"}
+    assert "python -m pipeline.train +model=resnet" in run_verb("train", "--help").stdout

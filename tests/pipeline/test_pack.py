@@ -1,0 +1,34 @@
+"""The pack verb as it is typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.indexing import open_dataset
+from tests.conftest import Run, make_folder
+
+
+def test_a_folder_is_packed_and_reported(run_verb: Run, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "photos", classes=2, images=10)
+    (root / "class1" / "07.jpg").write_bytes(b"\xff\xd8 cut")
+    answer = run_verb("pack", "source=folder", f"source.root={root}", "name=pets", "val_fraction=0.3")
+    assert answer.returncode == 0, answer.stderr
+    dataset, _ = open_dataset(tmp_path / "datasets" / "pets")
+    assert {name: split.samples for name, split in dataset.splits.items()} == {"train": 14, "val": 5}
+    assert "left out: " in answer.stdout
+    assert "class1/07.jpg" in answer.stdout
+    assert "1 left out in all" in answer.stdout
+    assert "data.root=datasets/pets" in answer.stdout
+
+
+def test_a_mistake_is_one_sentence(run_verb: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        (["source=folder", "source.root=empty", "name=pets"], "error: empty holds no class folders"),
+        (["source=folder", "source.root=nowhere", "name=pets"], "error: source.root=nowhere is no folder"),
+        (["source=folder"], "error: name has no default: add name=VALUE"),
+    ):
+        answer = run_verb("pack", *words)
+        assert answer.returncode == 1
+        assert answer.stderr.startswith(message)
+        assert answer.stderr.count("\n") == 1
