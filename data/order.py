@@ -5,9 +5,9 @@ keyed bijection on 0..size-1 that is evaluated only at the positions asked for, 
 the next batch of a billion samples costs what the next batch of a thousand costs.
 
 The bijection is a Feistel network with cycle walking, as in Mitchell, Stokes,
-Frank & Holmes 2022, "Bandwidth-optimal random shuffling for GPUs". Its round
-function, and every random draw, is the finaliser of SplitMix64 (Steele, Lea &
-Flood 2014) on the counter: integer arithmetic that no library version changes.
+Frank & Holmes 2022, "Bandwidth-optimal random shuffling for GPUs". Keys and random
+draws come from the finaliser of SplitMix64 (Steele, Lea & Flood 2014) on a counter:
+integer arithmetic that no library version changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 Samples = NDArray[np.int64]  # rows of a split's index
 Words = NDArray[np.uint64]
 
-ROUNDS = 24  # as Mitchell et al.: with 8, some of the 120 orders of five samples come up more often than others
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
+ROUNDS = 24  # as Mitchell et al.: 8 favour some of the 120 orders of five
 # What a number is drawn for, so that two uses of the same (seed, epoch) never share their bits.
 SHARDS, WINDOW, AUGMENT, SPLIT, PACK = 1, 2, 3, 4, 5
 
@@ -47,7 +48,7 @@ def key(*numbers: int) -> np.uint64:
     """Fold whole numbers into one 64-bit key; another order of the numbers is another key."""
     state = np.zeros(1, np.uint64)
     for number in numbers:
-        state = mix(state + np.uint64(0x9E3779B97F4A7C15) + np.uint64(number % 2**64))
+        state = mix(state + MULTIPLIER + np.uint64(number % 2**64))
     return np.uint64(state[0])
 
 
@@ -57,7 +58,7 @@ def uniform(seed: int, epoch: int, samples: Samples, count: int) -> NDArray[np.f
     Shapes: (N,) -> (N, count).
     """
     streams = mix(samples.astype(np.uint64) + key(AUGMENT, seed, epoch))  # (N,)
-    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    steps = np.arange(1, count + 1, dtype=np.uint64) * MULTIPLIER
     words = mix(streams[:, None] + steps)  # (N, count)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -68,25 +69,27 @@ def permute(positions: Samples, size: int, permutation: np.uint64) -> Samples:
     Shapes: (N,) -> (N,).
     """
     bits = max(2, int(size - 1).bit_length())
-    low_bits = np.uint64(bits // 2)
     keys = mix(permutation + np.arange(1, ROUNDS + 1, dtype=np.uint64))
-    walked = positions.astype(np.uint64)
-    outside = np.ones(len(walked), dtype=bool)
-    while outside.any():  # the network permutes 0..2^bits-1: walk on from a value beyond size until one is within
-        walked[outside] = _feistel(walked[outside], np.uint64(bits), low_bits, keys)
-        outside = walked >= np.uint64(size)
-    return walked.astype(np.int64)
+    sent = np.empty(len(positions), np.int64)
+    places, walking = np.arange(len(positions)), positions.astype(np.uint64)
+    while len(places):  # the network permutes 0..2^bits-1: walk on from a value beyond size until one is within
+        walking = _feistel(walking, bits, keys)
+        inside = walking < np.uint64(size)
+        sent[places[inside]] = walking[inside]
+        places, walking = places[~inside], walking[~inside]
+    return sent
 
 
-def _feistel(words: Words, bits: np.uint64, low_bits: np.uint64, keys: Words) -> Words:
+def _feistel(words: Words, bits: int, keys: Words) -> Words:
+    """Permute 0..2^bits-1: each round adds a hash of the low half to the high half and exchanges the two."""
+    low_bits = bits // 2
     for round_key in keys:
         high_bits = bits - low_bits
-        low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
-        high_mask = (np.uint64(1) << high_bits) - np.uint64(1)
-        low, high = words & low_mask, words >> low_bits
-        # Halves of unequal width change places, so that an odd number of bits needs no rounding up to even.
-        words = (low << high_bits) | (high ^ (mix(low ^ round_key) & high_mask))
-        low_bits = high_bits
+        low = words & np.uint64(2**low_bits - 1)
+        # Multiply-shift hashing (Dietzfelbinger et al. 1997): the product's top bits, as many as the high half has.
+        hashed = ((low + round_key) * MULTIPLIER) >> np.uint64(64 - high_bits)
+        words = (low << np.uint64(high_bits)) | ((words >> np.uint64(low_bits)) ^ hashed)
+        low_bits = high_bits  # halves of unequal width change places, so that any number of bits will do
     return words
 
 
@@ -114,10 +117,10 @@ def samples_at(positions: Samples, order: EpochOrder, *, seed: int, epoch: int) 
     """
     shuffled = np.empty_like(positions)
     window_of = np.searchsorted(order.windows, positions, side="right") - 1  # (N,)
-    for window in np.unique(window_of):
+    for window in sorted(set(window_of.tolist())):
         inside = window_of == window
         start, end = order.windows[window], order.windows[window + 1]
-        permutation = key(WINDOW, seed, epoch, int(window))
+        permutation = key(WINDOW, seed, epoch, window)
         shuffled[inside] = start + permute(positions[inside] - start, int(end - start), permutation)
     place = np.searchsorted(order.starts, shuffled, side="right") - 1  # (N,) place of the shard in the epoch
     return order.rows[place] + shuffled - order.starts[place]

@@ -1,0 +1,52 @@
+"""Every command that the README shows is run, in its order, on small data."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from data.dataset import Dataset
+from tests.conftest import ROOT, make_folder
+
+# What makes a command of the README short without changing what it is.
+SMALL = {
+    "pipeline.train": ["recipe.epochs=1", "data.batch_size=4", "data.image_size=16", "+trainer.limit_train_batches=2"],
+    "pipeline.pack": [],
+}
+
+
+def commands() -> list[str]:
+    """The lines of the README's bash blocks, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_command_of_the_readme_works(tmp_path: Path, digits: Dataset) -> None:
+    make_folder(tmp_path / "photos", images=10)
+    shutil.copytree(digits.root, tmp_path / "datasets" / "digits")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = []
+    for command in commands():
+        words = command.split()
+        if words[0] == "make":  # its recipe is one of the commands that are run here or by the tests themselves
+            recipe = subprocess.run(
+                ["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True, text=True, check=True
+            )
+            assert re.search(r"-m (pipeline\.train|pytest)", recipe.stdout), command
+        elif words[:2] == ["python", "-m"]:
+            small = [*words[3:], *SMALL[words[2]]]
+            answer = subprocess.run(
+                [sys.executable, "-m", words[2], *small],
+                cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert answer.returncode == 0, f"{command}\n{answer.stderr[-2000:]}"
+        else:
+            assert words == ["source", ".venv/bin/activate"], f"no test runs {command}"
+        ran.append(command)
+    assert len(ran) >= 8
+    assert len(list((tmp_path / "runs").iterdir())) == sum("pipeline.train" in command for command in ran)
