@@ -51,7 +51,9 @@ class Reporter(pl.Callback):
         step = trainer.global_step
         if self.bar is not None:
             self.bar.update(self._task, completed=step)
-        if step >= self._step + self.log_every:
+        # By the step itself, so that a resumed run takes its points where the whole one does; once where several
+        # batches make a step.
+        if step % self.log_every == 0 and step != self._step:
             self._point(trainer, step)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

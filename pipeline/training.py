@@ -47,13 +47,23 @@ def train(config: DictConfig) -> None:
     reporter = Reporter(console, recorder(run, tracker), log_every=config.log_every, num_epochs=recipe.epochs)
     checkpoint = keep_best(run, data)
     trainer = build_trainer(config.trainer, recipe, [reporter, checkpoint], run)
-    plan = data.check(trainer.world_size)
-    trainer.fit_loop.epoch_loop.max_steps = recipe.epochs * plan.num_steps // recipe.accumulate
+    trainer.fit_loop.epoch_loop.max_steps = recipe.epochs * steps_per_epoch(trainer, data)
     with tracked(tracker, run, config, module):
         print_facts(console, {**banner(config, trainer, module, data), **places(run, tracker)})
         trainer.fit(module, datamodule=data, ckpt_path=run.last_checkpoint, weights_only=True)
     if trainer.is_global_zero:
         say_end(console, run, checkpoint, data)
+
+
+def steps_per_epoch(trainer: pl.Trainer, data: ShardData) -> int:
+    """Optimizer steps of an epoch, fewer under `+trainer.limit_train_batches`.
+
+    Raises: ValueError when there are too few images for so many ranks.
+    """
+    batches = data.check(trainer.world_size).num_steps
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
+    return batches // data.feeding.accumulate
 
 
 def recorder(run: Run, tracker: Tracker) -> Record:
