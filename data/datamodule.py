@@ -21,6 +21,8 @@ class Feeding:
 
     `window` samples are shuffled together; `readahead` batches are fetched before they
     are needed; `threads` decode, None means this rank's share of the cores.
+
+    Raises: ValueError for a number below 1.
     """
 
     batch_size: int
@@ -29,6 +31,11 @@ class Feeding:
     window: int = 4_000_000
     readahead: int = 4
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("readahead", self.readahead), ("threads", self.threads)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"data.{name}={value} must be a whole number of at least 1")
 
 
 class ShardData(pl.LightningDataModule):

@@ -145,7 +145,8 @@ class Index:
         named = []
         for sample in samples:
             shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-            keys = self._open().read_row_group(shard, columns=["key"]).column("key")
+            with self._lock:
+                keys = self._open().read_row_group(shard, columns=["key"]).column("key")
             key = keys[int(sample - self.starts[shard])]
             named.append(f"{self.split.shards[shard].file}: {key}")
         return named

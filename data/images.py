@@ -43,7 +43,7 @@ def check_whole(encoded: bytes) -> None:
     try:
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as image:
             _check_pixels(image)
-            image.draft("RGB", (image.width // 8, image.height // 8))
+            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
     except UNREADABLE as error:
         raise _unreadable(encoded, error) from error

@@ -76,12 +76,22 @@ def pack(
         by_split: dict[str, list[ShardRows]] = {}
         for plan, rows in zip(plans, shards, strict=True):
             by_split.setdefault(plan.split, []).append(rows)
+        check_classes(source, by_split)
         assemble(partial_folder, partial_folder, by_split, name=source.name, classes=source.classes)
         partial_folder.rename(folder)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
     left_out = [sample for rows in shards for sample in rows.left_out]
     return Packed(read_manifest(folder, folder), left_out, source.ignored)
+
+
+def check_classes(source: Source, shards: dict[str, list[ShardRows]]) -> None:
+    """Raise ValueError when every image of a class was left out of a split."""
+    for split, rows in shards.items():
+        labels = {label for shard in rows for label in shard.labels}
+        expected = {item.label for item in source.splits[split]}
+        for label in sorted(expected - labels):
+            raise ValueError(f"class {source.classes[label]} has no readable image in split {split}")
 
 
 def plan_shards(source: Source, *, seed: int, shard_samples: int) -> list[ShardPlan]:

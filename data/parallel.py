@@ -42,7 +42,7 @@ def map_tasks(
         return list(report(map(function, tasks)))
     # A fork server: a plain fork copies the locks of torch's threads, a spawn imports everything once a worker.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload([getattr(function, "func", function).__module__])  # a partial's own is functools
     with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
         return list(report(pool.map(function, tasks)))
 

@@ -87,8 +87,8 @@ class Classifier(pl.LightningModule):
         self.recipe = recipe
         self.top_k = 5 if num_classes > 5 else 1
         self.initialize()
-        self.register_buffer("_train_sums", torch.zeros(4, dtype=torch.float64), persistent=False)
-        self._train_sums: Tensor  # images, loss, top-1 hits, top-k hits since the last take
+        # Images, loss, top-1 hits, top-k hits since the last take. No buffer: DDP overwrites those with rank 0's.
+        self._train_sums: Tensor | None = None
         self._unsummed: list[tuple[Tensor, Tensor]] = []  # losses (N,) and hits (N, top_k) of the latest steps
         self.evaluated_images = 0  # of all ranks, in the last evaluation
         self.val_images = SumMetric().set_dtype(torch.float64)
@@ -119,6 +119,12 @@ class Classifier(pl.LightningModule):
             self._sum_up()
         return losses.mean()
 
+    def on_validation_start(self) -> None:
+        """Give every rank the batch-norm statistics of rank 0: those that the checkpoint holds."""
+        if self.trainer.world_size > 1:
+            for buffer in self.net.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> None:
         """Count the hits and losses of a batch; the loss is plain cross-entropy, so that recipes compare."""
         logits, losses = self._step(batch, 0.0)
@@ -140,10 +146,11 @@ class Classifier(pl.LightningModule):
     def take_training_metrics(self) -> TrainingMetrics:
         """Means since the last call, over all ranks: every rank must call it at the same step."""
         self._sum_up()
+        assert self._train_sums is not None, "no training step since the last call"
         sums = self.trainer.strategy.reduce(self._train_sums, reduce_op="sum")
         assert isinstance(sums, Tensor)
         images, loss, top1, topk = sums.tolist()
-        self._train_sums.zero_()
+        self._train_sums = None
         return TrainingMetrics(loss / images, top1 / images, topk / images if self.top_k == 5 else None)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -163,7 +170,8 @@ class Classifier(pl.LightningModule):
         if self._unsummed:
             losses, hits = (torch.cat(parts).double() for parts in zip(*self._unsummed, strict=True))
             count = losses.new_tensor(len(losses))
-            self._train_sums += torch.stack([count, losses.sum(), hits[:, 0].sum(), hits.sum()])
+            sums = torch.stack([count, losses.sum(), hits[:, 0].sum(), hits.sum()])
+            self._train_sums = sums if self._train_sums is None else self._train_sums + sums
             self._unsummed.clear()
 
     def _step(self, batch: tuple[Tensor, Tensor, Tensor], label_smoothing: float) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,9 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 TRUSTED = ("models.", "data.", "pipeline.", "torch.", "torchvision.", "torchmetrics.", "pytorch_lightning.")
 
 
+FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i")
+
+
 class ConfigError(ValueError):
     """What is wrong with a command line, in a sentence."""
 
@@ -67,9 +70,13 @@ def check_command_line(name: str, arguments: list[str]) -> list[str]:
 
     Raises: ConfigError.
     """
-    words = [word for word in arguments if not word.startswith("-")]
-    if len(words) < len(arguments) and any(flag in arguments for flag in ("--help", "-h", "--hydra-help", "--version")):
+    if any(flag in arguments for flag in ("--help", "-h", "--hydra-help", "--version")):
         return arguments
+    words = [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if not word.startswith("-") and before not in FLAGS_WITH_VALUE
+    ]
     overrides: list[Override] = OverridesParser.create().parse_overrides(words)
     if _names(overrides, "data.root") and not _names(overrides, "data", "experiment"):
         # The digits' crops fit nobody else's images: a root alone asks for the settings of any data set.
@@ -104,8 +111,8 @@ def check_targets(config: DictConfig) -> None:
     """
     if config.get("trust"):
         return
-    for key, value in flatten(config):
-        if key.endswith("_target_") and not str(value).startswith(TRUSTED):
+    for key, value in _targets(OmegaConf.to_container(config), ""):
+        if not str(value).startswith(TRUSTED):
             raise ConfigError(f"{key}={value} is outside {', '.join(TRUSTED)}: add trust=true if you trust it")
 
 
@@ -166,7 +173,7 @@ def _check_type(key: str, override: Override, default: object) -> None:
         list: ("a list", (list,)),
         dict: ("a group of keys", (dict,)),
     }
-    if type(default) not in kinds or value is None:
+    if type(default) not in kinds:
         return
     wanted, allowed = kinds[type(default)]
     interpolated = isinstance(value, str) and "${" in value
@@ -182,6 +189,17 @@ def _known_keys(config: DictConfig) -> dict[str, Any]:
         parts = key.split(".")
         known.update({".".join(parts[:depth]): {} for depth in range(1, len(parts))})
     return known
+
+
+def _targets(node: object, key: str) -> Iterator[tuple[str, object]]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "_target_":
+                yield f"{key}_target_", value
+            yield from _targets(value, f"{key}{name}.")
+    elif isinstance(node, list):
+        for position, value in enumerate(node):
+            yield from _targets(value, f"{key}{position}.")
 
 
 def _leaves(node: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from data.dataset import Dataset
 from pipeline.config import flatten
 
 FINAL = "result.json"
@@ -56,8 +57,10 @@ class Run:
         """Drop what the journal says of steps after `step`, which a resumed run takes again."""
         path = self.folder / METRICS
         if path.is_file():
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            partial = path.with_name(f".{METRICS}")  # a line without its end was cut off with the process
+            partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            partial.replace(path)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write the file that means success, the last of a run, whole or not at all."""
@@ -66,9 +69,9 @@ class Run:
         partial.replace(self.folder / FINAL)
 
 
-def open_run(config: DictConfig, dataset_name: str) -> Run:
+def open_run(config: DictConfig, dataset: Dataset) -> Run:
     """The run that this config means: an unfinished one of its name goes on, after finished ones comes `-2`, `-3`."""
-    wanted = config.name or default_name(config, dataset_name)
+    wanted = str(config.name or default_name(config, dataset))
     name, number = wanted, 1
     while (Path(config.runs) / name / FINAL).is_file():
         number += 1
@@ -82,8 +85,9 @@ def start_run(run: Run, config: DictConfig) -> None:
     (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
 
 
-def default_name(config: DictConfig, dataset_name: str) -> str:
-    """Model, data set and eight digits that stand for every value that changes what is computed."""
+def default_name(config: DictConfig, dataset: Dataset) -> str:
+    """Model, data set and eight digits that stand for every value and every sample that changes what is computed."""
     values = {key: value for key, value in flatten(config) if not key.startswith(NOT_IN_NAME)}
+    values |= {f"digest of {name}": split.digest for name, split in dataset.splits.items()}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-    return f"{config.model.get('variant', 'model')}-{dataset_name}-{digest[:8]}"
+    return f"{config.model.get('variant', 'model')}-{dataset.name}-{digest[:8]}"

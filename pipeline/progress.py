@@ -29,6 +29,8 @@ class Reporter(pl.Callback):
     """
 
     def __init__(self, console: Console, record: Record, *, log_every: int, num_epochs: int) -> None:
+        if log_every < 1:
+            raise ValueError(f"log_every={log_every} must be at least 1")
         self.console, self.record = console, record
         self.log_every, self.num_epochs = log_every, num_epochs
         self.bar: Progress | None = None
@@ -73,8 +75,15 @@ class Reporter(pl.Callback):
         shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
         self._say(f"{epoch}  {shown}  images {pl_module.evaluated_images:,}")
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the terminal back, also after an error."""
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the terminal back."""
+        self._stop_bar()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the terminal back after an error too."""
+        self._stop_bar()
+
+    def _stop_bar(self) -> None:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -42,7 +42,7 @@ def train(config: DictConfig) -> None:
     recipe: Recipe = instantiate(config.recipe)
     data = shard_data(config, dataset, recipe)
     module = build_module(config, dataset, recipe)
-    run = open_run(config, dataset.name)
+    run = open_run(config, dataset)
     tracker: Tracker = instantiate(config.tracking) if launched_rank() == 0 else NoTracker()
     reporter = Reporter(console, recorder(run, tracker), log_every=config.log_every, num_epochs=recipe.epochs)
     checkpoint = keep_best(run, data)
@@ -95,18 +95,28 @@ def open_or_pack(data: DictConfig, console: Console) -> Dataset:
     Raises: FileNotFoundError, ValueError when the root is no data set.
     """
     root = Path(data.root)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.parent / f".{root.name}.lock"):
-        if root == DIGITS and not root.exists():
-            from data import sources
-            from data.pack import pack
-
-            console.print(f"packing scikit-learn's digits into {root}")
-            pack(sources.digits(val_fraction=0.2, seed=0), root)
-        folder = None if data.index is None else Path(data.index)
+    folder = root if data.index is None else Path(data.index)
+    if root == DIGITS:
+        pack_digits(console)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root={root} is no folder: pack one with `python -m pipeline.pack`")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
         dataset, left_out = open_dataset(root, folder, label_field=data.label_field)
     report_left_out(console, left_out)
     return dataset
+
+
+def pack_digits(console: Console) -> None:
+    """Pack the data set that comes with scikit-learn, unless another process has."""
+    DIGITS.parent.mkdir(exist_ok=True)
+    with FileLock(DIGITS.with_name(f".{DIGITS.name}.lock")):
+        if not DIGITS.exists():
+            from data import sources
+            from data.pack import pack
+
+            console.print(f"packing scikit-learn's digits into {DIGITS}")
+            pack(sources.digits(val_fraction=0.2, seed=0), DIGITS)
 
 
 def shard_data(config: DictConfig, dataset: Dataset, recipe: Recipe) -> ShardData:
@@ -173,8 +183,8 @@ def tracked(tracker: Tracker, run: Run, config: DictConfig, module: Classifier) 
         yield
         return
     start_run(run, config)
-    if run.last_checkpoint is not None:
-        run.cut_back(torch.load(run.last_checkpoint, mmap=True, weights_only=True)["global_step"])
+    checkpoint = run.last_checkpoint
+    run.cut_back(torch.load(checkpoint, mmap=True, weights_only=True)["global_step"] if checkpoint is not None else -1)
     tracker.start(run, dict(flatten(config)))
     tracker.keep(run.folder / "config.yaml", "config")
     tracker.log({"params_millions": num_parameters(module) / 1e6}, 0)
@@ -228,7 +238,7 @@ def num_parameters(module: Classifier) -> int:
 
 def launched_rank() -> int:
     """This process among all that torchrun, srun or Lightning have started; 0 when a user started it."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # Lightning's children inside srun have both of the last two
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 

@@ -129,6 +129,19 @@ def test_damaged_images_are_left_out_and_named(tmp_path: Path) -> None:
     assert not (tmp_path / "strict").exists()
 
 
+def test_tiny_images_are_packed(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", size=(3, 5))
+    assert pack_folder(root, tmp_path / "packed").left_out == []
+
+
+def test_a_class_of_damaged_images_is_named(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    for path in (root / "class1").iterdir():
+        path.write_bytes(b"\xff\xd8 cut")
+    with pytest.raises(ValueError, match="class class1 has no readable image in split train"):
+        pack_folder(root, tmp_path / "packed")
+
+
 def test_resize_shrinks_only_what_is_larger(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", size=(40, 56))
     (root / "class0" / "small.jpg").write_bytes(make_jpeg(20, 24))

@@ -26,6 +26,7 @@ GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
         (["+model=resnet", "recipe.epochs=many"], "recipe.epochs=many is not a whole number (default 8)"),
         (["+model=resnet", "recipe.epochs=1.5"], "is not a whole number"),
         (["+model=resnet", "recipe.epochs=true"], "is not a whole number"),
+        (["+model=resnet", "data.batch_size=null"], "is not a whole number"),
         (["+model=resnet", "recipe.optimizer.lr=fast"], "is not a number (default 0.1)"),
         (["+model=resnet", "recipe.optimizer.nesterov=1"], "is not true or false"),
         (["+model=resnet", "augment.training.scale=1"], "is not a list"),
@@ -46,6 +47,7 @@ def test_a_mistake_is_answered_with_the_nearest_right_word(words: list[str], ans
         ["+model=resnet", "+trainer.limit_train_batches=3", "recipe.optimizer.lr=1", "seed=1"],
         ["+model=resnet", "recipe.epochs=1,2", "-m"],
         ["+experiment=cifar10_resnet18"],
+        ["--cfg", "job", "+model=resnet"],
         ["+model=resnet", "data.threads=2", "data.threads=null", "data.image_size=${data.batch_size}"],
     ],
 )
@@ -84,6 +86,9 @@ def test_targets_from_elsewhere_need_trust() -> None:
     config = compose("train", ["+model=resnet", "model._target_=tests.networks.plain"])
     with pytest.raises(ConfigError, match=r"model._target_=tests.networks.plain is outside"):
         check_targets(config)
+    hidden = compose("train", ["+model=resnet", "+trainer.plugins=[{_target_: os.getcwd}]"])
+    with pytest.raises(ConfigError, match=r"trainer.plugins.0._target_=os.getcwd is outside"):
+        check_targets(hidden)
     config.trust = True
     check_targets(config)
 
