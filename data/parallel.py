@@ -20,7 +20,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def available_cores() -> int:
-    """Cores that this process may use: fewer than the machine has under taskset, Slurm or a container."""
+    """Cores that this process may run on: fewer than the machine has under taskset, Slurm or a container's cpuset."""
     return len(os.sched_getaffinity(0))
 
 

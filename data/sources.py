@@ -77,7 +77,9 @@ def folder(root: Path | str, name: str, *, val_fraction: float, seed: int) -> So
         raise FileNotFoundError(f"source.root={root} is no folder")
     ignored: Counter[str] = Counter()
     parts = {split: root / part for part, split in SPLIT_FOLDERS.items() if (root / part).is_dir()}
-    if "train" not in parts or len(parts) < 2:
+    if list(parts) == ["train"]:  # nothing beside it: its classes are all there is
+        root, parts = parts["train"], {}
+    if "train" not in parts:
         classes = _class_names(root)
         items = _class_items(root, classes, ignored)
         return Source(name, classes, split_off(items, val_fraction=val_fraction, seed=seed), ignored)

@@ -100,6 +100,13 @@ def test_split_folders_are_the_splits(tmp_path: Path) -> None:
     assert {name: split.samples for name, split in dataset.splits.items()} == {"train": 18, "val": 9, "test": 6}
 
 
+def test_a_training_folder_alone_is_split(tmp_path: Path) -> None:
+    make_folder(tmp_path / "images" / "train")
+    dataset = pack_folder(tmp_path / "images", tmp_path / "packed").dataset
+    assert dataset.classes == ("class0", "class1", "class2")
+    assert {name: split.samples for name, split in dataset.splits.items()} == {"train": 18, "val": 6}
+
+
 def test_keys_have_no_dots_and_do_not_collide(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", classes=2, images=2)
     (root / "class0" / "deep.er").mkdir()
