@@ -198,14 +198,14 @@ def _pack(folder: Path) -> None:
 def _torch_loader(dataset: object) -> Callable[[], Iterable[object]]:
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=THREADS, persistent_workers=True)  # type: ignore[arg-type]
+    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=THREADS, persistent_workers=True)
     return lambda: loader
 
 
 def _to_normalised(v2: object) -> list[object]:
     import torch
 
-    return [v2.ToDtype(torch.float, scale=True), v2.Normalize(MEAN, STD)]  # type: ignore[attr-defined]
+    return [v2.ToDtype(torch.float, scale=True), v2.Normalize(MEAN, STD)]
 
 
 def _cpu_seconds() -> float:

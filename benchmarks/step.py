@@ -105,7 +105,7 @@ def ours(net: nn.Module, batches: Batches, precision: str, accelerator: str) -> 
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=1,
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision,
             max_epochs=-1,
             max_steps=len(batches),
             callbacks=[reporter, clock],
@@ -114,7 +114,7 @@ def ours(net: nn.Module, batches: Batches, precision: str, accelerator: str) -> 
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, batches)  # type: ignore[arg-type]
+        trainer.fit(module, batches)
     return clock.marks
 
 

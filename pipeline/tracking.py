@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -21,6 +22,11 @@ ARTIFACTS = "mlartifacts"
 RUN_ID = "mlflow_run_id"
 LONGEST_VALUE = 6000  # characters of a parameter that MLflow keeps
 PARAMETERS_AT_ONCE = 100
+
+
+def as_override(value: object) -> str:
+    """A value as it is typed on the command line: null, true, 0.1, [0.08, 1.0]; a string as it is."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 class Tracker(Protocol):
@@ -117,6 +123,6 @@ class MLflowTracker:
     def _log_parameters(self, parameters: Mapping[str, object]) -> None:
         from mlflow.entities import Param
 
-        params = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in parameters.items()]
+        params = [Param(key, as_override(value)[:LONGEST_VALUE]) for key, value in parameters.items()]
         for start in range(0, len(params), PARAMETERS_AT_ONCE):
             self._client.log_batch(self._run_id, params=params[start : start + PARAMETERS_AT_ONCE])

@@ -70,4 +70,4 @@ def test_the_evaluated_region_is_torchvisions_center_crop(size: tuple[int, int])
 )
 def test_a_view_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        TrainingView(**{"image_size": 32, **wrong})  # type: ignore[arg-type]
+        TrainingView(**{"image_size": 32, **wrong})

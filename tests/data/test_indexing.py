@@ -20,7 +20,7 @@ from tests.conftest import make_jpeg, orientation
 def write_tar(path: Path, files: dict[str, bytes], **options: int) -> Path:
     """A tar by Python's own writer."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **options) as tar:  # type: ignore[arg-type]
+    with tarfile.open(path, "w", **options) as tar:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)

@@ -21,7 +21,7 @@ from tests.conftest import make_folder, make_jpeg
 
 def pack_folder(root: Path, out: Path, **options: object) -> Packed:
     source = sources.folder(root, "images", val_fraction=0.25, seed=0)
-    return pack(source, out, **{"shard_samples": 5, **options})  # type: ignore[arg-type]
+    return pack(source, out, **{"shard_samples": 5, **options})
 
 
 def read_by_webdataset(dataset: Dataset) -> dict[str, dict[str, bytes]]:
@@ -169,7 +169,7 @@ def test_resize_shrinks_only_what_is_larger(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_source_is_refused(tmp_path: Path, prepare: object, message: str) -> None:
     root = tmp_path / "images"
     root.mkdir()
-    prepare(root)  # type: ignore[operator]
+    prepare(root)
     with pytest.raises(ValueError, match=message):
         pack_folder(root, tmp_path / "packed")
 

@@ -21,7 +21,7 @@ def recipe(**changes: object) -> Recipe:
     def optimizer(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
-    return Recipe(**{"epochs": 2, "optimizer": optimizer, "schedule": warmup_cosine, **changes})  # type: ignore[arg-type]
+    return Recipe(**{"epochs": 2, "optimizer": optimizer, "schedule": warmup_cosine, **changes})
 
 
 def loader(count: int, batch_size: int, num_classes: int = 7) -> DataLoader[tuple[Tensor, ...]]:
@@ -38,7 +38,7 @@ def trainer(**options: object) -> pl.Trainer:
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    return pl.Trainer(accelerator="cpu", **quiet, **options)  # type: ignore[arg-type]
+    return pl.Trainer(accelerator="cpu", **quiet, **options)
 
 
 def test_the_schedule_rises_and_falls() -> None:
@@ -52,7 +52,7 @@ def test_the_schedule_rises_and_falls() -> None:
 def test_norms_and_biases_do_not_decay() -> None:
     module = ResidualClassifier(resnet("resnet18", num_classes=10), num_classes=10, recipe=recipe())
     trainer(max_steps=1).fit(module, loader(8, 4))
-    decayed, free = module.optimizers().param_groups  # type: ignore[union-attr]
+    decayed, free = module.optimizers().param_groups
     assert decayed["weight_decay"] == 1e-4
     assert free["weight_decay"] == 0
     # 20 convolutions and the linear layer; two tensors for each of 20 norms, and the linear layer's bias.
@@ -65,9 +65,9 @@ def test_residual_blocks_begin_as_the_identity() -> None:
     net = resnet("resnet50", num_classes=10)
     ResidualClassifier(net, num_classes=10, recipe=recipe())
     features = torch.rand(2, 256, 4, 4)
-    block = net.stages.stage1[1].eval()  # type: ignore[operator, index]
+    block = net.stages.stage1[1].eval()
     assert torch.equal(block(features), features)
-    kernel = net.stages.stage4[0].conv2[0].weight  # type: ignore[index, union-attr]
+    kernel = net.stages.stage4[0].conv2[0].weight
     assert kernel.std().item() == pytest.approx(math.sqrt(2 / (512 * 9)), rel=0.01)
 
 

@@ -48,6 +48,24 @@ def only_run(root: Path) -> Path:
     return folder
 
 
+def assert_printed(printed: str, folder: str, run_id: str) -> None:
+    """The banner, the lines of the progress and the end are all there."""
+    for wanted in (
+        r"model +resnet18, 11,173,962 parameters",
+        r"data +digits: train 1,438, val 359, 10 classes, 16 pixels",
+        r"batch +1 x 256 on CPU",
+        r"precision +(bf16-mixed|32-true), channels_last",
+        rf"folder +runs/{folder}",
+        rf"dashboard +http://127.0.0.1:5000/#/experiments/\d+/runs/{run_id}\?workflowType=machine_learning",
+        r"step 2/10 +loss [\d.]+ +lr [\d.e-]+ +[\d,]+ images/s +data wait \d+% +memory [\d.]+ GiB +eta \d:\d\d:\d\d",
+        r"epoch 2/2 .*val/top1 [\d.]+.* images 359",
+        r"best val/top1 +[\d.]+ of 359 images",
+        r"checkpoint +\S+best.ckpt",
+        r"next +make ui",
+    ):
+        assert re.search(wanted, printed), wanted
+
+
 def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -> None:
     answer = run_verb("train", "+model=resnet", *TINY)
     assert answer.returncode == 0, answer.stderr
@@ -62,7 +80,7 @@ def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -
     # Parameters can be pasted back: with them as overrides the same run is meant.
     overrides = [f"{key}={value}" for key, value in run.data.params.items() if key.startswith(("recipe.", "data.b"))]
     assert len(overrides) > 8
-    check_command_line("train", ["+model=resnet", *[word.replace("None", "null") for word in overrides]])
+    check_command_line("train", ["+model=resnet", *overrides])
     history = {key: client.get_metric_history(run.info.run_id, key) for key in ("train/loss", "val/top1")}
     assert [point.step for point in history["train/loss"]] == [2, 4, 6, 8, 10]
     assert [point.step for point in history["val/top1"]] == [5, 10]
@@ -76,20 +94,7 @@ def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -
     assert json.loads((folder / "result.json").read_text())["val/top1"] == pytest.approx(
         max(point.value for point in history["val/top1"])
     )
-    for wanted in (
-        r"model +resnet18, 11,173,962 parameters",
-        r"data +digits: train 1,438, val 359, 10 classes, 16 pixels",
-        r"batch +1 x 256 on CPU",
-        r"precision +(bf16-mixed|32-true), channels_last",
-        rf"folder +runs/{folder.name}",
-        rf"dashboard +http://127.0.0.1:5000/#/experiments/\d+/runs/{run.info.run_id}\?workflowType=machine_learning",
-        r"step 2/10 +loss [\d.]+ +lr [\d.e-]+ +[\d,]+ images/s +data wait \d+% +memory [\d.]+ GiB +eta \d:\d\d:\d\d",
-        r"epoch 2/2 .*val/top1 [\d.]+.* images 359",
-        r"best val/top1 +[\d.]+ of 359 images",
-        r"checkpoint +\S+best.ckpt",
-        r"next +make ui",
-    ):
-        assert re.search(wanted, answer.stdout), wanted
+    assert_printed(answer.stdout, folder.name, run.info.run_id)
 
 
 def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Path) -> None:
