@@ -46,8 +46,9 @@ def make_images(folder: Path) -> None:
 
 def convoy(folder: Path) -> Callable[[], Iterable[object]]:
     from data.augment import TrainingView
+    from data.decode import Decode
     from data.indexing import open_dataset
-    from data.loader import Decode, LocalShards, TrainingLoader
+    from data.loader import LocalShards, TrainingLoader
     from data.order import TrainingPlan
 
     dataset, _ = open_dataset(folder / "shards")

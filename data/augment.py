@@ -8,7 +8,7 @@ CenterCrop in evaluation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +23,29 @@ class Windows(NamedTuple):
     """What to decode of each image and how to place it; rows before columns, every array contiguous.
 
     The region in [roi_start, roi_end), in pixels of the decoded window, becomes the
-    output; pixels around it only feed the filter at its border.
+    output; pixels around it only feed the filter at its border. None: the whole window.
     """
 
     anchor: NDArray[np.int32]  # (N, 2) first row and column to decode
     shape: NDArray[np.int32]  # (N, 2) rows and columns to decode
-    roi_start: NDArray[np.float32]  # (N, 2)
-    roi_end: NDArray[np.float32]  # (N, 2)
     mirror: NDArray[np.int32]  # (N,) 1 where left and right change places
+    roi_start: NDArray[np.float32] | None = None  # (N, 2)
+    roi_end: NDArray[np.float32] | None = None  # (N, 2)
+
+
+class View(Protocol):
+    """Which part of each image is shown."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square output in pixels."""
+
+    @property
+    def has_margin(self) -> bool:
+        """Whether windows hold pixels around the region that is shown, to feed the filter at its border."""
+
+    def windows(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> Windows:
+        """A window an image. Shapes: sizes (N, 2) height and width, samples (N,) -> arrays of (N, ...)."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,8 @@ class TrainingView:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
 
+    has_margin = False
+
     def __post_init__(self) -> None:
         _check_image_size(self.image_size)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -61,11 +78,10 @@ class TrainingView:
 
         Shapes: sizes (N, 2) height and width, samples (N,) -> arrays of (N, ...).
         """
-        draws = uniform(seed, epoch, samples, DRAWS)  # (N, DRAWS)
+        draws = uniform(samples, DRAWS, seed=seed, epoch=epoch)  # (N, DRAWS)
         anchor, shape = random_resized_crop(sizes, draws[:, :-1], scale=self.scale, ratio=self.ratio)
         mirror = (draws[:, -1] < self.flip).astype(np.int32)
-        whole = shape.astype(np.float32)
-        return Windows(anchor.astype(np.int32), shape.astype(np.int32), np.zeros_like(whole), whole, mirror)
+        return Windows(anchor.astype(np.int32), shape.astype(np.int32), mirror)
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,8 @@ class EvaluationView:
 
     image_size: int
     crop_fraction: float = 0.875
+
+    has_margin = True
 
     def __post_init__(self) -> None:
         _check_image_size(self.image_size)
@@ -135,9 +153,9 @@ def center_crop(sizes: NDArray[np.int64], *, image_size: int, resize: int) -> Wi
     return Windows(
         anchor.astype(np.int32),
         (stop - anchor).astype(np.int32),
+        np.zeros(len(sizes), np.int32),
         (start - anchor).astype(np.float32),
         (end - anchor).astype(np.float32),
-        np.zeros(len(sizes), np.int32),
     )
 
 

@@ -10,7 +10,8 @@ import torch
 
 from data.augment import EvaluationView, TrainingView
 from data.dataset import Dataset
-from data.loader import Decode, Loader, LocalShards, TrainingLoader
+from data.decode import Decode
+from data.loader import Loader, LocalShards, TrainingLoader
 from data.order import EvaluationPlan, TrainingPlan
 from data.parallel import available_cores
 

@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
     }
 )
 COLUMNS = [name for name in SCHEMA.names if name != "key"]
-CACHED_ROWS = 8_000_000  # 36 bytes each: two of the widest shuffle windows
+CACHED_ROWS = 8_000_000  # 32 bytes each: two of the widest shuffle windows
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""From a plan to batches: Python decides what is shown, DALI decodes, resizes and normalises it.
+"""From a plan to batches: Python decides what is shown, DALI makes the images.
 
 A few threads fetch the bytes of the coming batches by position; a callback hands
-them to one DALI graph, the same for CPU and GPU, together with the windows that
-`augment.py` has drawn. All state is (epoch, step).
+them to the graph of `decode.py`, together with the windows that `augment.py` has
+drawn. All state is (epoch, step).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,11 +20,12 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline
 from torch import Tensor
 
-from data.augment import Windows
+from data.augment import View, Windows
 from data.dataset import Index
+from data.decode import Decode, build_pipeline, can_decode
 from data.images import UnreadableImage
 from data.order import Samples
 
@@ -57,37 +57,11 @@ class Plan(Protocol):
         """Rows of the index: (n,)."""
 
 
-class View(Protocol):
-    """Which part of each image is shown; see `augment.TrainingView` and `augment.EvaluationView`."""
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square output in pixels."""
-
-    def windows(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> Windows:
-        """A window an image."""
-
-
 class Storage(Protocol):
     """Where shards lie: from a position to bytes. Called from several threads."""
 
-    def read(self, file: str, offset: int, into: NDArray[np.uint8]) -> None:
+    def read(self, file: str, into: NDArray[np.uint8], *, offset: int) -> None:
         """Fill `into` with the bytes from `offset` on. Raises: ValueError, OSError naming the file."""
-
-
-@dataclass(frozen=True)
-class Decode:
-    """How batches are made: mean and standard deviation as fractions of 255, and where.
-
-    `device_id` is the GPU that decodes, None the CPU; `threads` are DALI's;
-    `readahead` batches are fetched before they are asked for.
-    """
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    device_id: int | None = None
-    threads: int = 2
-    readahead: int = 4
 
 
 class LocalShards:
@@ -97,13 +71,16 @@ class LocalShards:
         self.root = root
         self._open = lru_cache(maxsize=OPEN_SHARDS)(_OpenFile)
 
-    def read(self, file: str, offset: int, into: NDArray[np.uint8]) -> None:
+    def read(self, file: str, into: NDArray[np.uint8], *, offset: int) -> None:
         """Fill `into` with the bytes from `offset` on. Raises: ValueError when the file ends before them."""
         shard = self._open(self.root / file)  # held until it is read: the cache may let go of it meanwhile
-        if os.preadv(shard.descriptor, [into.data], offset) != len(into):
-            raise ValueError(
-                f"{self.root / file} ends before byte {offset + len(into)}: it changed after it was indexed"
-            )
+        done = 0
+        while done < len(into):  # a network file system may give less than it is asked for
+            count = os.preadv(shard.descriptor, [into[done:].data], offset + done)
+            if count == 0:
+                end = offset + len(into)
+                raise ValueError(f"{self.root / file} ends before byte {end}: it changed after it was indexed")
+            done += count
 
 
 class _OpenFile:
@@ -182,7 +159,9 @@ class Loader:
         self._next_position = (epoch, start)
         for _ in range(self.decode.readahead):
             self._read_ahead()
-        self._pipeline = self._build()
+        self._pipeline = build_pipeline(
+            self._hand_over, decode=self.decode, view=self.view, batch_size=self.plan.largest_batch
+        )
 
     def _endless(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
         while True:
@@ -192,11 +171,15 @@ class Loader:
 
     def _next(self) -> Batch:
         assert self._pipeline is not None
+        pipeline, self._pipeline = self._pipeline, None  # after an error of any kind the next pass builds a new one
         try:
-            (output,) = self._pipeline.run()
+            (output,) = pipeline.run()
         except RuntimeError as error:
-            self._pipeline = None
-            raise self._explain(error) from error
+            named = self._unreadable()
+            if named is None:
+                raise
+            raise named from error
+        self._pipeline = pipeline
         feed = self._decoding.popleft()
         self._buffers.append(feed.buffer)  # its batch is decoded, so DALI reads it no more
         images = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(
@@ -214,7 +197,7 @@ class Loader:
         buffer = self._free_buffer(int(ends[-1]))
         encoded = np.split(buffer[: ends[-1]], ends[:-1])
         for shard, offset, image in zip(rows.shard.tolist(), rows.offset.tolist(), encoded, strict=True):
-            self.storage.read(self.index.split.shards[shard].file, offset, image)
+            self.storage.read(self.index.split.shards[shard].file, image, offset=offset)
         sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)  # (N, 2)
         windows = self.view.windows(sizes, samples, seed=self.seed, epoch=epoch)
         return _Feed(buffer, encoded, windows, rows.label.astype(np.int64), samples)
@@ -232,58 +215,18 @@ class Loader:
         feed = self._coming.popleft().result()
         self._read_ahead()
         self._decoding.append(feed)
-        return feed.encoded, *feed.windows
+        return feed.encoded, *(array for array in feed.windows if array is not None)
 
-    def _build(self) -> Pipeline:
-        decode, size = self.decode, self.view.image_size
-        pipeline = Pipeline(
-            batch_size=self.plan.largest_batch,
-            num_threads=decode.threads,
-            device_id=decode.device_id,
-            exec_dynamic=True,  # the other executor writes over batches that are still held
-        )
-        with pipeline:
-            encoded, anchor, shape, roi_start, roi_end, mirror = fn.external_source(
-                source=self._hand_over, num_outputs=6, batch=True, no_copy=True
-            )
-            decoded = fn.decoders.image_slice(
-                encoded,
-                anchor,
-                shape,
-                axis_names="HW",
-                device="cpu" if decode.device_id is None else "mixed",
-                output_type=types.DALIImageType.RGB,
-            )
-            resized = fn.resize(
-                decoded,
-                size=[size, size],
-                roi_start=roi_start,
-                roi_end=roi_end,
-                interp_type=types.DALIInterpType.INTERP_LINEAR,
-                antialias=True,
-            )
-            images = fn.crop_mirror_normalize(
-                resized,
-                mirror=mirror,
-                mean=[value * 255 for value in decode.mean],
-                std=[value * 255 for value in decode.std],
-                dtype=types.DALIDataType.FLOAT,
-                output_layout="HWC",
-            )
-            pipeline.set_outputs(images)
-        pipeline.build()
-        return pipeline
-
-    def _explain(self, error: RuntimeError) -> Exception:
+    def _unreadable(self) -> UnreadableImage | None:
         """Name the images in flight that cannot be decoded; DALI names none and loses the whole batch."""
         broken = [
             sample
             for feed in self._decoding
             for encoded, sample in zip(feed.encoded, feed.samples.tolist(), strict=True)
-            if not _decodes(encoded, self.decode.device_id)
+            if not can_decode(encoded, self.decode.device_id)
         ]
         if not broken:
-            return error
+            return None
         names = ", ".join(self.index.keys(broken[:3])) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
         return UnreadableImage(f"cannot be decoded: {names} (leave it out by packing the images again)")
 
@@ -309,16 +252,3 @@ class TrainingLoader(Loader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on at a position that `state_dict` returned."""
         self.epoch, self.step = state["epoch"], state["step"]
-
-
-def _decodes(encoded: NDArray[np.uint8], device_id: int | None) -> bool:
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id)
-    with pipeline:
-        source = fn.external_source(source=lambda: [encoded], batch=True)
-        device = "cpu" if device_id is None else "mixed"
-        pipeline.set_outputs(fn.decoders.image(source, device=device, output_type=types.DALIImageType.RGB))
-    try:
-        pipeline.run()
-    except RuntimeError:
-        return False
-    return True

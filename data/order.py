@@ -52,7 +52,7 @@ def key(*numbers: int) -> np.uint64:
     return np.uint64(state[0])
 
 
-def uniform(seed: int, epoch: int, samples: Samples, count: int) -> NDArray[np.float64]:
+def uniform(samples: Samples, count: int, *, seed: int, epoch: int) -> NDArray[np.float64]:
     """Draw `count` numbers in [0, 1) for each sample, as a function of (seed, epoch, sample) alone.
 
     Shapes: (N,) -> (N, count).
@@ -63,7 +63,7 @@ def uniform(seed: int, epoch: int, samples: Samples, count: int) -> NDArray[np.f
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def permute(positions: Samples, size: int, permutation: np.uint64) -> Samples:
+def permute(positions: Samples, size: int, *, permutation: np.uint64) -> Samples:
     """Where `permutation` sends each of `positions`, all in 0..size-1; over all positions, each value once.
 
     Shapes: (N,) -> (N,).
@@ -73,14 +73,14 @@ def permute(positions: Samples, size: int, permutation: np.uint64) -> Samples:
     sent = np.empty(len(positions), np.int64)
     places, walking = np.arange(len(positions)), positions.astype(np.uint64)
     while len(places):  # the network permutes 0..2^bits-1: walk on from a value beyond size until one is within
-        walking = _feistel(walking, bits, keys)
+        walking = _feistel(walking, keys, bits=bits)
         inside = walking < np.uint64(size)
         sent[places[inside]] = walking[inside]
         places, walking = places[~inside], walking[~inside]
     return sent
 
 
-def _feistel(words: Words, bits: int, keys: Words) -> Words:
+def _feistel(words: Words, keys: Words, *, bits: int) -> Words:
     """Permute 0..2^bits-1: each round adds a hash of the low half to the high half and exchanges the two."""
     low_bits = bits // 2
     for round_key in keys:
@@ -101,7 +101,7 @@ def epoch_order(shard_samples: tuple[int, ...], *, seed: int, epoch: int, window
     """
     sizes = np.asarray(shard_samples, np.int64)  # (S,)
     first_rows = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    shards = permute(np.arange(len(sizes)), len(sizes), key(SHARDS, seed, epoch))
+    shards = permute(np.arange(len(sizes)), len(sizes), permutation=key(SHARDS, seed, epoch))
     starts = np.concatenate([[0], np.cumsum(sizes[shards])])  # (S + 1,)
     windows = [0]
     while windows[-1] < starts[-1]:
@@ -120,8 +120,8 @@ def samples_at(positions: Samples, order: EpochOrder, *, seed: int, epoch: int) 
     for window in sorted(set(window_of.tolist())):
         inside = window_of == window
         start, end = order.windows[window], order.windows[window + 1]
-        permutation = key(WINDOW, seed, epoch, window)
-        shuffled[inside] = start + permute(positions[inside] - start, int(end - start), permutation)
+        within = permute(positions[inside] - start, int(end - start), permutation=key(WINDOW, seed, epoch, window))
+        shuffled[inside] = start + within
     place = np.searchsorted(order.starts, shuffled, side="right") - 1  # (N,) place of the shard in the epoch
     return order.rows[place] + shuffled - order.starts[place]
 

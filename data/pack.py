@@ -18,9 +18,10 @@ import webdataset as wds
 
 from data import images, order
 from data.dataset import SPLITS, Dataset, read_manifest
-from data.indexing import STATISTICS_IMAGES, LeftOut, ShardRows, assemble, read_shard
+from data.indexing import assemble, statistics_shares
 from data.parallel import available_cores, map_tasks
 from data.sources import Item, Source
+from data.tars import LeftOut, ShardRows, read_shard
 
 IMAGES_WORTH_A_POOL = 4_000  # fewer are packed before another process has imported what it needs
 
@@ -63,8 +64,12 @@ def pack(
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: remove it, or choose another name")
-    if shard_samples < 1 or (resize is not None and resize < 1):
-        raise ValueError(f"shard_samples={shard_samples} and resize={resize} must be at least 1")
+    if shard_samples < 1:
+        raise ValueError(f"shard_samples={shard_samples} must be at least 1")
+    if resize is not None and (not isinstance(resize, int) or resize < 1):
+        raise ValueError(f"resize={resize} must be null or a whole number of pixels, at least 1")
+    if len(source.classes) < 2:
+        raise ValueError(f"{source.name} has one class, {source.classes[0]}: a classifier needs at least 2")
     plans = plan_shards(source, seed=seed, shard_samples=shard_samples)
     partial_folder = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial_folder.mkdir(parents=True)
@@ -77,7 +82,7 @@ def pack(
         for plan, rows in zip(plans, shards, strict=True):
             by_split.setdefault(plan.split, []).append(rows)
         check_classes(source, by_split)
-        assemble(partial_folder, partial_folder, by_split, name=source.name, classes=source.classes)
+        assemble(partial_folder, partial_folder, shards=by_split, name=source.name, classes=source.classes)
         partial_folder.rename(folder)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
@@ -99,12 +104,14 @@ def plan_shards(source: Source, *, seed: int, shard_samples: int) -> list[ShardP
     plans = []
     for number, split in enumerate(SPLITS):
         items = source.splits.get(split, [])
-        places: order.Samples = order.permute(np.arange(len(items)), len(items), order.key(order.PACK, seed, number))
+        places: order.Samples = order.permute(
+            np.arange(len(items)), len(items), permutation=order.key(order.PACK, seed, number)
+        )
         shuffled = [items[place] for place in places]
         cuts = range(0, len(shuffled), shard_samples)
-        sample = -(-STATISTICS_IMAGES // len(cuts)) if split == "train" else 0
-        for shard, start in enumerate(cuts):
-            plans.append(ShardPlan(split, f"{split}-{shard:06d}.tar", shuffled[start : start + shard_samples], sample))
+        counts = statistics_shares(len(cuts)) if split == "train" else [0] * len(cuts)
+        for shard, (start, count) in enumerate(zip(cuts, counts, strict=True)):
+            plans.append(ShardPlan(split, f"{split}-{shard:06d}.tar", shuffled[start : start + shard_samples], count))
     return plans
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -17,11 +18,17 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 SECONDS_BETWEEN_LINES = 10.0
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as a container sees its own
 
 
 def available_cores() -> int:
-    """Cores that this process may run on: fewer than the machine has under taskset, Slurm or a container's cpuset."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may use: fewer than the machine has under taskset, Slurm or a container's limits."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = CPU_QUOTA.read_text().split()  # microseconds of CPU in microseconds of time, or "max"
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def map_tasks(

@@ -81,10 +81,10 @@ def folder(root: Path | str, name: str, *, val_fraction: float, seed: int) -> So
         root, parts = parts["train"], {}
     if "train" not in parts:
         classes = _class_names(root)
-        items = _class_items(root, classes, ignored)
+        items = _class_items(root, classes, ignored=ignored)
         return Source(name, classes, split_off(items, val_fraction=val_fraction, seed=seed), ignored)
     classes = _class_names(parts["train"])
-    splits = {split: _class_items(path, classes, ignored) for split, path in parts.items()}
+    splits = {split: _class_items(path, classes, ignored=ignored) for split, path in parts.items()}
     return Source(name, classes, splits, ignored)
 
 
@@ -103,7 +103,7 @@ def split_off(items: list[Item], *, val_fraction: float, seed: int) -> dict[str,
     splits: dict[str, list[Item]] = {"train": [], "val": []}
     for label, mine in members.items():
         count = min(max(round(len(mine) * val_fraction), 1), len(mine) - 1)
-        places = order.permute(np.arange(len(mine)), len(mine), order.key(order.SPLIT, seed, label))
+        places = order.permute(np.arange(len(mine)), len(mine), permutation=order.key(order.SPLIT, seed, label))
         for item, place in zip(mine, places, strict=True):
             splits["val" if place < count else "train"].append(item)
     return splits
@@ -118,7 +118,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
     return classes
 
 
-def _class_items(root: Path, classes: tuple[str, ...], ignored: Counter[str]) -> list[Item]:
+def _class_items(root: Path, classes: tuple[str, ...], *, ignored: Counter[str]) -> list[Item]:
     strangers = sorted(set(_class_names(root)) - set(classes))
     if strangers:
         raise ValueError(f"{root / strangers[0]} is a class that the training split does not have")
@@ -137,7 +137,7 @@ def _class_items(root: Path, classes: tuple[str, ...], ignored: Counter[str]) ->
 
 def _image_paths(folder: Path, ignored: Counter[str]) -> list[Path]:
     paths = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=_unreadable_folder):
         folders.sort()
         for file in sorted(files):
             suffix = os.path.splitext(file)[1][1:].lower()
@@ -148,9 +148,15 @@ def _image_paths(folder: Path, ignored: Counter[str]) -> list[Path]:
     return paths
 
 
+def _unreadable_folder(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # a class that a split does not have is named as such
+        raise error
+
+
 def _unique_key(stem: str, used: set[str]) -> str:
-    """A key without dots after its last slash, where WebDataset cuts names, and that no sample before it has."""
-    parent, slash, name = stem.rpartition("/")
+    """A key that no sample before it has, without dots after its last slash, where WebDataset cuts names, and
+    without the two underscores at which it takes a file for its own."""
+    parent, slash, name = stem.removeprefix("__").rpartition("/")
     key = wanted = parent + slash + name.replace(".", "_")
     number = 1
     while key in used:

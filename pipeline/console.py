@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from data.indexing import LeftOut
+from data.tars import LeftOut
 
 NAMED = 10  # of the samples left out, so many are named
 

@@ -17,13 +17,14 @@ NAMES = {path: path.relative_to(ROOT).as_posix() for path in TEXTS}
 # A library, and the only files that may import it.
 ONLY_IN = {
     "mlflow": {"pipeline/tracking.py"},
-    "nvidia": {"data/loader.py", "data/augment.py"},
+    "nvidia": {"data/decode.py", "data/loader.py"},
     "webdataset": {"data/pack.py"},
     "hydra": {"pipeline/"},
     "omegaconf": {"pipeline/"},
     "pytorch_lightning": {"models/classifier.py", "data/datamodule.py", "pipeline/"},
     "torchvision": set(),
     "timm": set(),
+    "lightning": set(),  # the same library under its other name, and another class for each of its own
 }
 # A package, and the packages of ours it may import.
 MAY_IMPORT = {"models": {"models"}, "data": {"data"}, "pipeline": {"models", "data", "pipeline"}}
@@ -85,7 +86,7 @@ def test_functions_take_few_arguments(path: Path) -> None:
         positional = [one.arg for one in function.args.args if one.arg not in ("self", "cls")]
         hook = function.name.startswith("on_")  # Lightning passes them by position
         assert len(positional) + len(function.args.kwonlyargs) <= 6, f"{function.name} takes more than six"
-        assert len(positional) <= 5 or hook, f"{function.name} takes {positional} by position"
+        assert len(positional) <= 2 or hook, f"{function.name} takes {positional} by position"
 
 
 @pytest.mark.parametrize("path", CODE, ids=NAMES.get)

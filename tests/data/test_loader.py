@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
 import tarfile
 from pathlib import Path
@@ -12,13 +13,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import functional as reference
+from torchvision.transforms.v2 import functional as v2
 
 from data import sources
 from data.augment import EvaluationView, TrainingView
 from data.dataset import Dataset
+from data.decode import Decode
 from data.images import UnreadableImage
 from data.indexing import open_dataset
-from data.loader import Batch, Decode, Loader, LocalShards, TrainingLoader
+from data.loader import Batch, Loader, LocalShards, TrainingLoader
 from data.order import EvaluationPlan, TrainingPlan
 from data.pack import pack
 from tests.conftest import CIFAR, make_folder
@@ -102,21 +105,26 @@ def test_cifar_equals_pil_and_torchvision(tmp_path: Path) -> None:
     assert_equals_torchvision(dataset, "train", image_size=32, crop_fraction=1.0)
 
 
-def test_a_training_image_is_torchvisions_crop_of_its_window(digits: Dataset) -> None:
-    loader = training(digits, image_size=16)
-    batch = next(iter(loader))
-    rows = loader.index.rows(batch.samples.numpy())
-    sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)
-    windows = loader.view.windows(sizes, batch.samples.numpy(), seed=0, epoch=0)
-    for position, sample in enumerate(batch.samples.tolist()):
-        image = encoded(digits, "train", sample)
-        top, left = windows.anchor[position].tolist()
-        height, width = windows.shape[position].tolist()
-        expected = reference.resized_crop(image, top, left, height, width, [16, 16], antialias=True)
-        if windows.mirror[position]:
-            expected = reference.hflip(expected)
-        difference = levels(digits, batch.images[position : position + 1])[0] - np.asarray(expected).astype(float)
-        assert np.abs(difference).max() < 1.001
+@pytest.mark.parametrize(("name", "image_size"), [("digits", 16), ("photographs", 96)])
+def test_a_training_image_is_torchvisions_crop_of_its_window(
+    request: pytest.FixtureRequest, name: str, image_size: int
+) -> None:
+    dataset: Dataset = request.getfixturevalue(name)
+    loader = training(dataset, image_size=image_size)
+    batches = list(itertools.islice(loader, 3))
+    assert len(batches) == 3
+    for batch in batches:
+        rows = loader.index.rows(batch.samples.numpy())
+        sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)
+        windows = loader.view.windows(sizes, batch.samples.numpy(), seed=0, epoch=0)
+        for position, sample in enumerate(batch.samples.tolist()):
+            corner, shape = windows.anchor[position].tolist(), windows.shape[position].tolist()
+            image = v2.pil_to_tensor(encoded(dataset, "train", sample))
+            expected = v2.resized_crop(image, *corner, *shape, [image_size, image_size], antialias=True)
+            if windows.mirror[position]:
+                expected = v2.hflip(expected)
+            difference = levels(dataset, batch.images[position : position + 1])[0] - expected.permute(1, 2, 0).numpy()
+            assert np.abs(difference).max() < 0.001, (sample, corner, shape)
 
 
 def test_a_batch_is_what_networks_expect(photographs: Dataset) -> None:

@@ -32,13 +32,15 @@ def test_mix_is_splitmix64() -> None:
 
 @given(size=st.integers(1, 3000), numbers=st.lists(st.integers(-5, 2**64), max_size=3))
 def test_permute_sends_every_position_to_another_place(size: int, numbers: list[int]) -> None:
-    assert sorted(order.permute(np.arange(size), size, order.key(*numbers))) == list(range(size))
+    assert sorted(order.permute(np.arange(size), size, permutation=order.key(*numbers))) == list(range(size))
 
 
 @pytest.mark.parametrize("size", [4, 5])
 def test_permute_prefers_no_order(size: int) -> None:
     draws = 6_000
-    counts = Counter(tuple(order.permute(np.arange(size), size, order.key(7, draw))) for draw in range(draws))
+    counts = Counter(
+        tuple(order.permute(np.arange(size), size, permutation=order.key(7, draw))) for draw in range(draws)
+    )
     orders = list(itertools.permutations(range(size)))
     expected = draws / len(orders)
     chi_squared = sum((counts[one] - expected) ** 2 / expected for one in orders)
@@ -149,10 +151,10 @@ def test_a_hundred_million_samples_are_planned_in_little_memory() -> None:
 
 def test_draws_are_uniform_and_belong_to_a_sample() -> None:
     samples = np.arange(20_000)
-    draws = order.uniform(3, 4, samples, 5)
+    draws = order.uniform(samples, 5, seed=3, epoch=4)
     assert draws.shape == (20_000, 5)
     assert 0 <= draws.min() <= draws.max() < 1
     np.testing.assert_allclose(draws.mean(axis=0), 0.5, atol=0.01)
     np.testing.assert_allclose(np.corrcoef(draws.T), np.eye(5), atol=0.03)
-    np.testing.assert_array_equal(order.uniform(3, 4, samples[[17, 5]], 5), draws[[17, 5]])
-    assert not np.array_equal(order.uniform(3, 5, samples, 5), draws)
+    np.testing.assert_array_equal(order.uniform(samples[[17, 5]], 5, seed=3, epoch=4), draws[[17, 5]])
+    assert not np.array_equal(order.uniform(samples, 5, seed=3, epoch=5), draws)
