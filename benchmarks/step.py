@@ -3,8 +3,8 @@
     python -m benchmarks.step              5 rounds each of ResNet-18 at 32x32 and LeNet-5
 
 Ours is what `train` runs: Lightning, the Classifier, the reporter with its journal,
-a point every 50 steps. The bare loop does forward, backward, optimizer and schedule
-and reads the loss every 50 steps. Both are given the same tensors in memory, so no
+a point every so many steps. The bare loop does forward, backward, optimizer and
+schedule and reads the loss as often. Both are given the same tensors in memory, so no
 loader is measured, and both start from the same weights.
 """
 
@@ -29,10 +29,8 @@ from models.classifier import Classifier, Recipe, warmup_cosine
 from models.residual import resnet
 from pipeline.journal import Run
 from pipeline.progress import Reporter
-from pipeline.tracking import NoTracker
-from pipeline.training import choose_precision, quieten_lightning, recorder
+from pipeline.training import choose_precision, quieten_lightning
 
-LOG_EVERY = 50
 WARMUP_STEPS = 10
 
 
@@ -51,12 +49,10 @@ def lenet() -> nn.Module:
 
 
 class Batches:
-    """The same few random batches again and again, as a loader with what the reporter asks of one."""
+    """The same few random batches again and again."""
 
-    wait_seconds = 0.0
-
-    def __init__(self, num_steps: int, batch_size: int, device: torch.device) -> None:
-        self.num_steps, self.batch_size = num_steps, batch_size
+    def __init__(self, num_steps: int, batch_size: int, *, log_every: int, device: torch.device) -> None:
+        self.num_steps, self.batch_size, self.log_every = num_steps, batch_size, log_every
         generator = torch.Generator().manual_seed(0)
         images = [torch.randn(batch_size, 3, 32, 32, generator=generator) for _ in range(8)]
         self.images = [image.to(device, memory_format=torch.channels_last) for image in images]
@@ -94,12 +90,12 @@ class Clock(pl.Callback):
             self.marks.append(now())
 
 
-def ours(net: nn.Module, batches: Batches, precision: str, accelerator: str) -> list[tuple[float, float]]:
+def ours(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) -> list[tuple[float, float]]:
     """Wall and CPU time at the two marks of the training loop of `train`."""
     module = Classifier(net, num_classes=10, recipe=Recipe(1, optimizer, schedule))
     with tempfile.TemporaryDirectory() as folder:
         run = Run("benchmark", Path(folder))
-        reporter = QuietReporter(Console(quiet=True), recorder(run, NoTracker()), log_every=LOG_EVERY, num_epochs=1)
+        reporter = QuietReporter(Console(quiet=True), run.record, log_every=batches.log_every, num_epochs=1)
         reporter.batch_size = batches.batch_size
         clock = Clock()
         trainer = pl.Trainer(
@@ -118,7 +114,7 @@ def ours(net: nn.Module, batches: Batches, precision: str, accelerator: str) -> 
     return clock.marks
 
 
-def bare(net: nn.Module, batches: Batches, precision: str, accelerator: str) -> list[tuple[float, float]]:
+def bare(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) -> list[tuple[float, float]]:
     """Wall and CPU time at the two marks of a loop with nothing in it that need not be."""
     device = batches.labels.device
     net = net.to(device, memory_format=torch.channels_last)
@@ -126,7 +122,7 @@ def bare(net: nn.Module, batches: Batches, precision: str, accelerator: str) -> 
     free = [parameter for parameter in net.parameters() if parameter.ndim <= 1]
     sgd = optimizer([{"params": decayed}, {"params": free, "weight_decay": 0.0}])
     steps = len(batches)
-    cosine = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: schedule(step, steps, steps))
+    cosine = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: schedule(step, steps_per_epoch=steps, num_steps=steps))
     marks = []
     for step, (images, labels, _) in enumerate(batches, start=1):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
@@ -135,7 +131,7 @@ def bare(net: nn.Module, batches: Batches, precision: str, accelerator: str) -> 
         loss.backward()
         sgd.step()
         cosine.step()
-        if step % LOG_EVERY == 0:
+        if step % batches.log_every == 0:
             loss.item()
         if step in (WARMUP_STEPS, steps):
             marks.append(now())
@@ -147,9 +143,9 @@ def optimizer(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
-def schedule(step: int, steps_per_epoch: int, num_steps: int) -> float:
+def schedule(step: int, *, steps_per_epoch: int, num_steps: int) -> float:
     """The recipe's schedule."""
-    return warmup_cosine(step, steps_per_epoch, num_steps, warmup_epochs=0.1)
+    return warmup_cosine(step, steps_per_epoch=steps_per_epoch, num_steps=num_steps, warmup_epochs=0.1)
 
 
 def now() -> tuple[float, float]:
@@ -159,17 +155,23 @@ def now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def compare(name: str, build: Callable[[], nn.Module], *, batch_size: int, num_steps: int, rounds: int) -> None:
+def compare(
+    name: str, build: Callable[[], nn.Module], *, batch_size: int, num_steps: int, log_every: int, rounds: int
+) -> None:
     """Run both in turn and print the medians."""
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    batches = Batches(num_steps, batch_size, torch.device("cuda" if accelerator == "gpu" else "cpu"))
+    batches = Batches(
+        num_steps, batch_size, log_every=log_every, device=torch.device("cuda" if accelerator == "gpu" else "cpu")
+    )
     precision = choose_precision("auto", accelerator)
     measured: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
     for turn in range(rounds):
         # Who goes first changes: a machine that warms up or slows down favours neither.
         for contender in ("ours", "bare") if turn % 2 else ("bare", "ours"):
             torch.manual_seed(0)
-            start, end = (ours if contender == "ours" else bare)(build(), batches, precision, accelerator)
+            start, end = (ours if contender == "ours" else bare)(
+                build(), batches, precision=precision, accelerator=accelerator
+            )
             steps = num_steps - WARMUP_STEPS
             measured[contender].append((1000 * (end[0] - start[0]) / steps, 1000 * (end[1] - start[1]) / steps))
     for kind, unit in enumerate(("wall", "CPU")):
@@ -191,8 +193,8 @@ def main() -> None:
     quieten_lightning()
     warnings.filterwarnings("ignore")
     print(f"{'network':<10}{'batch':>6}  {'precision':<11}{'ms':<5}{'ours':>9}{'bare':>9}{'ratio':>9}{'extra':>10}")
-    compare("lenet", lenet, batch_size=32, num_steps=1010, rounds=rounds)
-    compare("resnet18", resnet18, batch_size=128, num_steps=30, rounds=rounds)
+    compare("lenet", lenet, batch_size=32, num_steps=1010, log_every=50, rounds=rounds)
+    compare("resnet18", resnet18, batch_size=128, num_steps=60, log_every=10, rounds=rounds)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class ShardData(pl.LightningDataModule):
             world_size=world_size,
         )
 
-    def check(self, world_size: int) -> TrainingPlan:
+    def checked_plan(self, world_size: int) -> TrainingPlan:
         """The first rank's plan. Raises: ValueError when there are too few images for so many ranks."""
         if self.evaluation_split is not None:
             EvaluationPlan(self.num_evaluation_images, self.feeding.batch_size, world_size=world_size)

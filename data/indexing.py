@@ -118,7 +118,8 @@ def index_tars(
         workers = available_cores() if len(files) > SHARDS_WORTH_A_POOL else 1
         shards[split] = map_tasks(read, tasks, workers=workers, label=f"index {split}")
         if not any(shard.labels for shard in shards[split]):
-            raise ValueError(_nothing_found(f"data.root={root}: the tars of split {split}", shards[split], label_field))
+            where = f"data.root={root}: the tars of split {split}"
+            raise ValueError(_nothing_found(where, shards[split], label_field=label_field))
     name, classes = root.resolve().name, class_names(shards.get("train") or next(iter(shards.values())))
     if (folder / MANIFEST).is_file():
         known = read_manifest(folder, root)
@@ -247,7 +248,7 @@ def _check_range(shard: ShardRows, num_classes: int) -> None:
             raise ValueError(f"{shard.file}: {key} has label {label}, out of range: 0 to {num_classes - 1} are allowed")
 
 
-def _nothing_found(where: str, shards: list[ShardRows], label_field: str) -> str:
+def _nothing_found(where: str, shards: list[ShardRows], *, label_field: str) -> str:
     left_out = [sample for shard in shards for sample in shard.left_out]
     why = f"; {left_out[0].name}: {left_out[0].reason}" if left_out else ""
     return f"{where} hold no image with a label (.cls, or field {label_field} of .json){why}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pytorch_lightning as pl
 import torch
@@ -21,9 +21,14 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from models.residual import BasicBlock, Bottleneck
 
-# From the optimizer step, the steps of an epoch and the steps in all to a factor on the learning rate.
-Schedule = Callable[[int, int, int], float]
 UNSUMMED_STEPS = 64
+
+
+class Schedule(Protocol):
+    """From the optimizer step to a factor on the learning rate."""
+
+    def __call__(self, step: int, *, steps_per_epoch: int, num_steps: int) -> float:
+        """The factor of a step of `num_steps`."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,12 @@ class Recipe:
             raise ValueError(f"recipe.epochs={self.epochs} must be at least 1")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"recipe.label_smoothing={self.label_smoothing} must be at least 0 and less than 1")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"recipe.clip_norm={self.clip_norm} must be above 0, or null for none")
+        if self.clip_norm is not None and not (isinstance(self.clip_norm, int | float) and self.clip_norm > 0):
+            raise ValueError(f"recipe.clip_norm={self.clip_norm} must be a number above 0, or null for none")
 
 
 def warmup_cosine(
-    step: int, steps_per_epoch: int, num_steps: int, *, warmup_epochs: float = 5, final_fraction: float = 0.0
+    step: int, *, steps_per_epoch: int, num_steps: int, warmup_epochs: float = 5, final_fraction: float = 0.0
 ) -> float:
     """Rise linearly over `warmup_epochs`, then fall along half a cosine to `final_fraction`, step by step.
 
@@ -131,7 +136,8 @@ class Classifier(pl.LightningModule):
         self.val_images.update(len(losses))
         self.val_loss.update(losses)
         self.val_top1.update(logits, batch[1])
-        self.val_top5.update(logits, batch[1])
+        if self.top_k == 5:
+            self.val_top5.update(logits, batch[1])
 
     def on_validation_epoch_end(self) -> None:
         """Log the counts of all ranks together."""
@@ -147,11 +153,19 @@ class Classifier(pl.LightningModule):
         """Means since the last call, over all ranks: every rank must call it at the same step."""
         self._sum_up()
         assert self._train_sums is not None, "no training step since the last call"
-        sums = self.trainer.strategy.reduce(self._train_sums, reduce_op="sum")
-        assert isinstance(sums, Tensor)
-        images, loss, top1, topk = sums.tolist()
+        images, loss, top1, topk = self._over_ranks(self._train_sums).tolist()
         self._train_sums = None
         return TrainingMetrics(loss / images, top1 / images, topk / images if self.top_k == 5 else None)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the sums since the last take, of all ranks: the next point of the curve is of all its steps."""
+        self._sum_up()
+        checkpoint["train_sums"] = None if self._train_sums is None else self._over_ranks(self._train_sums)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the sums of all ranks, on the first of them."""
+        sums = checkpoint.get("train_sums")
+        self._train_sums = sums if sums is None or self.global_rank == 0 else torch.zeros_like(sums)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The recipe's optimizer with and without weight decay, and its schedule by optimizer step."""
@@ -162,16 +176,22 @@ class Classifier(pl.LightningModule):
         num_steps = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = num_steps // self.recipe.epochs
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.recipe.schedule(step, steps_per_epoch, num_steps)
+            optimizer,
+            lambda step: self.recipe.schedule(step, steps_per_epoch=steps_per_epoch, num_steps=num_steps),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        total = self.trainer.strategy.reduce(sums.to(self.device, copy=True), reduce_op="sum")  # it works in place
+        assert isinstance(total, Tensor)
+        return total
 
     def _sum_up(self) -> None:
         if self._unsummed:
             losses, hits = (torch.cat(parts).double() for parts in zip(*self._unsummed, strict=True))
             count = losses.new_tensor(len(losses))
             sums = torch.stack([count, losses.sum(), hits[:, 0].sum(), hits.sum()])
-            self._train_sums = sums if self._train_sums is None else self._train_sums + sums
+            self._train_sums = sums if self._train_sums is None else self._train_sums.to(sums.device) + sums
             self._unsummed.clear()
 
     def _step(self, batch: tuple[Tensor, Tensor, Tensor], label_smoothing: float) -> tuple[Tensor, Tensor]:

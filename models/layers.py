@@ -20,7 +20,7 @@ class ConvNet(nn.Module):
     Shapes: (N, C, H, W) -> (N, K), K classes.
     """
 
-    def __init__(self, stem: nn.Module, stages: Mapping[str, nn.Module], head: nn.Module) -> None:
+    def __init__(self, stem: nn.Module, stages: Mapping[str, nn.Module], *, head: nn.Module) -> None:
         super().__init__()
         self.stem = stem
         self.stages = nn.Sequential()

@@ -140,7 +140,7 @@ def resnet(
     Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
     Raises: ValueError for an unknown variant or fewer than two classes.
     """
-    return _build(variant, RESNETS, num_classes, stem(in_channels, image_size))
+    return _build(variant, RESNETS, num_classes=num_classes, stem=stem(in_channels, image_size))
 
 
 def resnext(
@@ -151,13 +151,13 @@ def resnext(
     Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
     Raises: ValueError for an unknown variant or fewer than two classes.
     """
-    return _build(variant, RESNEXTS, num_classes, stem(in_channels, image_size))
+    return _build(variant, RESNEXTS, num_classes=num_classes, stem=stem(in_channels, image_size))
 
 
-def _build(name: str, variants: dict[str, Variant], num_classes: int, built_stem: nn.Module) -> ConvNet:
+def _build(name: str, variants: dict[str, Variant], *, num_classes: int, stem: nn.Module) -> ConvNet:
     if name not in variants:
         near = difflib.get_close_matches(name, variants, n=1, cutoff=0)[0]
         raise ValueError(f"model.variant={name} is not one of {', '.join(variants)}: did you mean {near}?")
     variant = variants[name]
     features = STAGE_WIDTHS[-1] * variant.block.expansion
-    return ConvNet(built_stem, stages(variant), PooledLinear(features, check_classes(num_classes)))
+    return ConvNet(stem, stages(variant), head=PooledLinear(features, check_classes(num_classes)))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -28,7 +29,14 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 TRUSTED = ("models.", "data.", "pipeline.", "torch.", "torchvision.", "torchmetrics.", "pytorch_lightning.")
 
 
+# Verbs that need a choice which their defaults must not make.
+REQUIRED = {"train": "model"}
+# A value, the groups that could have set it, and the choice that it means when none of them is made.
+IMPLIED = {"data.root": (("data", "experiment"), "data=shards")}
+# Hydra's own.
+FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--multirun", "-m", "--run", "-r")
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i")
+FLAGS_ALONE = ("--help", "-h", "--hydra-help", "--version")
 
 
 class ConfigError(ValueError):
@@ -66,31 +74,25 @@ def fail(error: BaseException | str) -> NoReturn:
 
 
 def check_command_line(name: str, arguments: list[str]) -> list[str]:
-    """Check choices, keys and types of values of a verb's command line; return it, completed.
+    """Check flags, choices, keys and types of values of a verb's command line; return it, completed.
 
     Raises: ConfigError.
     """
-    if any(flag in arguments for flag in ("--help", "-h", "--hydra-help", "--version")):
+    if any(flag in arguments for flag in FLAGS_ALONE):
         return arguments
-    words = [
-        word
-        for before, word in zip(["", *arguments], arguments, strict=False)
-        if not word.startswith("-") and before not in FLAGS_WITH_VALUE
-    ]
-    overrides: list[Override] = OverridesParser.create().parse_overrides(words)
-    if _names(overrides, "data.root") and not _names(overrides, "data", "experiment"):
-        # The digits' crops fit nobody else's images: a root alone asks for the settings of any data set.
-        arguments = [*arguments, "data=shards"]
-        overrides += OverridesParser.create().parse_overrides(["data=shards"])
-    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    choices = [override for override in overrides if override.key_or_group in groups]
+    overrides = _parse(_words(arguments))
+    for key, (groups, choice) in IMPLIED.items():
+        if _names(overrides, key) and not _names(overrides, *groups):
+            arguments, overrides = [*arguments, choice], [*overrides, *_parse([choice])]
+    choices = [override for override in overrides if override.key_or_group in _groups()]
     for override in choices:
         _check_choice(override)
     base = compose(name, [override.input_line or "" for override in choices if not override.is_sweep_override()])
-    if name == "train" and "model" not in base and not _names(overrides, "model", "experiment"):
-        _check_keys(base, overrides, groups)
-        raise ConfigError(f"no model: add +model=NAME, one of {', '.join(_options('model'))}")
-    _check_keys(base, overrides, groups)
+    group = REQUIRED.get(name)
+    if group is not None and group not in base and not _names(overrides, group, "experiment"):
+        _check_keys(base, [override for override in overrides if not override.key_or_group.startswith(f"{group}.")])
+        raise ConfigError(f"no {group}: add +{group}=NAME, one of {', '.join(_options(group))}")
+    _check_keys(base, overrides)
     missing = sorted(missing_keys(base) - {override.key_or_group for override in overrides})
     if missing:
         raise ConfigError(f"{missing[0]} has no default: add {missing[0]}=VALUE")
@@ -99,8 +101,13 @@ def check_command_line(name: str, arguments: list[str]) -> list[str]:
 
 def compose(name: str, overrides: list[str]) -> DictConfig:
     """The config of a verb with these overrides, without starting it."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(name, overrides)
+    running = GlobalHydra.instance().hydra  # inside a verb Hydra is at work, and begins nothing else meanwhile
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose(name, overrides)
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def check_targets(config: DictConfig) -> None:
@@ -116,11 +123,11 @@ def check_targets(config: DictConfig) -> None:
             raise ConfigError(f"{key}={value} is outside {', '.join(TRUSTED)}: add trust=true if you trust it")
 
 
-def flatten(config: DictConfig) -> Iterator[tuple[str, Any]]:
+def flatten(config: DictConfig) -> dict[str, Any]:
     """Every value of a config by its dotted key, interpolations resolved; lists are values."""
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
-    yield from _leaves(plain, "")
+    return dict(_leaves(plain, ""))
 
 
 def missing_keys(config: DictConfig) -> set[str]:
@@ -134,6 +141,26 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f": did you mean {found[0]}?" if found else ""
 
 
+def _words(arguments: list[str]) -> list[str]:
+    """What is no flag of Hydra's and no value of one."""
+    words = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if word.startswith("-") and word not in FLAGS:
+            raise ConfigError(f"there is no flag {word}: values are set by KEY=VALUE without dashes, --help lists them")
+        if word not in FLAGS and before not in FLAGS_WITH_VALUE:
+            words.append(word)
+    return words
+
+
+def _parse(words: list[str]) -> list[Override]:
+    overrides: list[Override] = OverridesParser.create().parse_overrides(words)
+    return overrides
+
+
+def _groups() -> set[str]:
+    return {path.name for path in CONF.iterdir() if path.is_dir()}
+
+
 def _check_choice(override: Override) -> None:
     group = override.key_or_group
     options = _options(group)
@@ -144,12 +171,12 @@ def _check_choice(override: Override) -> None:
         if str(choice) not in options:
             near = nearest(str(choice), options)
             raise ConfigError(f"{group}={choice} is not one of {', '.join(options)}{near}")
-    if group == "model" and not override.is_add():
-        raise ConfigError(f"model={chosen} needs a plus: +model={chosen}")
+    if group in REQUIRED.values() and not override.is_add():
+        raise ConfigError(f"{group}={chosen} needs a plus: +{group}={chosen}")
 
 
-def _check_keys(base: DictConfig, overrides: list[Override], groups: set[str]) -> None:
-    known = _known_keys(base)
+def _check_keys(base: DictConfig, overrides: list[Override]) -> None:
+    known, groups = _known_keys(base), _groups()
     for override in overrides:
         key = override.key_or_group
         if key in groups or key.startswith("hydra."):
@@ -161,11 +188,11 @@ def _check_keys(base: DictConfig, overrides: list[Override], groups: set[str]) -
         if key not in known and not takes_any:
             raise ConfigError(f"there is no {key}{nearest(key, {*known, *groups})}")
         if key in known and not override.is_delete() and not override.is_sweep_override():
-            _check_type(key, override, known[key])
+            _check_type(override, known[key])
 
 
-def _check_type(key: str, override: Override, default: object) -> None:
-    value = override.value()
+def _check_type(override: Override, default: object) -> None:
+    key, value = override.key_or_group, override.value()
     kinds: dict[type, tuple[str, tuple[type, ...]]] = {
         bool: ("true or false", (bool,)),
         int: ("a whole number", (int,)),

@@ -1,7 +1,8 @@
-"""What verbs print: facts by name, and what was left out."""
+"""What verbs print: facts by name, what was left out; and which of several processes prints."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -9,6 +10,18 @@ from rich.console import Console
 from data.tars import LeftOut
 
 NAMED = 10  # of the samples left out, so many are named
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # set by torchrun, Lightning, a cluster's script, srun
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of all the processes that torchrun, srun or Lightning have started, or the only one."""
+    # Lightning's children inside srun have the SLURM_PROCID of their parent: every number that is there counts.
+    return all(int(os.environ.get(name, "0")) == 0 for name in RANKS)
+
+
+def main_console() -> Console:
+    """Where the main process prints; the others print nothing."""
+    return Console(quiet=not is_main_process())
 
 
 def print_facts(console: Console, facts: Mapping[str, str]) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import torch
 
-from data.dataset import Dataset
-from pipeline.config import flatten
+from data.dataset import Dataset, write_whole
 
 FINAL = "result.json"
 METRICS = "metrics.jsonl"
+FINGERPRINT = "fingerprint.json"
 # What does not change what is computed does not change the run's name either.
 NOT_IN_NAME = (
     "name",
@@ -25,9 +26,23 @@ NOT_IN_NAME = (
     "tracking.",
     "data.root",
     "data.index",
+    "data.source",
     "data.threads",
     "data.readahead",
 )
+# A run may go on where there are other devices, as long as they make the same global batches.
+NOT_IN_FINGERPRINT = (
+    *NOT_IN_NAME,
+    "data.batch_size",
+    "recipe.accumulate",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.precision",
+)
+
+Values = Mapping[str, Any]  # of a config, by dotted key
 
 
 @dataclass(frozen=True)
@@ -48,46 +63,77 @@ class Run:
         path = self.checkpoints / "last.ckpt"
         return path if path.is_file() else None
 
+    def begin(self, fingerprint: Values, config: str) -> None:
+        """Make the folder; write down what the run computes, and the composed config as YAML."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / FINGERPRINT, json.dumps(fingerprint, indent=1).encode() + b"\n")
+        write_whole(self.folder / "config.yaml", config.encode())
+
+    def check(self, fingerprint: Values) -> None:
+        """Raise ValueError, naming the first difference, when the run was begun with other values than these."""
+        if self.last_checkpoint is None:
+            return
+        begun = json.loads((self.folder / FINGERPRINT).read_text())
+        for key in sorted(begun.keys() | fingerprint.keys()):
+            was, now = begun.get(key), json.loads(json.dumps(fingerprint.get(key)))
+            if was != now:
+                raise ValueError(
+                    f"{self.folder} was begun with {key}={was}, not {now}: add name=NAME for a new run, "
+                    "or give the values it was begun with"
+                )
+
     def record(self, values: Mapping[str, float], step: int) -> None:
         """Append a line to the journal; `step` counts optimizer steps."""
         with (self.folder / METRICS).open("a") as journal:
             journal.write(json.dumps({"step": step, **values}) + "\n")
 
-    def cut_back(self, step: int) -> None:
-        """Drop what the journal says of steps after `step`, which a resumed run takes again."""
+    def cut_back(self) -> None:
+        """Drop what the journal says of steps after the last checkpoint, which a resumed run takes again."""
         path = self.folder / METRICS
         if path.is_file():
+            step = -1 if self.last_checkpoint is None else saved_step(self.last_checkpoint)
+            # A line without its end was cut off with the process.
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            partial = path.with_name(f".{METRICS}")  # a line without its end was cut off with the process
-            partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-            partial.replace(path)
+            write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
 
-    def finish(self, facts: Mapping[str, Any]) -> None:
-        """Write the file that means success, the last of a run, whole or not at all."""
-        partial = self.folder / f".{FINAL}"
-        partial.write_text(json.dumps(facts, indent=1) + "\n")
-        partial.replace(self.folder / FINAL)
+    def finish(self, facts: Values) -> None:
+        """Write the file that means success, the last of a run."""
+        write_whole(self.folder / FINAL, json.dumps(facts, indent=1).encode() + b"\n")
 
 
-def open_run(config: DictConfig, dataset: Dataset) -> Run:
-    """The run that this config means: an unfinished one of its name goes on, after finished ones comes `-2`, `-3`."""
-    wanted = str(config.name or default_name(config, dataset))
+def open_run(values: Values, dataset: Dataset) -> Run:
+    """The run that these values mean: an unfinished one of its name goes on, after finished ones comes `-2`, `-3`."""
+    wanted = str(values["name"] or default_name(values, dataset))
     name, number = wanted, 1
-    while (Path(config.runs) / name / FINAL).is_file():
+    while (Path(values["runs"]) / name / FINAL).is_file():
         number += 1
         name = f"{wanted}-{number}"
-    return Run(name, Path(config.runs) / name)
+    return Run(name, Path(values["runs"]) / name)
 
 
-def start_run(run: Run, config: DictConfig) -> None:
-    """Make the folder and write the composed config into it."""
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
-
-
-def default_name(config: DictConfig, dataset: Dataset) -> str:
+def default_name(values: Values, dataset: Dataset) -> str:
     """Model, data set and eight digits that stand for every value and every sample that changes what is computed."""
-    values = {key: value for key, value in flatten(config) if not key.startswith(NOT_IN_NAME)}
-    values |= {f"digest of {name}": split.digest for name, split in dataset.splits.items()}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-    return f"{config.model.get('variant', 'model')}-{dataset.name}-{digest[:8]}"
+    meant = {key: value for key, value in values.items() if not key.startswith(NOT_IN_NAME)} | _digests(dataset)
+    digest = hashlib.sha256(json.dumps(meant, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{values.get('model.variant', 'model')}-{dataset.name}-{digest[:8]}"
+
+
+def fingerprint(values: Values, dataset: Dataset, *, global_batch_size: int, precision: str) -> dict[str, Any]:
+    """All that decides what a run computes, by name: it goes on to the same bits where this is the same."""
+    meant = {key: value for key, value in values.items() if not key.startswith(NOT_IN_FINGERPRINT)}
+    found = {"global_batch_size": global_batch_size, "precision": precision, "torch": torch.__version__}
+    return meant | _digests(dataset) | found
+
+
+def saved_step(checkpoint: Path) -> int:
+    """The optimizer step of a checkpoint. Raises: ValueError when it cannot be read."""
+    try:
+        step: int = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{checkpoint} cannot be read ({why}): remove it to begin the run anew") from error
+    return step
+
+
+def _digests(dataset: Dataset) -> dict[str, str]:
+    return {f"digest of {name}": split.digest for name, split in dataset.splits.items()}

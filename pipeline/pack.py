@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from pipeline.config import run_verb
+from pipeline.config import CONF, run_verb
+
+if TYPE_CHECKING:
+    from data.pack import Packed
 
 
 def main(config: DictConfig) -> None:
     """Read the source, write the data set, say what was written and what was left out."""
-    from hydra.utils import instantiate
     from rich.console import Console
 
     from data.images import SUFFIXES
-    from data.pack import pack
     from pipeline.console import print_facts, report_left_out
 
     console = Console()
     began = time.perf_counter()
-    source = instantiate(config.source, name=config.name, val_fraction=config.val_fraction, seed=config.seed)
-    packed = pack(
-        source,
-        Path(config.out),
-        seed=config.seed,
-        shard_samples=config.shard_samples,
-        resize=config.resize,
-        strict=config.strict,
-    )
+    packed = pack_source(config)
     seconds = time.perf_counter() - began
     report_left_out(console, packed.left_out)
     for suffix, count in packed.ignored.most_common():
@@ -45,9 +39,32 @@ def main(config: DictConfig) -> None:
         "mean": ", ".join(f"{value:.4f}" for value in dataset.mean),
         "std": ", ".join(f"{value:.4f}" for value in dataset.std),
         "time": f"{seconds:.1f} s, {num_images / seconds:,.0f} images/s",
-        "next": f"python -m pipeline.train +model=resnet data=shards data.root={dataset.folder}",
+        "next": f"python -m pipeline.train +model=resnet {chosen_by(dataset.folder)}",
     }
     print_facts(console, facts)
+
+
+def pack_source(config: DictConfig) -> Packed:
+    """Pack the source of a config of this verb."""
+    from hydra.utils import instantiate
+
+    from data.pack import pack
+
+    source = instantiate(config.source, name=config.name, val_fraction=config.val_fraction, seed=config.seed)
+    return pack(
+        source,
+        Path(config.out),
+        seed=config.seed,
+        shard_samples=config.shard_samples,
+        resize=config.resize,
+        strict=config.strict,
+    )
+
+
+def chosen_by(folder: Path) -> str:
+    """What makes `train` take this data set: the config made for it, or that of any."""
+    made_for = CONF / "data" / f"{folder.name}.yaml"
+    return f"data={folder.name}" if made_for.is_file() else f"data=shards data.root={folder}"
 
 
 if __name__ == "__main__":

@@ -46,6 +46,12 @@ class Reporter(pl.Callback):
             self._task = self.bar.add_task("training", total=trainer.max_steps, completed=self._step, speed="")
             self.bar.start()
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the learning rate of this step: when the batch ends the schedule has moved on."""
+        self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -97,7 +103,7 @@ class Reporter(pl.Callback):
         values = {
             "train/loss": metrics.loss,
             "train/top1": metrics.top1,
-            "train/lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
+            "train/lr": self._lr,
             "train/images_per_second": steps * self._images_per_step(trainer) / seconds,
             "train/data_wait_fraction": (waited - self._waited) / seconds,
             "train/memory_gib": memory_gib(module.device),
@@ -107,9 +113,9 @@ class Reporter(pl.Callback):
         self._since, self._waited, self._step = now, waited, step
         if trainer.is_global_zero:
             self.record(values, step)
-            self._show(trainer, step, values)
+            self._show(trainer, values, step=step)
 
-    def _show(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
+    def _show(self, trainer: pl.Trainer, values: dict[str, float], *, step: int) -> None:
         speed = f"{values['train/images_per_second']:,.0f} images/s"
         if self.bar is not None:
             text = f"epoch {trainer.current_epoch + 1}/{self.num_epochs}  loss {values['train/loss']:.3f}"

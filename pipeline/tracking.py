@@ -1,4 +1,8 @@
-"""MLflow, and nothing: what a run tells the dashboard. The only file that imports mlflow."""
+"""MLflow, and nothing: what a run tells the dashboard. The only file that imports mlflow.
+
+The run's journal is the truth; the dashboard follows it on a thread of its own, so
+that a slow or dead server neither slows nor ends a training.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
 from typing import TYPE_CHECKING, Protocol
 
 from filelock import FileLock
@@ -22,6 +29,10 @@ ARTIFACTS = "mlartifacts"
 RUN_ID = "mlflow_run_id"
 LONGEST_VALUE = 6000  # characters of a parameter that MLflow keeps
 PARAMETERS_AT_ONCE = 100
+WAITING = 10_000  # points that may wait for a slow server
+LAST_SECONDS = 60.0  # that the end of a run waits for it
+# MLflow's own settings let one call to a dead server take four minutes.
+IMPATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 
 
 def as_override(value: object) -> str:
@@ -30,23 +41,23 @@ def as_override(value: object) -> str:
 
 
 class Tracker(Protocol):
-    """Where a run is shown while it goes on."""
+    """Where a run is shown while it goes on; nothing it does may slow or end the run."""
 
     @property
     def link(self) -> str | None:
         """Address of the run's page, None where there is none."""
 
-    def start(self, run: Run, parameters: Mapping[str, object]) -> None:
-        """Begin, or go on with a run begun before; parameters by dotted key."""
+    def start(self, run: Run, parameters: Mapping[str, object]) -> str | None:
+        """Begin, or go on with a run begun before; parameters by dotted key. Return why it cannot, None when it can."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """A point of each curve; `step` counts optimizer steps, 0 for facts."""
+        """Add a point to each curve; `step` counts optimizer steps."""
 
     def keep(self, path: Path, folder: str) -> None:
-        """Keep a file in a folder of the run's artifacts."""
+        """Keep a file with the run's artifacts."""
 
-    def finish(self, *, succeeded: bool) -> None:
-        """End the run."""
+    def finish(self, *, succeeded: bool) -> str | None:
+        """End the run; return what did not arrive and why, None when all did."""
 
 
 class NoTracker:
@@ -54,8 +65,9 @@ class NoTracker:
 
     link = None
 
-    def start(self, run: Run, parameters: Mapping[str, object]) -> None:
-        """Nothing."""
+    def start(self, run: Run, parameters: Mapping[str, object]) -> str | None:
+        """Nothing is wrong."""
+        return None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Nothing."""
@@ -63,8 +75,9 @@ class NoTracker:
     def keep(self, path: Path, folder: str) -> None:
         """Nothing."""
 
-    def finish(self, *, succeeded: bool) -> None:
-        """Nothing."""
+    def finish(self, *, succeeded: bool) -> str | None:
+        """Nothing is missing."""
+        return None
 
 
 class MLflowTracker:
@@ -74,55 +87,120 @@ class MLflowTracker:
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).resolve()}"
         self.experiment = experiment
         self.link: str | None = None
+        self._run_id: str | None = None
+        self._sender = Sender()
 
-    def start(self, run: Run, parameters: Mapping[str, object]) -> None:
-        """Create the run, or go on with the one whose id the run's folder holds."""
+    def start(self, run: Run, parameters: Mapping[str, object]) -> str | None:
+        """Create the run, or go on with the one whose id the run's folder holds; do without where no server answers."""
+        from mlflow.exceptions import MlflowException
+
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        self._client, experiment_id = self._open()
-        id_file = run.folder / RUN_ID
-        if id_file.is_file():
-            self._run_id = id_file.read_text().strip()
-            self._client.update_run(self._run_id, status="RUNNING")
-        else:
-            created = self._client.create_run(experiment_id, run_name=run.name)
-            self._run_id = str(created.info.run_id)
-            id_file.write_text(self._run_id + "\n")
-            self._log_parameters(parameters)
-        page = f"#/experiments/{experiment_id}/runs/{self._run_id}?workflowType=machine_learning"
-        server = self.uri if self.uri.startswith("http") else "http://127.0.0.1:5000"
-        self.link = f"{server}/{page}"
+        for name, value in IMPATIENCE.items():
+            os.environ.setdefault(name, value)
+        try:
+            self._start(run, parameters)
+        except MlflowException as error:
+            return f"{self.uri} does not take the run: {_first_line(error)}"
+        return None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Log all values as one batch."""
+        """Send all values as one batch."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self._run_id, metrics=[Metric(key, value, now, step) for key, value in values.items()])
+        metrics = [Metric(key, value, now, step) for key, value in values.items()]
+        self._send(lambda run_id: self._client.log_batch(run_id, metrics=metrics))
 
     def keep(self, path: Path, folder: str) -> None:
         """Copy a file to the run's artifacts."""
-        self._client.log_artifact(self._run_id, str(path), folder)
+        self._send(lambda run_id: self._client.log_artifact(run_id, str(path), folder))
 
-    def finish(self, *, succeeded: bool) -> None:
-        """Mark the run FINISHED or FAILED."""
-        self._client.set_terminated(self._run_id, "FINISHED" if succeeded else "FAILED")
+    def finish(self, *, succeeded: bool) -> str | None:
+        """Mark the run FINISHED or FAILED, and wait a minute at most for what is on its way."""
+        self._send(lambda run_id: self._client.set_terminated(run_id, "FINISHED" if succeeded else "FAILED"))
+        return self._sender.finish(LAST_SECONDS)
+
+    def _send(self, task: Callable[[str], object]) -> None:
+        run_id = self._run_id
+        if run_id is not None:
+            self._sender.send(lambda: task(run_id))
+
+    def _start(self, run: Run, parameters: Mapping[str, object]) -> None:
+        self._client, experiment_id = self._open()
+        id_file = run.folder / RUN_ID
+        if id_file.is_file():
+            run_id = id_file.read_text().strip()
+            self._client.update_run(run_id, status="RUNNING")
+        else:
+            run_id = str(self._client.create_run(experiment_id, run_name=run.name).info.run_id)
+            self._log_parameters(run_id, parameters)
+            id_file.write_text(run_id + "\n")
+        self._run_id = run_id
+        page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+        server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        self.link = f"{server}/{page}"
 
     def _open(self) -> tuple[MlflowClient, str]:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        local = not self.uri.startswith("http")
         # Processes that open a fresh SQLite store at once all die: one at a time makes it.
-        with FileLock(Path(f".{DATABASE}.lock")):
+        with FileLock(Path(f".{DATABASE}.lock")) if local else nullcontext():
             client = MlflowClient(self.uri)
             known = client.get_experiment_by_name(self.experiment)
             if known is not None:
                 return client, str(known.experiment_id)
-            artifacts = None if self.uri.startswith("http") else Path(ARTIFACTS).resolve().as_uri()
+            artifacts = Path(ARTIFACTS).resolve().as_uri() if local else None
             return client, str(client.create_experiment(self.experiment, artifact_location=artifacts))
 
-    def _log_parameters(self, parameters: Mapping[str, object]) -> None:
+    def _log_parameters(self, run_id: str, parameters: Mapping[str, object]) -> None:
         from mlflow.entities import Param
 
         params = [Param(key, as_override(value)[:LONGEST_VALUE]) for key, value in parameters.items()]
         for start in range(0, len(params), PARAMETERS_AT_ONCE):
-            self._client.log_batch(self._run_id, params=params[start : start + PARAMETERS_AT_ONCE])
+            self._client.log_batch(run_id, params=params[start : start + PARAMETERS_AT_ONCE])
+
+
+class Sender:
+    """Does what it is given, in order, on a thread of its own; what fails or finds no place is counted as lost."""
+
+    def __init__(self) -> None:
+        self.failure: str | None = None  # the latest
+        self.lost = 0
+        self._tasks: Queue[Callable[[], object] | None] = Queue(WAITING)
+        self._thread: Thread | None = None
+
+    def send(self, task: Callable[[], object]) -> None:
+        """Add a task; returns at once."""
+        if self._thread is None:
+            self._thread = Thread(target=self._run, name="mlflow", daemon=True)
+            self._thread.start()
+        try:
+            self._tasks.put_nowait(task)
+        except Full:
+            self.lost += 1
+
+    def finish(self, seconds: float) -> str | None:
+        """Wait so long for what is on its way; return what is missing and why, None when nothing is."""
+        if self._thread is not None:
+            with suppress(Full):
+                self._tasks.put(None, timeout=seconds)
+            self._thread.join(seconds)
+            self.lost += self._tasks.qsize()
+        if self.failure is None and not self.lost:
+            return None
+        return f"{self.lost} messages did not reach the dashboard: {self.failure or 'the server is too slow'}"
+
+    def _run(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        while (task := self._tasks.get()) is not None:
+            try:
+                task()
+            except (MlflowException, OSError) as error:
+                self.failure, self.lost = _first_line(error), self.lost + 1
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

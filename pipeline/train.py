@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from pipeline.config import run_verb
+from pipeline.config import flatten, run_verb
 
 
 def main(config: DictConfig) -> None:
-    """Assemble what the config names, train it and say how it went."""
+    """Build what the config names and train it; an unfinished run of the same name goes on where it stopped."""
     # Only now, so that --help and a wrong key are answered before torch and Lightning have loaded.
-    from pipeline.training import train
+    from hydra.utils import instantiate
 
-    train(config)
+    from data.datamodule import Feeding, ShardData
+    from pipeline import training
+    from pipeline.datasets import open_or_pack
+    from pipeline.journal import open_run
+
+    training.begin(config.seed)
+    told = dict(config.data)
+    dataset = open_or_pack(told["root"], index=told["index"], label_field=told["label_field"], source=told["source"])
+    recipe = instantiate(config.recipe)
+    views = instantiate(config.augment, _convert_="all")
+    numbers = {name: told[name] for name in ("window", "readahead", "threads")}
+    feeding = Feeding(told["batch_size"], accumulate=recipe.accumulate, seed=config.seed, **numbers)
+    data = ShardData(dataset, training_view=views["training"], evaluation_view=views["evaluation"], feeding=feeding)
+    num_classes = training.num_outputs(dataset, config.model)
+    net = instantiate(config.model, num_classes=num_classes)
+    module = instantiate(config.classifier, net=net, num_classes=num_classes, recipe=recipe)
+    values = flatten(config)
+    job = training.Job(module, data, open_run(values, dataset), instantiate(config.tracking), values)
+    text = OmegaConf.to_yaml(config, resolve=True)
+    training.train(job, instantiate(config.trainer, _partial_=True), config=text)
 
 
 if __name__ == "__main__":

@@ -14,4 +14,4 @@ def plain(variant: str = "plain", *, num_classes: int, in_channels: int = 3, ima
         "stage1": nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
         "stage2": nn.Sequential(nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.ReLU()),
     }
-    return ConvNet(stem, stages, PooledLinear(32, num_classes))
+    return ConvNet(stem, stages, head=PooledLinear(32, num_classes))

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import sources
 from data.dataset import Dataset
-from data.indexing import open_dataset
-from tests.conftest import make_jpeg, orientation
+from data.indexing import open_dataset, statistics_shares
+from data.pack import pack
+from tests.conftest import make_folder, make_jpeg, orientation
 
 
 def write_tar(path: Path, files: dict[str, bytes], **options: int) -> Path:
@@ -116,6 +118,69 @@ def test_indexing_happens_once_and_again_when_a_tar_changes(tmp_path: Path) -> N
     assert (tmp_path / "train.parquet").stat().st_mtime_ns > stamp
     write_tar(tmp_path / "train-1.tar", make_samples(2))
     assert len(open_dataset(tmp_path)[0].index("train")) == 6
+
+
+def test_another_label_field_is_indexed_anew(tmp_path: Path) -> None:
+    files = {}
+    for number in range(4):
+        files[f"{number}.jpg"] = make_jpeg(9, 9, seed=number)
+        files[f"{number}.json"] = json.dumps({"coarse": number // 2, "fine": number}).encode()
+    write_tar(tmp_path / "a.tar", files)
+    labels = [all_rows(open_dataset(tmp_path, label_field=name)[0], "train")["label"] for name in ("coarse", "fine")]
+    assert labels == [[0, 0, 1, 1], [0, 1, 2, 3]]
+
+
+def test_tars_may_gain_a_class_and_packed_names_stay(tmp_path: Path) -> None:
+    write_tar(tmp_path / "theirs" / "a.tar", make_samples(4, classes=2))
+    assert open_dataset(tmp_path / "theirs")[0].classes == ("0", "1")
+    write_tar(tmp_path / "theirs" / "b.tar", make_samples(6, classes=3, prefix="b"))
+    assert open_dataset(tmp_path / "theirs")[0].classes == ("0", "1", "2")
+    source = sources.folder(make_folder(tmp_path / "images"), "ours", val_fraction=0.0, seed=0)
+    packed = pack(source, tmp_path / "ours").dataset
+    os.utime(tmp_path / "ours" / "train-000000.tar", ns=(0, 0))
+    again, _ = open_dataset(tmp_path / "ours")
+    assert (again.name, again.classes) == ("ours", packed.classes)
+
+
+def test_an_index_without_its_manifest_is_not_taken_for_fresh(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "train-0.tar", make_samples(4))
+    open_dataset(tmp_path)
+    manifest = (tmp_path / "dataset.json").read_bytes()
+    write_tar(tar, make_samples(6))
+    whole, _ = open_dataset(tmp_path)
+    (tmp_path / "dataset.json").write_bytes(manifest)  # as if the process had died between the two
+    assert open_dataset(tmp_path)[0] == whole
+    assert len(whole.index("train")) == 6
+
+
+def test_a_fresh_data_set_is_opened_without_writing(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0.tar", make_samples(4))
+    open_dataset(tmp_path)
+    (tmp_path / ".lock").unlink(missing_ok=True)
+    open_dataset(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset.json", "train-0.tar", "train.parquet"]
+
+
+def test_names_that_webdataset_keeps_or_that_come_twice(tmp_path: Path) -> None:
+    files = make_samples(2) | {"__meta__/info.json": b"{}", "__init.jpg": make_jpeg(9, 9), "__init.cls": b"1"}
+    tar = write_tar(tmp_path / "a.tar", files)
+    with tarfile.open(tar, "a") as more:
+        member = tarfile.TarInfo("00000.JPG")
+        member.size = 3
+        more.addfile(member, io.BytesIO(b"abc"))
+    dataset, left_out = open_dataset(tmp_path)
+    assert len(dataset.index("train")) == 3
+    assert [(Path(sample.name).name, sample.reason) for sample in left_out] == [
+        ("a.tar: 00000.JPG", "a second file of this name: the first is used")
+    ]
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 7, 10_000, 25_000])
+def test_statistics_look_at_ten_thousand_images_at_most(num_shards: int) -> None:
+    shares = statistics_shares(num_shards)
+    assert len(shares) == num_shards
+    assert sum(shares) == 10_000
+    assert max(shares) - min(shares) <= 1
 
 
 def test_the_index_may_lie_elsewhere(tmp_path: Path) -> None:

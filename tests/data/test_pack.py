@@ -16,6 +16,7 @@ from data import sources
 from data.dataset import Dataset
 from data.images import UnreadableImage
 from data.pack import Packed, pack
+from data.parallel import available_cores
 from tests.conftest import make_folder, make_jpeg
 
 
@@ -110,10 +111,11 @@ def test_a_training_folder_alone_is_split(tmp_path: Path) -> None:
 def test_keys_have_no_dots_and_do_not_collide(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", classes=2, images=2)
     (root / "class0" / "deep.er").mkdir()
+    (root / "class0").rename(root / "__class0__")  # webdataset passes over such names
     for name in ("a.b.jpg", "a_b.jpg", "a_b.JPEG", "deep.er/ümlaut.jpg"):
-        (root / "class0" / name).write_bytes(make_jpeg(20, 20, seed=len(name)))
+        (root / "__class0__" / name).write_bytes(make_jpeg(20, 20, seed=len(name)))
     keys = read_by_webdataset(pack_folder(root, tmp_path / "packed").dataset).keys()
-    assert {"class0/a_b", "class0/a_b-2", "class0/a_b-3", "class0/deep.er/ümlaut"} < keys
+    assert {"class0__/a_b", "class0__/a_b-2", "class0__/a_b-3", "class0__/deep.er/ümlaut"} < keys
     assert len(keys) == 8
 
 
@@ -163,6 +165,7 @@ def test_resize_shrinks_only_what_is_larger(tmp_path: Path) -> None:
     [
         (lambda root: None, "holds no class folders"),
         (lambda root: (root / "cat").mkdir(), "class cat has no images"),
+        (lambda root: make_folder(root, classes=1), "images has one class, class0: a classifier needs at least 2"),
         (lambda root: make_folder(root / "train") and make_folder(root / "val", classes=4), "class3 is a class that"),
     ],
 )
@@ -172,6 +175,23 @@ def test_a_folder_that_is_no_source_is_refused(tmp_path: Path, prepare: object, 
     prepare(root)
     with pytest.raises(ValueError, match=message):
         pack_folder(root, tmp_path / "packed")
+
+
+@pytest.mark.parametrize("resize", ["big", 0, 2.5])
+def test_a_size_that_is_none_is_refused(tmp_path: Path, resize: object) -> None:
+    root = make_folder(tmp_path / "images")
+    with pytest.raises(ValueError, match=f"resize={resize} must be null or a whole number"):
+        pack_folder(root, tmp_path / "packed", resize=resize)
+
+
+def test_a_container_has_the_cores_of_its_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr("data.parallel.CPU_QUOTA", quota)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    assert available_cores() == 8
+    for text, cores in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)):
+        quota.write_text(text + "\n")
+        assert available_cores() == cores
 
 
 def test_an_existing_data_set_is_left_alone(tmp_path: Path) -> None:

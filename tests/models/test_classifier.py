@@ -42,7 +42,9 @@ def trainer(**options: object) -> pl.Trainer:
 
 
 def test_the_schedule_rises_and_falls() -> None:
-    factors = [warmup_cosine(step, 10, 60, warmup_epochs=2, final_fraction=0.1) for step in range(61)]
+    factors = [
+        warmup_cosine(step, steps_per_epoch=10, num_steps=60, warmup_epochs=2, final_fraction=0.1) for step in range(61)
+    ]
     assert factors[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
     assert factors[40] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
     assert factors[60] == pytest.approx(0.1)

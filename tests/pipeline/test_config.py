@@ -31,6 +31,8 @@ GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
         (["+model=resnet", "recipe.optimizer.nesterov=1"], "is not true or false"),
         (["+model=resnet", "augment.training.scale=1"], "is not a list"),
         (["+model=resnet", "data=shards"], "data.root has no default: add data.root=VALUE"),
+        (["model.variant=resnet50"], "no model: add +model=NAME"),
+        (["+model=resnet", "--lr=0.1"], "there is no flag --lr=0.1: values are set by KEY=VALUE"),
     ],
 )
 def test_a_mistake_is_answered_with_the_nearest_right_word(words: list[str], answer: str) -> None:
@@ -73,7 +75,7 @@ def test_every_config_composes(path: Path) -> None:
         assert config.model._target_
     for missing in missing_keys(config):
         OmegaConf.update(config, missing, "given")
-    assert len(dict(flatten(config))) > 5
+    assert len(flatten(config)) > 5
     check_targets(config)
 
 

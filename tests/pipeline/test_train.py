@@ -6,20 +6,43 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
+from hydra.errors import HydraException
 from mlflow import MlflowClient
+from rich.console import Console
 
+from data.augment import EvaluationView
 from data.dataset import Dataset
-from pipeline.config import check_command_line
+from data.decode import Decode
+from data.loader import Loader, LocalShards
+from data.order import EvaluationPlan
+from models.classifier import Classifier, Recipe, warmup_cosine
+from models.residual import resnet
+from pipeline import training
+from pipeline.config import check_command_line, check_targets, compose
+from pipeline.train import main
 from tests.conftest import ROOT, Run
+from tests.data.test_indexing import make_samples, write_tar
 
 TINY = ("recipe.epochs=2", "data.batch_size=256", "log_every=2")
+# A network without batch norm in float64: what a sum in another order changes stays far below what a wrong batch would.
+PLAIN = (
+    "+model=resnet", "model._target_=tests.networks.plain", "trust=true", "trainer.precision=64-true",
+    "recipe.clip_norm=1.0",
+)  # fmt: skip
+TWO_RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+COMPUTED = ("step", "train/loss", "train/top1", "train/top5", "train/lr", "val/loss", "val/top1", "val/top5")
+
+Train = Callable[..., str]
 
 
 @pytest.fixture
@@ -29,18 +52,36 @@ def with_digits(tmp_path: Path, digits: Dataset) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def train(with_digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
+    """Type `python -m pipeline.train ...` in this process, which has loaded Lightning; returns what it printed."""
+
+    def typed(*words: str) -> str:
+        config = compose("train", check_command_line("train", list(words)))
+        check_targets(config)
+        main(config)
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(with_digits)
+    return typed
+
+
 def journal(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's journal, without what a clock has measured."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key in COMPUTED} for line in lines]
 
 
-def kill_at(line: str, root: Path, *words: str) -> None:
-    """Start a run and kill it without warning as soon as it has printed `line`."""
+def stop_at(line: str, root: Path, words: tuple[str, ...], *, by: signal.Signals) -> int:
+    """Start a run and send it a signal as soon as it has printed `line`; returns its exit code."""
     command = [sys.executable, "-m", "pipeline.train", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert any(line in printed for printed in process.stdout), "it ended before it could be killed"
-        process.kill()
+        assert any(line in printed for printed in process.stdout), "it ended before it could be stopped"
+        process.send_signal(by)
+        process.stdout.read()
+        return process.wait()
 
 
 def only_run(root: Path) -> Path:
@@ -59,8 +100,9 @@ def assert_printed(printed: str, folder: str, run_id: str) -> None:
         rf"dashboard +http://127.0.0.1:5000/#/experiments/\d+/runs/{run_id}\?workflowType=machine_learning",
         r"step 2/10 +loss [\d.]+ +lr [\d.e-]+ +[\d,]+ images/s +data wait \d+% +memory [\d.]+ GiB +eta \d:\d\d:\d\d",
         r"epoch 2/2 .*val/top1 [\d.]+.* images 359",
-        r"best val/top1 +[\d.]+ of 359 images",
-        r"checkpoint +\S+best.ckpt",
+        r"evaluation +359 images of split val",
+        r"best val/top1 +[\d.]+ of 359 images of split val",
+        r"checkpoint +runs/\S+/checkpoints/best.ckpt",
         r"next +make ui",
     ):
         assert re.search(wanted, printed), wanted
@@ -87,6 +129,10 @@ def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -
     artifacts = client.list_artifacts(run.info.run_id, "config")
     assert [artifact.path for artifact in artifacts] == ["config/config.yaml"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["recipe"]["epochs"] == 2
+    # The learning rate of a point is that of its step: 5 steps an epoch, one epoch of warm-up, steps counted from 1.
+    assert [line["train/lr"] for line in journal(folder) if "train/lr" in line] == pytest.approx(
+        [0.1 * warmup_cosine(s - 1, steps_per_epoch=5, num_steps=10, warmup_epochs=1) for s in (2, 4, 6, 8, 10)]
+    )
     # The journal says the same, and the final file is there.
     assert [line["val/top1"] for line in journal(folder) if "val/top1" in line] == [
         pytest.approx(point.value) for point in history["val/top1"]
@@ -104,69 +150,177 @@ def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Pat
     assert "pytorch_lightning" in imported
     assert "mlflow" not in imported
     assert not (with_digits / "mlflow.db").exists()
-    assert "dashboard  none" in answer.stdout
+    assert re.search("dashboard +none", answer.stdout)
     checkpoint = torch.load(only_run(with_digits) / "checkpoints" / "best.ckpt", weights_only=True)
     assert checkpoint["global_step"] in (5, 10)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(run_verb: Run, with_digits: Path) -> None:
-    words = ("+model=resnet", "tracking=none", "trainer.precision=32-true", *TINY)
-    whole = run_verb("train", *words, "name=whole")
-    assert whole.returncode == 0, whole.stderr
-    kill_at("step 6/10", with_digits, *words, "name=cut")
-    assert not (with_digits / "runs" / "cut" / "result.json").exists()
-    second = run_verb("train", *words, "name=cut")
-    assert "goes on from last.ckpt" in second.stdout
-    ends = [journal(with_digits / "runs" / name)[-1] for name in ("whole", "cut")]
-    for key in ("step", "val/loss", "val/top1"):
-        assert ends[0][key] == ends[1][key]
-    whole_weights, cut_weights = (
-        torch.load(with_digits / "runs" / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+def test_a_run_stopped_again_and_again_goes_on_to_the_same_bits(train: Train, with_digits: Path) -> None:
+    common = ("+model=resnet", "tracking=none", "trainer.precision=32-true", "data.batch_size=256", "recipe.epochs=3")
+    words = (*common, "log_every=3")  # points that reach over the ends of epochs, where checkpoints are
+    train(*words, "name=whole")
+    runs, cut = with_digits / "runs", (*words, "name=cut")
+    assert stop_at("step 3/15", with_digits, cut, by=signal.SIGKILL) == -signal.SIGKILL  # before any checkpoint
+    assert stop_at("step 6/15", with_digits, cut, by=signal.SIGTERM) == 143
+    assert stop_at("step 12/15", with_digits, cut, by=signal.SIGKILL) == -signal.SIGKILL
+    assert not (runs / "cut" / "result.json").exists()
+    assert "goes on from last.ckpt" in train(*cut)
+    whole, resumed = journal(runs / "whole"), journal(runs / "cut")
+    assert len(whole) == 5 + 3
+    assert resumed == whole
+    weights = [
+        torch.load(runs / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for name in ("whole", "cut")
-    )
-    assert len(whole_weights) > 100
-    assert all(torch.equal(tensor, cut_weights[key]) for key, tensor in whole_weights.items())
+    ]
+    assert len(weights[0]) > 100
+    assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
 
 
-def test_two_ranks_train_and_evaluate_as_one_with_twice_the_batch(run_verb: Run, with_digits: Path) -> None:
-    # In float64: what a sum in another order changes stays far below what a wrong batch would.
-    common = (
-        "+model=resnet", "model._target_=tests.networks.plain", "trust=true", "trainer.precision=64-true",
-        "recipe.epochs=4", "log_every=70", "recipe.clip_norm=1.0",
-    )  # fmt: skip
-    one = run_verb("train", *common, "name=one", "trainer=cpu", "data.batch_size=64", "tracking=none")
-    assert one.returncode == 0, one.stderr
-    devices = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-    two = run_verb("train", *common, "name=two", *devices, "data.batch_size=32")
+def assert_same_curves(one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
+    assert len(one) == len(other) > 0
+    for mine, its in zip(one, other, strict=True):
+        assert mine.keys() == its.keys()
+        for key, value in mine.items():
+            precision = 2e-7 if key.startswith("val/") else 1e-9  # evaluations are reported in float32
+            assert its[key] == pytest.approx(value, rel=precision), (key, mine["step"])
+
+
+def test_two_ranks_train_and_evaluate_as_one_with_twice_the_batch(
+    run_verb: Run, train: Train, with_digits: Path
+) -> None:
+    common = (*PLAIN, "recipe.epochs=4", "log_every=70")  # more steps a point than are kept unsummed
+    one = train(*common, "name=one", "trainer=cpu", "data.batch_size=64", "tracking=none")
+    two = run_verb("train", *common, "name=two", *TWO_RANKS, "data.batch_size=32")
     assert two.returncode == 0, two.stderr
     curves = [journal(with_digits / "runs" / name) for name in ("one", "two")]
-    assert len(curves[0]) == len(curves[1]) == 1 + 4  # more steps a point than are kept unsummed
-    for alone, together in zip(*curves, strict=True):
-        assert alone["step"] == together["step"]
-        for key in ("train/loss", "train/top1", "train/lr", "val/loss", "val/top1", "val/top5"):
-            if key in alone:
-                assert together[key] == pytest.approx(alone[key], rel=1e-9), (key, alone["step"])
-    for answer in (one, two):
-        assert answer.stdout.count("images 359") == 4
-    assert "batch      2 x 32" in two.stdout
+    assert len(curves[0]) == 1 + 4
+    assert_same_curves(*curves)
+    for printed in (one, two.stdout):
+        assert printed.count("images 359") == 4
+    assert "batch       2 x 32" in two.stdout
     client = MlflowClient(f"sqlite:///{with_digits / 'mlflow.db'}")
     assert len(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])) == 1
+
+
+def test_accumulated_batches_train_as_one_large_batch(train: Train, with_digits: Path) -> None:
+    common = (*PLAIN, "recipe.epochs=2", "log_every=4", "tracking=none")
+    train(*common, "name=large", "data.batch_size=128")
+    printed = train(*common, "name=accumulated", "data.batch_size=32", "recipe.accumulate=4")
+    assert "1 x 32 x 4 accumulated" in printed
+    curves = [journal(with_digits / "runs" / name) for name in ("large", "accumulated")]
+    assert len(curves[0]) == 5 + 2  # 11 steps an epoch
+    assert_same_curves(*curves)
+
+
+def test_under_torchrun_all_ranks_evaluate_what_the_checkpoint_holds(with_digits: Path, digits: Dataset) -> None:
+    words = (*("+model=resnet", *TWO_RANKS, "tracking=none"), *("recipe.epochs=1", "data.batch_size=128", "name=two"))
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29653")
+    answer = subprocess.run(
+        [sys.executable, *launch, "-m", "pipeline.train", *words, "trainer.precision=32-true"],
+        cwd=with_digits, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("batch       2 x 128") == 1
+    # Batch norm has seen other images on each rank. Evaluated alone, the checkpoint gives what both gave together.
+    run = with_digits / "runs" / "two"
+    module = Classifier(resnet("resnet18", num_classes=10, image_size=16), num_classes=10, recipe=recipe())
+    module.load_state_dict(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    index, decode = digits.index("val"), Decode(digits.mean, digits.std)
+    view, plan = EvaluationView(16, crop_fraction=1.0), EvaluationPlan(len(index), 128)
+    loader = Loader(index, LocalShards(digits.root), plan=plan, view=view, decode=decode)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    alone = pl.Trainer(accelerator="cpu", **quiet).validate(module, loader, verbose=False)[0]
+    together = journal(run)[-1]
+    assert module.evaluated_images == 359
+    for key in ("val/loss", "val/top1", "val/top5"):
+        assert together[key] == pytest.approx(alone[key], rel=1e-5)
+
+
+def recipe() -> Recipe:
+    return Recipe(1, torch.optim.SGD, warmup_cosine)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["+model.num_classes=4"], "model.num_classes=4, but labels of digits go to 9"),
+        (["model.in_channels=1"], "model.in_channels=1, but every image is shown with 3 channels"),
         (["data.batch_size=5000"], "1438 training images are fewer than a global batch of 5000"),
+        (["data.threads=many"], "data.threads=many must be a whole number"),
+        (["recipe.clip_norm=much"], "recipe.clip_norm=much must be a number above 0, or null"),
         (["model.variant=resnet19"], "model.variant=resnet19 is not one of resnet18"),
-        (["+trainer.acelerator=cpu"], "unexpected keyword argument 'acelerator'"),
+        (["+trainer.acelerator=cpu"], "there is no trainer.acelerator: did you mean accelerator?"),
+        (["+trainer.max_epochs=3"], "trainer.max_epochs is decided by the project (recipe.epochs)"),
+        (["data.root=nowhere"], "data.root=nowhere is no folder"),
     ],
 )
-def test_what_cannot_be_trained_is_one_sentence(
-    run_verb: Run, with_digits: Path, words: list[str], message: str
-) -> None:
-    answer = run_verb("train", "+model=resnet", *words)
-    assert answer.returncode == 1
-    assert message in answer.stderr
-    assert "Traceback" not in answer.stderr
+def test_what_cannot_be_trained_is_refused(train: Train, with_digits: Path, words: list[str], message: str) -> None:
+    with pytest.raises((ValueError, OSError, HydraException)) as error:
+        train("+model=resnet", *words)
+    assert message in str(error.value)
     assert not (with_digits / "runs").exists(), "a mistake leaves no run behind"
+
+
+def test_what_cannot_be_trained_is_one_sentence(run_verb: Run, with_digits: Path) -> None:
+    answer = run_verb("train", "+model=resnet", "model.variant=resnet19")
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("error: model.variant=resnet19 is not one of resnet18")
+    assert answer.stderr.count("\n") == 1
+
+
+def test_tars_of_others_are_trained_on_with_their_index_elsewhere(train: Train, tmp_path: Path) -> None:
+    write_tar(tmp_path / "tars" / "train-0.tar", make_samples(12))
+    write_tar(tmp_path / "tars" / "val-0.tar", make_samples(1))
+    words = ("+model=resnet", "data.root=tars", "data.index=index", "data.image_size=16", "tracking=none")
+    printed = train(*words, "data.batch_size=4", "recipe.epochs=1")
+    assert "tars: train 12, val 1, 3 classes" in printed
+    assert sorted(path.name for path in (tmp_path / "tars").iterdir()) == ["train-0.tar", "val-0.tar"]
+    with pytest.raises(ValueError, match="2 ranks are more than the 1 images to evaluate"):
+        train(*words, "data.batch_size=4", *TWO_RANKS)
+
+
+def test_a_run_is_not_continued_with_other_values(train: Train, with_digits: Path) -> None:
+    words = ("+model=resnet", "tracking=none", *TINY, "name=mine")
+    train(*words)
+    (with_digits / "runs" / "mine" / "result.json").unlink()  # as if it had been killed at its last step
+    for change in ("recipe.optimizer.lr=0.2", "seed=1", "augment.training.flip=0.5"):
+        with pytest.raises(ValueError, match=f"runs/mine was begun with {change.partition('=')[0]}="):
+            train(*words, change)
+    with pytest.raises(ValueError, match="begun with global_batch_size=256, not 128"):
+        train(*words, "data.batch_size=128")
+    assert "goes on from last.ckpt" in train(*words, "data.batch_size=128", "recipe.accumulate=2")
+
+
+def test_a_damaged_checkpoint_is_named(train: Train, with_digits: Path) -> None:
+    words = ("+model=resnet", "tracking=none", *TINY, "name=mine")
+    train(*words)
+    (with_digits / "runs" / "mine" / "result.json").unlink()
+    (with_digits / "runs" / "mine" / "checkpoints" / "last.ckpt").write_bytes(b"PK no more")
+    with pytest.raises(ValueError, match=r"last.ckpt cannot be read .* remove it to begin the run anew"):
+        train(*words)
+
+
+def test_precision_is_what_the_device_is_fast_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, expected in (
+        ({}, "32-true"),
+        ({"avx512_bf16": True}, "bf16-mixed"),
+        ({"amx_bf16": 1}, "bf16-mixed"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert training.choose_precision("auto", "cpu") == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in (((7, 5), "16-mixed"), ((8, 0), "bf16-mixed"), ((9, 0), "bf16-mixed")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert training.choose_precision("auto", "auto") == expected
+    assert training.choose_precision("16-mixed", "auto") == "16-mixed"
+
+
+def test_a_terminal_gets_a_bar(train: Train, with_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (with_digits / "terminal").open("w") as terminal:
+        console = Console(file=terminal, force_terminal=True, width=120)
+        monkeypatch.setattr(training, "main_console", lambda: console)
+        train("+model=resnet", "tracking=none", *TINY)
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", (with_digits / "terminal").read_text())
+    assert re.search(r"epoch 2/2 +loss [\d.]+ .*━.* images/s 0:00:00", shown)
+    assert "step 2/10" not in shown  # the lines are for logs
+    assert "epoch 2/2  val/loss" in shown
