@@ -95,7 +95,7 @@ def train(job: Job, make_trainer: MakeTrainer, *, config: str) -> None:
     reporter = Reporter(main_console(), recorder(job), log_every=job.values["log_every"], num_epochs=num_epochs)
     trainer = build_trainer(make_trainer, job, callbacks=[reporter, checkpoint])
     trainer.fit_loop.epoch_loop.max_steps = num_epochs * steps_per_epoch(trainer, data)
-    with followed(job, trainer, config):
+    with followed(job, trainer, config=config):
         print_facts(main_console(), {**banner(job, trainer), **places(job)})
         fit(trainer, job)
     if trainer.is_global_zero:
@@ -182,7 +182,7 @@ def keep_best(run: Run, data: ShardData) -> ModelCheckpoint:
 
 
 @contextmanager
-def followed(job: Job, trainer: pl.Trainer, config: str) -> Iterator[None]:
+def followed(job: Job, trainer: pl.Trainer, *, config: str) -> Iterator[None]:
     """Begin the run's folder and its page on the dashboard, or go on with both; end the page however the block ends."""
     run, tracker = job.run, job.tracker
     global_batch_size = job.data.training_plan(0, trainer.world_size).global_batch_size
