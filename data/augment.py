@@ -66,12 +66,15 @@ class TrainingView:
 
     def __post_init__(self) -> None:
         _check_image_size(self.image_size)
+        for name, value in (("scale", self.scale), ("ratio", self.ratio)):
+            if len(value) != 2:
+                raise ValueError(f"augment.training.{name}={list(value)} must be a range of two numbers")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"augment.scale={list(self.scale)} must rise from above 0 to at most 1")
+            raise ValueError(f"augment.training.scale={list(self.scale)} must rise from above 0 to at most 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"augment.ratio={list(self.ratio)} must rise from above 0")
+            raise ValueError(f"augment.training.ratio={list(self.ratio)} must rise from above 0")
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"augment.flip={self.flip} is a probability: 0 to 1")
+            raise ValueError(f"augment.training.flip={self.flip} is a probability: 0 to 1")
 
     def windows(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> Windows:
         """Draw a window for each image as a function of (seed, epoch, sample) alone.
@@ -101,7 +104,7 @@ class EvaluationView:
     def __post_init__(self) -> None:
         _check_image_size(self.image_size)
         if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"augment.crop_fraction={self.crop_fraction} must be above 0 and at most 1")
+            raise ValueError(f"augment.evaluation.crop_fraction={self.crop_fraction} must be above 0 and at most 1")
 
     def windows(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> Windows:
         """The same window for an image whatever the seed, the epoch and the other images.

@@ -34,7 +34,8 @@ class Feeding:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("readahead", self.readahead), ("threads", self.threads)):
+        for name in ("batch_size", "accumulate", "window", "readahead", "threads"):
+            value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"data.{name}={value} must be a whole number of at least 1")
 
@@ -107,4 +108,5 @@ class ShardData(pl.LightningDataModule):
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.num_devices))
         threads = self.feeding.threads or max(1, available_cores() // ranks_here)
         device_id = device.index if device.type == "cuda" else None
-        return Decode(self.dataset.mean, self.dataset.std, device_id, threads, self.feeding.readahead)
+        dataset, readahead = self.dataset, self.feeding.readahead
+        return Decode(dataset.mean, dataset.std, device_id=device_id, threads=threads, readahead=readahead)

@@ -83,7 +83,7 @@ class Dataset:
     def index(self, split: str) -> Index:
         """Open the index of a split. Raises: ValueError when the data set has no such split."""
         if split not in self.splits:
-            raise ValueError(f"{self.folder} has no split {split}: it has {', '.join(self.splits)}")
+            raise ValueError(f"{self.folder} has no split {split}, only {', '.join(self.splits)}: pack or add its tars")
         return Index(self.folder / self.splits[split].index, self.splits[split])
 
     def write(self) -> None:
@@ -196,7 +196,8 @@ def read_manifest(folder: Path, root: Path) -> Dataset:
         return Dataset(root, folder, facts["name"], classes, mean, std, splits)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no manifest of a data set ({type(error).__name__}: {error}): pack or index it again"
+            f"{path} is no manifest of a data set ({type(error).__name__}: {error}): "
+            "remove it to have the tars indexed again, or pack the data set again"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""From encoded images to normalised batches: one DALI graph for CPU and GPU.."""
+"""From encoded images to normalised batches: one DALI graph for CPU and GPU."""
 
 from __future__ import annotations
 

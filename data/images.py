@@ -35,6 +35,12 @@ def oriented_size(encoded: bytes) -> tuple[int, int]:
     return (width, height) if orientation >= 5 else (height, width)
 
 
+def whole_size(encoded: bytes) -> tuple[int, int]:
+    """`oriented_size` of an image that decodes to its end. Raises: UnreadableImage when a part is missing too."""
+    check_whole(encoded)
+    return oriented_size(encoded)
+
+
 def check_whole(encoded: bytes) -> None:
     """Decode the image and throw it away; a JPEG at an eighth of its size, which still reads every byte.
 

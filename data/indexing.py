@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from data import images
 from data.dataset import MANIFEST, SCHEMA, SPLITS, Dataset, Shard, Split, read_manifest
 from data.parallel import available_cores, map_tasks
 from data.tars import LeftOut, ShardRows, read_shard
@@ -59,8 +61,10 @@ def open_dataset(
         with FileLock(folder / ".lock"):
             known = fresh_dataset(root, folder, tars=tars, label_field=label_field)  # another process was faster
             return (known, []) if known else index_tars(root, folder, tars=tars, label_field=label_field)
-    except PermissionError as error:
-        raise PermissionError(f"{error}: data.index=FOLDER puts manifest and index elsewhere") from error
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise PermissionError(f"{error}: data.index=FOLDER puts manifest and index elsewhere") from error
+        raise
 
 
 def find_tars(root: Path) -> dict[str, list[str]]:
@@ -94,10 +98,9 @@ def fresh_dataset(root: Path, folder: Path, *, tars: dict[str, list[str]], label
     for name, split in dataset.splits.items():
         path = folder / split.index
         seen = pq.read_metadata(path).metadata if path.is_file() else {}
-        if (
-            seen.get(b"made") != _made(root, tars[name], label_field=label_field)
-            or seen[b"digest"] != split.digest.encode()
-        ):
+        found = [(file, os.stat(root / file)) for file in tars[name]]
+        made = _made([(file, status.st_size, status.st_mtime_ns) for file, status in found], label_field=label_field)
+        if (seen.get(b"made"), seen.get(b"digest")) != (made, split.digest.encode()):
             return None
     return dataset
 
@@ -130,7 +133,8 @@ def index_tars(
 
 def read_task(root: Path, task: TarTask, *, label_field: str) -> ShardRows:
     """`read_shard`, as another process is asked for it."""
-    return read_shard(root, task.file, label_field=label_field, statistics_images=task.statistics_images)
+    count = task.statistics_images
+    return read_shard(root, task.file, label_field=label_field, statistics_images=count, size_of=images.whole_size)
 
 
 def statistics_shares(num_shards: int) -> list[int]:
@@ -154,7 +158,7 @@ def assemble(
     """
     splits = {}
     for split, rows in shards.items():
-        made = _made(root, [shard.file for shard in rows], label_field=label_field)
+        made = _made([(shard.file, shard.bytes, shard.modified_ns) for shard in rows], label_field=label_field)
         splits[split] = write_index(folder / f"{split}.parquet", rows, classes=classes, made=made)
     colours = np.sum([shard.colours for rows in shards.values() for shard in rows], axis=0)  # (7,)
     mean, std = mean_and_std(colours)
@@ -207,8 +211,11 @@ def class_names(shards: list[ShardRows]) -> tuple[str, ...]:
 
 def known_classes(known: tuple[str, ...], found: tuple[str, ...]) -> tuple[str, ...]:
     """The names of a manifest, which stand for the numbers in our tars; `found` where the tars themselves name them."""
-    numbers = all(name.isdecimal() for name in found)
-    return known if numbers and not all(name.isdecimal() for name in known) else found
+
+    def counted(names: tuple[str, ...]) -> bool:
+        return names == tuple(str(number) for number in range(len(names)))
+
+    return known if counted(found) and not counted(known) else found
 
 
 def numbered(shard: ShardRows, classes: tuple[str, ...]) -> list[int]:
@@ -233,11 +240,9 @@ def mean_and_std(colours: NDArray[np.float64]) -> tuple[tuple[float, float, floa
     return (red, green, blue), (red_std, green_std, blue_std)
 
 
-def _made(root: Path, files: list[str], *, label_field: str) -> bytes:
+def _made(tars: list[tuple[str, int, int]], *, label_field: str) -> bytes:
     """From what an index is made: the label's field, and each tar's name, size in bytes and modification time."""
-    found = [(file, os.stat(root / file)) for file in files]
-    stamps = [[file, status.st_size, status.st_mtime_ns] for file, status in found]
-    return json.dumps({"label_field": label_field, "tars": stamps}).encode()
+    return json.dumps({"label_field": label_field, "tars": tars}).encode()
 
 
 def _check_range(shard: ShardRows, num_classes: int) -> None:

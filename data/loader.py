@@ -228,7 +228,9 @@ class Loader:
         if not broken:
             return None
         names = ", ".join(self.index.keys(broken[:3])) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
-        return UnreadableImage(f"cannot be decoded: {names} (leave it out by packing the images again)")
+        return UnreadableImage(
+            f"cannot be decoded: {names} (it changed after it was packed or indexed: pack again, or remove the index)"
+        )
 
 
 class TrainingLoader(Loader):

@@ -6,8 +6,8 @@ that what the index says is what is there.
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -71,8 +71,9 @@ def pack(
     if len(source.classes) < 2:
         raise ValueError(f"{source.name} has one class, {source.classes[0]}: a classifier needs at least 2")
     plans = plan_shards(source, seed=seed, shard_samples=shard_samples)
-    partial_folder = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial_folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    partial_folder.chmod(0o755)  # mkdtemp keeps to itself what is no secret
     try:
         write = partial(write_shard, partial_folder, resize=resize, strict=strict)
         sizes = [len(plan.items) for plan in plans]
@@ -135,6 +136,7 @@ def write_shard(folder: Path, plan: ShardPlan, *, resize: int | None, strict: bo
                 continue
             suffix = item.suffix if encoded is original else "jpg"
             writer.write({"__key__": item.key, suffix: encoded, "cls": str(item.label).encode()})
-    rows = read_shard(folder, plan.file, label_field="label", statistics_images=plan.statistics_images)
+    count = plan.statistics_images
+    rows = read_shard(folder, plan.file, label_field="label", statistics_images=count, size_of=images.oriented_size)
     rows.left_out = left_out + rows.left_out
     return rows

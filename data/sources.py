@@ -1,7 +1,7 @@
 """Where images come from before they are packed: scikit-learn's digits, or class folders.
 
 A source is a name, class names, and for each split a list of items; adding one
-is a function that returns a `Source` and a line in `pipeline/pack.py`.
+is a function that returns a `Source` and a YAML in `conf/source/`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,12 @@ def folder(root: Path | str, name: str, *, val_fraction: float, seed: int) -> So
     if not root.is_dir():
         raise FileNotFoundError(f"source.root={root} is no folder")
     ignored: Counter[str] = Counter()
-    parts = {split: root / part for part, split in SPLIT_FOLDERS.items() if (root / part).is_dir()}
+    parts: dict[str, Path] = {}
+    for part, split in SPLIT_FOLDERS.items():
+        if (root / part).is_dir():
+            if split in parts:
+                raise ValueError(f"{parts[split]} and {root / part} are both split {split}: keep one")
+            parts[split] = root / part
     if list(parts) == ["train"]:  # nothing beside it: its classes are all there is
         root, parts = parts["train"], {}
     if "train" not in parts:
@@ -138,13 +143,15 @@ def _class_items(root: Path, classes: tuple[str, ...], *, ignored: Counter[str])
 def _image_paths(folder: Path, ignored: Counter[str]) -> list[Path]:
     paths = []
     for parent, folders, files in os.walk(folder, onerror=_unreadable_folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in sorted(files):
-            suffix = os.path.splitext(file)[1][1:].lower()
-            if suffix in images.SUFFIXES and not file.startswith("."):
+            suffix = os.path.splitext(file)[1].lower()
+            if file.startswith("."):
+                ignored["hidden"] += 1
+            elif suffix[1:] in images.SUFFIXES:
                 paths.append(Path(parent, file))
             else:
-                ignored[suffix or file] += 1
+                ignored[suffix or "suffixless"] += 1
     return paths
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -29,6 +31,10 @@ class LeftOut(NamedTuple):
     reason: str
 
 
+# Height and width of an encoded image; raises UnreadableImage.
+SizeOf = Callable[[bytes], tuple[int, int]]
+
+
 class Member(NamedTuple):
     """Where a file lies in a tar, in bytes."""
 
@@ -42,6 +48,7 @@ class ShardRows:
 
     file: str
     bytes: int = 0
+    modified_ns: int = 0  # before it was read
     sha256: str = ""
     columns: dict[str, list[int]] = field(
         default_factory=lambda: {name: [] for name in ("offset", "size", "height", "width")}
@@ -52,13 +59,17 @@ class ShardRows:
     colours: NDArray[np.float64] = field(default_factory=lambda: np.zeros(7))
 
 
-def read_shard(root: Path, file: str, *, label_field: str, statistics_images: int) -> ShardRows:
+def read_shard(root: Path, file: str, *, label_field: str, statistics_images: int, size_of: SizeOf) -> ShardRows:
     """Read one tar; `statistics_images` of its images are decoded for their colours.
+
+    `size_of` is `images.whole_size`, or `images.oriented_size` where every image has
+    been decoded before.
 
     Raises: ValueError when it is cut short or no tar.
     """
     shard = ShardRows(file)
     with open(root / file, "rb") as stream:
+        shard.modified_ns = os.fstat(stream.fileno()).st_mtime_ns
         shard.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         shard.bytes = stream.tell()
         try:
@@ -67,7 +78,7 @@ def read_shard(root: Path, file: str, *, label_field: str, statistics_images: in
             raise ValueError(f"{root / file} is damaged or cut short ({error}): copy or pack it again") from error
         for key, files in samples.items():
             try:
-                _append_row(shard, key, row=_read_row(stream, files, label_field=label_field))
+                _append_row(shard, key, row=_read_row(stream, files, label_field=label_field, size_of=size_of))
             except ValueError as error:
                 shard.left_out.append(LeftOut(f"{root / file}: {key}", str(error)))
         again = "a second file of this name: the first is used"
@@ -111,12 +122,12 @@ class _Row(NamedTuple):
     label: int | str
 
 
-def _read_row(stream: BinaryIO, files: dict[str, Member], *, label_field: str) -> _Row:
+def _read_row(stream: BinaryIO, files: dict[str, Member], *, label_field: str, size_of: SizeOf) -> _Row:
     image = next((files[suffix] for suffix in images.SUFFIXES if suffix in files), None)
     if image is None:
         raise ValueError(f"no {', '.join(images.SUFFIXES)} file")
     label = _label(stream, files, label_field=label_field)
-    height, width = images.oriented_size(_bytes_at(stream, image))
+    height, width = size_of(_bytes_at(stream, image))
     return _Row(image, height, width, label)
 
 
@@ -136,7 +147,10 @@ def _label(stream: BinaryIO, files: dict[str, Member], *, label_field: str) -> i
         if not isinstance(fields, dict) or label_field not in fields:
             found = ", ".join(fields) if isinstance(fields, dict) else type(fields).__name__
             raise ValueError(f"its .json has no field {label_field} (data.label_field=NAME names another): {found}")
-        label = str(fields[label_field]).strip()
+        found = fields[label_field]
+        if isinstance(found, bool) or not isinstance(found, int | str):
+            raise ValueError(f"its label {json.dumps(found)} is neither a whole number nor a name")
+        label = str(found).strip()
     else:
         raise ValueError("no label: neither a .cls nor a .json file")
     return int(label) if re.fullmatch(r"[+-]?\d+", label) else label

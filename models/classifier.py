@@ -49,6 +49,11 @@ class Recipe:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        try:
+            self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])
+            self.schedule(0, steps_per_epoch=1, num_steps=1)
+        except TypeError as error:
+            raise ValueError(f"recipe.optimizer or recipe.schedule: {error}") from error
         if self.epochs < 1:
             raise ValueError(f"recipe.epochs={self.epochs} must be at least 1")
         if not 0 <= self.label_smoothing < 1:

@@ -86,8 +86,8 @@ def check_command_line(name: str, arguments: list[str]) -> list[str]:
             arguments, overrides = [*arguments, choice], [*overrides, *_parse([choice])]
     choices = [override for override in overrides if override.key_or_group in _groups()]
     for override in choices:
-        _check_choice(override)
-    base = compose(name, [override.input_line or "" for override in choices if not override.is_sweep_override()])
+        _check_choice(name, override)
+    base = compose(name, [_first(override) for override in choices])
     group = REQUIRED.get(name)
     if group is not None and group not in base and not _names(overrides, group, "experiment"):
         _check_keys(base, [override for override in overrides if not override.key_or_group.startswith(f"{group}.")])
@@ -161,13 +161,20 @@ def _groups() -> set[str]:
     return {path.name for path in CONF.iterdir() if path.is_dir()}
 
 
-def _check_choice(override: Override) -> None:
+def _check_choice(verb: str, override: Override) -> None:
     group = override.key_or_group
-    options = _options(group)
-    if override.is_delete() or override.is_sweep_override():
+    if override.is_delete():
         return
-    chosen = override.value()
-    for choice in chosen if isinstance(chosen, list) else [chosen]:
+    own = {path.stem for path in CONF.glob("*.yaml")}
+    if group not in _groups_of(verb):
+        others = [other for other in sorted(own) if group in _groups_of(other)]
+        raise ConfigError(f"{verb} has no {group} to choose, {' and '.join(others) or 'no verb'} has")
+    options, chosen = _options(group), override.value()
+    if override.is_sweep_override():
+        choices: list[object] = list(override.sweep_string_iterator())
+    else:
+        choices = [*chosen] if isinstance(chosen, list) else [chosen]
+    for choice in choices:
         if str(choice) not in options:
             near = nearest(str(choice), options)
             raise ConfigError(f"{group}={choice} is not one of {', '.join(options)}{near}")
@@ -175,20 +182,39 @@ def _check_choice(override: Override) -> None:
         raise ConfigError(f"{group}={chosen} needs a plus: +{group}={chosen}")
 
 
+def _groups_of(verb: str) -> set[str]:
+    """The groups of which a verb's config takes a choice."""
+    known = {str(key) for key in compose(verb, [])}
+    return {*known, REQUIRED[verb], "experiment"} if verb in REQUIRED else known
+
+
 def _check_keys(base: DictConfig, overrides: list[Override]) -> None:
     known, groups = _known_keys(base), _groups()
     for override in overrides:
         key = override.key_or_group
-        if key in groups or key.startswith("hydra."):
+        if key in groups or key.startswith(("hydra.", "hydra/")):
             continue
-        parent = OmegaConf.select(base, key.rpartition(".")[0]) if "." in key else None
-        takes_any = (
-            isinstance(parent, DictConfig) and "_target_" in parent and (override.is_add() or override.is_force_add())
-        )
-        if key not in known and not takes_any:
+        if key not in known and not _may_be_added(override, base):
             raise ConfigError(f"there is no {key}{nearest(key, {*known, *groups})}")
         if key in known and not override.is_delete() and not override.is_sweep_override():
             _check_type(override, known[key])
+
+
+def _may_be_added(override: Override, base: DictConfig) -> bool:
+    """Whether a key is new to a node that names a `_target_`, and no slip of the pen."""
+    parent, _, name = override.key_or_group.rpartition(".")
+    node = OmegaConf.select(base, parent) if parent else None
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        return False
+    slip = difflib.get_close_matches(name, [str(key) for key in node], n=1, cutoff=0.85)
+    return not slip and (override.is_add() or override.is_force_add())
+
+
+def _first(override: Override) -> str:
+    """The override as it was typed, of a sweep the first."""
+    if not override.is_sweep_override():
+        return override.input_line or ""
+    return f"{'+' if override.is_add() else ''}{override.key_or_group}={next(iter(override.sweep_string_iterator()))}"
 
 
 def _check_type(override: Override, default: object) -> None:
@@ -199,6 +225,7 @@ def _check_type(override: Override, default: object) -> None:
         float: ("a number", (int, float)),
         list: ("a list", (list,)),
         dict: ("a group of keys", (dict,)),
+        str: ("a text", (str, int, float, list)),
     }
     if type(default) not in kinds:
         return

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from data.dataset import Dataset, write_whole
 
@@ -63,6 +66,20 @@ class Run:
         path = self.checkpoints / "last.ckpt"
         return path if path.is_file() else None
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from the run's folder. Raises: ValueError when one has it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"{self.folder} is held by a running process: add name=NAME for a new run") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def begin(self, fingerprint: Values, config: str) -> None:
         """Make the folder; write down what the run computes, and the composed config as YAML."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -73,7 +90,10 @@ class Run:
         """Raise ValueError, naming the first difference, when the run was begun with other values than these."""
         if self.last_checkpoint is None:
             return
-        begun = json.loads((self.folder / FINGERPRINT).read_text())
+        path = self.folder / FINGERPRINT
+        if not path.is_file():
+            raise ValueError(f"{path}, which says what the checkpoints compute, is missing: add name=NAME")
+        begun = json.loads(path.read_text())
         for key in sorted(begun.keys() | fingerprint.keys()):
             was, now = begun.get(key), json.loads(json.dumps(fingerprint.get(key)))
             if was != now:
@@ -87,14 +107,20 @@ class Run:
         with (self.folder / METRICS).open("a") as journal:
             journal.write(json.dumps({"step": step, **values}) + "\n")
 
-    def cut_back(self) -> None:
-        """Drop what the journal says of steps after the last checkpoint, which a resumed run takes again."""
+    def cut_back(self) -> int:
+        """Drop what the journal says of steps after the last checkpoint, which a resumed run takes again.
+
+        Returns the last step that it spoke of, -1 where none of that stays.
+        """
         path = self.folder / METRICS
-        if path.is_file():
-            step = -1 if self.last_checkpoint is None else saved_step(self.last_checkpoint)
-            # A line without its end was cut off with the process.
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+        if not path.is_file():
+            return -1
+        step = -1 if self.last_checkpoint is None else saved_step(self.last_checkpoint)
+        # A line without its end was cut off with the process.
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        steps = [json.loads(line)["step"] for line in lines]
+        write_whole(path, "".join(line for line, taken in zip(lines, steps, strict=True) if taken <= step).encode())
+        return -1 if step < 0 else max(steps, default=-1)
 
     def finish(self, facts: Values) -> None:
         """Write the file that means success, the last of a run."""
@@ -105,10 +131,11 @@ def open_run(values: Values, dataset: Dataset) -> Run:
     """The run that these values mean: an unfinished one of its name goes on, after finished ones comes `-2`, `-3`."""
     wanted = str(values["name"] or default_name(values, dataset))
     name, number = wanted, 1
-    while (Path(values["runs"]) / name / FINAL).is_file():
+    runs = Path(str(values["runs"]))
+    while (runs / name / FINAL).is_file():
         number += 1
         name = f"{wanted}-{number}"
-    return Run(name, Path(values["runs"]) / name)
+    return Run(name, runs / name)
 
 
 def default_name(values: Values, dataset: Dataset) -> str:
@@ -121,8 +148,9 @@ def default_name(values: Values, dataset: Dataset) -> str:
 def fingerprint(values: Values, dataset: Dataset, *, global_batch_size: int, precision: str) -> dict[str, Any]:
     """All that decides what a run computes, by name: it goes on to the same bits where this is the same."""
     meant = {key: value for key, value in values.items() if not key.startswith(NOT_IN_FINGERPRINT)}
-    found = {"global_batch_size": global_batch_size, "precision": precision, "torch": torch.__version__}
-    return meant | _digests(dataset) | found
+    found = {"global_batch_size": global_batch_size, "precision": precision}
+    versions = {name: metadata.version(name) for name in ("torch", "nvidia-dali-cuda130")}
+    return meant | _digests(dataset) | found | versions
 
 
 def saved_step(checkpoint: Path) -> int:

@@ -26,12 +26,12 @@ def main(config: DictConfig) -> None:
     packed = pack_source(config)
     seconds = time.perf_counter() - began
     report_left_out(console, packed.left_out)
-    for suffix, count in packed.ignored.most_common():
-        console.print(f"ignored {count:,} {suffix} files: no {', '.join(SUFFIXES)}", highlight=False)
+    for kind, count in packed.ignored.most_common():
+        console.print(f"ignored {count:,} {kind} files: no {', '.join(SUFFIXES)}", highlight=False, markup=False)
     dataset = packed.dataset
     num_images = sum(split.samples for split in dataset.splits.values())
     first = ", ".join(dataset.classes[:10]) + (", ..." if len(dataset.classes) > 10 else "")
-    splits = [f"{name} {split.samples:,} in {len(split.shards):,} shards" for name, split in dataset.splits.items()]
+    splits = [f"{name} {split.samples:,} (tars: {len(split.shards):,})" for name, split in dataset.splits.items()]
     facts = {
         "data set": f"{dataset.name} in {dataset.folder}",
         "images": ", ".join(splits),
@@ -53,7 +53,7 @@ def pack_source(config: DictConfig) -> Packed:
     source = instantiate(config.source, name=config.name, val_fraction=config.val_fraction, seed=config.seed)
     return pack(
         source,
-        Path(config.out),
+        Path(str(config.out)),
         seed=config.seed,
         shard_samples=config.shard_samples,
         resize=config.resize,
@@ -64,7 +64,9 @@ def pack_source(config: DictConfig) -> Packed:
 def chosen_by(folder: Path) -> str:
     """What makes `train` take this data set: the config made for it, or that of any."""
     made_for = CONF / "data" / f"{folder.name}.yaml"
-    return f"data={folder.name}" if made_for.is_file() else f"data=shards data.root={folder}"
+    if made_for.is_file() and folder == Path("datasets", folder.name):
+        return f"data={folder.name}"
+    return f"data=shards data.root={folder}"
 
 
 if __name__ == "__main__":

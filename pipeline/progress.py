@@ -61,7 +61,8 @@ class Reporter(pl.Callback):
             self.bar.update(self._task, completed=step)
         # By the step itself, so that a resumed run takes its points where the whole one does; once where several
         # batches make a step.
-        if step % self.log_every == 0 and step != self._step:
+        last = step == trainer.max_steps  # so that a run shorter than `log_every` has a point too
+        if (step % self.log_every == 0 or last) and step != self._step:
             self._point(trainer, step)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -150,7 +151,8 @@ class Reporter(pl.Callback):
 def check_count(trainer: pl.Trainer, module: Classifier) -> None:
     """Raise RuntimeError unless the ranks together have counted every image of the evaluation split once."""
     data = trainer.datamodule  # type: ignore[attr-defined]  # set by fit, missing in Lightning's types
-    if trainer.limit_val_batches == 1.0 and module.evaluated_images != data.num_evaluation_images:
+    whole = isinstance(trainer.limit_val_batches, float) and trainer.limit_val_batches == 1.0  # 1 is one batch
+    if whole and module.evaluated_images != data.num_evaluation_images:
         raise RuntimeError(
             f"evaluation counted {module.evaluated_images} images, the index of {data.evaluation_split} "
             f"has {data.num_evaluation_images}"

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
+SERVED = "http://127.0.0.1:5000"  # by `make ui`
 RUN_ID = "mlflow_run_id"
 LONGEST_VALUE = 6000  # characters of a parameter that MLflow keeps
 PARAMETERS_AT_ONCE = 100
 WAITING = 10_000  # points that may wait for a slow server
-LAST_SECONDS = 60.0  # that the end of a run waits for it
+LAST_SECONDS = {True: 60.0, False: 5.0}  # that the end of a run waits for it, whether it has succeeded or been stopped
 # MLflow's own settings let one call to a dead server take four minutes.
 IMPATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 
@@ -45,10 +46,11 @@ class Tracker(Protocol):
 
     @property
     def link(self) -> str | None:
-        """Address of the run's page, None where there is none."""
+        """Address of the run's page and how to open it, None where there is none."""
 
-    def start(self, run: Run, parameters: Mapping[str, object]) -> str | None:
-        """Begin, or go on with a run begun before; parameters by dotted key. Return why it cannot, None when it can."""
+    def start(self, run: Run, parameters: Mapping[str, object], *, reached: int) -> str | None:
+        """Begin a run, or go on with one that has told of its steps up to `reached`, -1 for none; parameters by
+        dotted key. Return why it cannot, None when it can."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Add a point to each curve; `step` counts optimizer steps."""
@@ -65,7 +67,7 @@ class NoTracker:
 
     link = None
 
-    def start(self, run: Run, parameters: Mapping[str, object]) -> str | None:
+    def start(self, run: Run, parameters: Mapping[str, object], *, reached: int) -> str | None:
         """Nothing is wrong."""
         return None
 
@@ -88,18 +90,20 @@ class MLflowTracker:
         self.experiment = experiment
         self.link: str | None = None
         self._run_id: str | None = None
+        self._reached = -1
         self._sender = Sender()
 
-    def start(self, run: Run, parameters: Mapping[str, object]) -> str | None:
+    def start(self, run: Run, parameters: Mapping[str, object], *, reached: int) -> str | None:
         """Create the run, or go on with the one whose id the run's folder holds; do without where no server answers."""
-        from mlflow.exceptions import MlflowException
-
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read by the import
         for name, value in IMPATIENCE.items():
             os.environ.setdefault(name, value)
+        from mlflow.exceptions import MlflowException
+
+        self._reached = reached
         try:
             self._start(run, parameters)
-        except MlflowException as error:
+        except (MlflowException, OSError) as error:
             return f"{self.uri} does not take the run: {_first_line(error)}"
         return None
 
@@ -107,6 +111,8 @@ class MLflowTracker:
         """Send all values as one batch."""
         from mlflow.entities import Metric
 
+        if step <= self._reached:  # a resumed run takes steps again, to the same values
+            return
         now = int(time.time() * 1000)
         metrics = [Metric(key, value, now, step) for key, value in values.items()]
         self._send(lambda run_id: self._client.log_batch(run_id, metrics=metrics))
@@ -116,9 +122,9 @@ class MLflowTracker:
         self._send(lambda run_id: self._client.log_artifact(run_id, str(path), folder))
 
     def finish(self, *, succeeded: bool) -> str | None:
-        """Mark the run FINISHED or FAILED, and wait a minute at most for what is on its way."""
+        """Mark the run FINISHED or FAILED, and wait for what is on its way, a minute at most."""
         self._send(lambda run_id: self._client.set_terminated(run_id, "FINISHED" if succeeded else "FAILED"))
-        return self._sender.finish(LAST_SECONDS)
+        return self._sender.finish(LAST_SECONDS[succeeded])
 
     def _send(self, task: Callable[[str], object]) -> None:
         run_id = self._run_id
@@ -128,7 +134,7 @@ class MLflowTracker:
     def _start(self, run: Run, parameters: Mapping[str, object]) -> None:
         self._client, experiment_id = self._open()
         id_file = run.folder / RUN_ID
-        if id_file.is_file():
+        if id_file.is_file() and self._reached >= 0:
             run_id = id_file.read_text().strip()
             self._client.update_run(run_id, status="RUNNING")
         else:
@@ -136,22 +142,26 @@ class MLflowTracker:
             self._log_parameters(run_id, parameters)
             id_file.write_text(run_id + "\n")
         self._run_id = run_id
-        page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
-        server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
-        self.link = f"{server}/{page}"
+        self.link = self._link(f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning")
+
+    def _link(self, page: str) -> str:
+        if self.uri.startswith("http"):
+            return f"{self.uri.rstrip('/')}/{page}"
+        default = self.uri == f"sqlite:///{Path(DATABASE).resolve()}"
+        return f"{SERVED}/{page} ({'make ui' if default else f'mlflow ui --backend-store-uri {self.uri}'})"
 
     def _open(self) -> tuple[MlflowClient, str]:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        local = not self.uri.startswith("http")
+        store = Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
         # Processes that open a fresh SQLite store at once all die: one at a time makes it.
-        with FileLock(Path(f".{DATABASE}.lock")) if local else nullcontext():
+        with nullcontext() if store is None else FileLock(store.with_name(f".{store.name}.lock")):
             client = MlflowClient(self.uri)
             known = client.get_experiment_by_name(self.experiment)
             if known is not None:
                 return client, str(known.experiment_id)
-            artifacts = Path(ARTIFACTS).resolve().as_uri() if local else None
+            artifacts = None if store is None else store.resolve().with_name(ARTIFACTS).as_uri()
             return client, str(client.create_experiment(self.experiment, artifact_location=artifacts))
 
     def _log_parameters(self, run_id: str, parameters: Mapping[str, object]) -> None:
@@ -184,13 +194,14 @@ class Sender:
     def finish(self, seconds: float) -> str | None:
         """Wait so long for what is on its way; return what is missing and why, None when nothing is."""
         if self._thread is not None:
+            deadline = time.monotonic() + seconds
             with suppress(Full):
                 self._tasks.put(None, timeout=seconds)
-            self._thread.join(seconds)
+            self._thread.join(max(0.0, deadline - time.monotonic()))
             self.lost += self._tasks.qsize()
         if self.failure is None and not self.lost:
             return None
-        return f"{self.lost} messages did not reach the dashboard: {self.failure or 'the server is too slow'}"
+        return f"the dashboard lacks {self.lost} messages: {self.failure or 'the server is too slow'}"
 
     def _run(self) -> None:
         from mlflow.exceptions import MlflowException
@@ -198,7 +209,7 @@ class Sender:
         while (task := self._tasks.get()) is not None:
             try:
                 task()
-            except (MlflowException, OSError) as error:
+            except (MlflowException, OSError, ImportError) as error:  # an artifact store may need its own library
                 self.failure, self.lost = _first_line(error), self.lost + 1
 
 

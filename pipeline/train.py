@@ -19,7 +19,8 @@ def main(config: DictConfig) -> None:
 
     training.begin(config.seed)
     told = dict(config.data)
-    dataset = open_or_pack(told["root"], index=told["index"], label_field=told["label_field"], source=told["source"])
+    where = {name: told[name] for name in ("index", "label_field", "source")}
+    dataset = open_or_pack(str(told["root"]), **where)
     recipe = instantiate(config.recipe)
     views = instantiate(config.augment, _convert_="all")
     numbers = {name: told[name] for name in ("window", "readahead", "threads")}

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from data.datamodule import ShardData
 from data.dataset import Dataset
 from models.classifier import Classifier
+from pipeline.checkpoint import KeepBest, WholeFiles
 from pipeline.config import nearest
 from pipeline.console import is_main_process, main_console, print_facts
 from pipeline.journal import METRICS, Run, Values, fingerprint
@@ -37,11 +39,11 @@ DECIDED = {
     "gradient_clip_val": "recipe.clip_norm",
     "default_root_dir": "runs",
     "logger": "tracking",
-    "callbacks": "its own",
-    "enable_progress_bar": "its own",
-    "enable_model_summary": "its own",
-    "num_sanity_val_steps": "its own",
-    "use_distributed_sampler": "its own",
+    "callbacks": "this project",
+    "enable_progress_bar": "this project",
+    "enable_model_summary": "this project",
+    "num_sanity_val_steps": "this project",
+    "use_distributed_sampler": "this project",
 }
 
 
@@ -72,7 +74,9 @@ def num_outputs(dataset: Dataset, model: Mapping[str, Any]) -> int:
 
     Raises: ValueError when it asks for fewer, or for images of other than three channels.
     """
-    wanted: int = model.get("num_classes") or len(dataset.classes)
+    wanted = model.get("num_classes") or len(dataset.classes)
+    if not isinstance(wanted, int):
+        raise ValueError(f"model.num_classes={wanted} must be a whole number")
     if wanted < len(dataset.classes):
         raise ValueError(
             f"model.num_classes={wanted}, but labels of {dataset.name} go to {len(dataset.classes) - 1}: "
@@ -90,7 +94,7 @@ def train(job: Job, make_trainer: MakeTrainer, *, config: str) -> None:
     Raises: ValueError, OSError for what a user can cause; SystemExit(143) after a SIGTERM.
     """
     run, module, data = job.run, job.module, job.data
-    checkpoint = keep_best(run, data)
+    checkpoint = KeepBest(run.checkpoints, monitor="val/top1" if data.num_evaluation_images else None)
     num_epochs = module.recipe.epochs
     reporter = Reporter(main_console(), recorder(job), log_every=job.values["log_every"], num_epochs=num_epochs)
     trainer = build_trainer(make_trainer, job, callbacks=[reporter, checkpoint])
@@ -98,8 +102,10 @@ def train(job: Job, make_trainer: MakeTrainer, *, config: str) -> None:
     with followed(job, trainer, config=config):
         print_facts(main_console(), {**banner(job, trainer), **places(job)})
         fit(trainer, job)
-    if trainer.is_global_zero:
-        say_end(job, checkpoint)
+        result = {"val/top1": as_number(checkpoint.best_model_score), "checkpoint": best_of(checkpoint, run)}
+        if trainer.is_global_zero:
+            run.finish(result)
+    print_facts(main_console(), end(job, result))
 
 
 def build_trainer(make: MakeTrainer, job: Job, *, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -109,19 +115,23 @@ def build_trainer(make: MakeTrainer, job: Job, *, callbacks: list[pl.Callback]) 
     """
     check_options(make.keywords)
     recipe, wanted = job.module.recipe, make.keywords
-    trainer = make(
-        precision=choose_precision(wanted["precision"], wanted["accelerator"]),
-        max_epochs=-1,  # training ends by steps: ending by epochs replays one after the second resume
-        accumulate_grad_batches=recipe.accumulate,
-        gradient_clip_val=recipe.clip_norm,
-        callbacks=callbacks,
-        default_root_dir=str(job.run.folder),
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
+    try:
+        trainer = make(
+            precision=choose_precision(wanted["precision"], wanted["accelerator"]),
+            max_epochs=-1,  # training ends by steps: ending by epochs replays one after the second resume
+            accumulate_grad_batches=recipe.accumulate,
+            gradient_clip_val=recipe.clip_norm,
+            callbacks=callbacks,
+            default_root_dir=str(job.run.folder),
+            plugins=plugins(make.keywords.get("plugins")),
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+    except MisconfigurationException as error:  # no such device, or fewer of them
+        raise ValueError(f"trainer: {error}") from error
     if trainer.world_size > 1 and trainer.strategy.launcher is not None and {"-m", "--multirun"} & set(sys.argv):
         raise ValueError("each process that Lightning starts would repeat the sweep: take one device, or torchrun")
     return trainer
@@ -134,7 +144,7 @@ def check_options(options: Mapping[str, object]) -> None:
         if name not in known:
             raise ValueError(f"there is no trainer.{name}{nearest(name, known)}")
         if name in DECIDED:
-            raise ValueError(f"trainer.{name} is decided by the project ({DECIDED[name]}): leave it out")
+            raise ValueError(f"trainer.{name} is decided by {DECIDED[name]}: leave it out")
 
 
 def choose_precision(wanted: str, accelerator: str) -> str:
@@ -154,8 +164,13 @@ def steps_per_epoch(trainer: pl.Trainer, data: ShardData) -> int:
     """
     batches = data.checked_plan(trainer.world_size).num_steps
     limit = trainer.limit_train_batches
-    batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
-    return batches // data.feeding.accumulate
+    wanted = min(batches, limit if isinstance(limit, int) else int(batches * limit))
+    if wanted == 0 or wanted % data.feeding.accumulate:
+        raise ValueError(
+            f"trainer.limit_train_batches={limit} leaves {wanted} of {batches} batches an epoch, "
+            f"which must be some, and a multiple of recipe.accumulate={data.feeding.accumulate}"
+        )
+    return wanted // data.feeding.accumulate
 
 
 def recorder(job: Job) -> Record:
@@ -166,19 +181,6 @@ def recorder(job: Job) -> Record:
         job.tracker.log(values, step)
 
     return record
-
-
-def keep_best(run: Run, data: ShardData) -> ModelCheckpoint:
-    """The checkpoints after each epoch: the last, and the one with the best top-1 where there is an evaluation."""
-    return ModelCheckpoint(
-        run.checkpoints,
-        filename="best",
-        monitor="val/top1" if data.num_evaluation_images else None,
-        mode="max",
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
 
 
 @contextmanager
@@ -193,17 +195,17 @@ def followed(job: Job, trainer: pl.Trainer, *, config: str) -> Iterator[None]:
     if not is_main_process():
         yield
         return
-    run.begin(computes, config)
-    run.cut_back()
-    say_missing(tracker.start(run, job.values), run)
-    tracker.keep(run.folder / "config.yaml", "config")
-    tracker.log({"params_millions": job.num_parameters / 1e6}, 0)
-    succeeded = False
-    try:
-        yield
-        succeeded = True
-    finally:
-        say_missing(tracker.finish(succeeded=succeeded), run)
+    with run.held():
+        run.begin(computes, config)
+        say_missing(tracker.start(run, job.values, reached=run.cut_back()), run)
+        tracker.keep(run.folder / "config.yaml", "config")
+        tracker.log({"params_millions": job.num_parameters / 1e6}, 0)
+        succeeded = False
+        try:
+            yield
+            succeeded = True
+        finally:
+            say_missing(tracker.finish(succeeded=succeeded), run)
 
 
 def say_missing(missing: str | None, run: Run) -> None:
@@ -251,18 +253,33 @@ def places(job: Job) -> dict[str, str]:
     """Where the run is kept and shown."""
     run, link = job.run, job.tracker.link
     resumed = f" (goes on from {run.last_checkpoint.name})" if run.last_checkpoint is not None else ""
-    return {"folder": f"{run.folder}{resumed}", "dashboard": f"{link} (make ui)" if link else "none"}
+    return {"folder": f"{run.folder}{resumed}", "dashboard": link or "none"}
 
 
-def say_end(job: Job, checkpoint: ModelCheckpoint) -> None:
-    """Write the run's final file; print the best metric, the checkpoint, and what to type next."""
-    score = checkpoint.best_model_score
-    best = str(job.run.checkpoints / Path(checkpoint.best_model_path or checkpoint.last_model_path).name)
-    job.run.finish({"val/top1": None if score is None else float(score), "checkpoint": best})
-    facts = {"checkpoint": best, "next": "make ui"}
-    if score is not None:
-        facts = {"best val/top1": f"{float(score):.4f} of {evaluated(job.data)}", **facts}
-    print_facts(main_console(), facts)
+def best_of(checkpoint: KeepBest, run: Run) -> str:
+    """The best checkpoint, or the last where none was measured, by its path from here."""
+    return str(run.checkpoints / Path(checkpoint.best_model_path or checkpoint.last_model_path).name)
+
+
+def end(job: Job, result: Mapping[str, Any]) -> dict[str, str]:
+    """The best metric, the checkpoint, and what to type next."""
+    score, link = result["val/top1"], job.tracker.link
+    best = {} if score is None else {"best val/top1": f"{score:.4f} of {evaluated(job.data)}"}
+    following = "make ui" if link is not None and link.endswith("(make ui)") else f"tail {job.run.folder / METRICS}"
+    return {**best, "checkpoint": result["checkpoint"], "next": following}
+
+
+def as_number(score: torch.Tensor | None) -> float | None:
+    """A score as JSON has it."""
+    return None if score is None else float(score)
+
+
+def plugins(wanted: list[object] | None) -> list[Any]:
+    """The config's plugins and ours: whole checkpoints, and on Slurm none that Lightning would write and requeue."""
+    own: list[object] = [WholeFiles()]
+    if SLURMEnvironment.detect():
+        own.append(SLURMEnvironment(auto_requeue=False))
+    return [*(wanted or []), *own]
 
 
 def evaluated(data: ShardData) -> str:

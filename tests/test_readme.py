@@ -42,7 +42,7 @@ def test_every_command_of_the_readme_works(tmp_path: Path, digits: Dataset) -> N
             small = [*words[3:], *SMALL[words[2]]]
             answer = subprocess.run(
                 [sys.executable, "-m", words[2], *small],
-                cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+                cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,
             )  # fmt: skip
             assert answer.returncode == 0, f"{command}\n{answer.stderr[-2000:]}"
         else:

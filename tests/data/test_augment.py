@@ -5,14 +5,27 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms import functional as reference
+from torchvision.transforms._presets import ImageClassification
 
 from data.augment import EvaluationView, TrainingView, random_resized_crop
 from data.order import uniform
+from pipeline.config import compose
 
 COUNT = 4000
+
+
+def test_the_default_is_torchvisions_reference_preset() -> None:
+    views = instantiate(compose("train", ["+model=resnet", "data=shards", "data.root=any"]).augment, _convert_="all")
+    ours, theirs = views["training"], RandomResizedCrop(224)
+    assert (ours.image_size, ours.scale, ours.ratio) == (224, list(theirs.scale), pytest.approx(list(theirs.ratio)))
+    assert ours.flip == RandomHorizontalFlip().p
+    preset = ImageClassification(crop_size=224)  # whose resize_size is 256
+    assert views["evaluation"].image_size / views["evaluation"].crop_fraction == preset.resize_size[0]
+    assert (views["evaluation"].image_size,) == tuple(preset.crop_size)
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 375), (32, 32), (30, 900), (900, 30)])

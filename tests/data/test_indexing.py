@@ -193,13 +193,17 @@ def test_the_index_may_lie_elsewhere(tmp_path: Path) -> None:
 def test_samples_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> None:
     files = make_samples(4) | {
         "broken.jpg": b"\xff\xd8 no more", "broken.cls": b"1", "blind.cls": b"1",
+        "cut.jpg": make_jpeg(90, 90)[:-2000], "cut.cls": b"1",
+        "none.jpg": make_jpeg(9, 9), "none.json": b'{"label": null}',
         "nameless.jpg": make_jpeg(9, 9), "other.jpg": make_jpeg(9, 9), "other.json": b'{"kind": 1}',
     }  # fmt: skip
     write_tar(tmp_path / "a.tar", files)
     dataset, left_out = open_dataset(tmp_path)
     assert len(dataset.index("train")) == 4
     reasons = {sample.name.partition(": ")[2]: sample.reason for sample in left_out}
-    assert reasons.keys() == {"broken", "blind", "nameless", "other"}
+    assert reasons.keys() == {"broken", "cut", "blind", "nameless", "other", "none"}
+    assert "truncated" in reasons["cut"]
+    assert reasons["none"] == "its label null is neither a whole number nor a name"
     assert "no field label" in reasons["other"]
     assert "neither a .cls nor a .json" in reasons["nameless"]
 

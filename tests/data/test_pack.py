@@ -132,7 +132,7 @@ def test_damaged_images_are_left_out_and_named(tmp_path: Path) -> None:
     assert "truncated" in reasons["class1/03.jpg"]
     assert reasons["class1/04.jpg"] == "the file is empty"
     assert sum(split.samples for split in packed.dataset.splits.values()) == 21
-    assert packed.ignored == {"txt": 1}
+    assert packed.ignored == {".txt": 1}
     with pytest.raises(UnreadableImage, match=r"class[12]/0[345].jpg"):
         pack_folder(root, tmp_path / "strict", strict=True)
     assert not (tmp_path / "strict").exists()
@@ -165,6 +165,10 @@ def test_resize_shrinks_only_what_is_larger(tmp_path: Path) -> None:
     [
         (lambda root: None, "holds no class folders"),
         (lambda root: (root / "cat").mkdir(), "class cat has no images"),
+        (
+            lambda root: [make_folder(root / name) for name in ("train", "val", "valid")],
+            "val and .*valid are both split",
+        ),
         (lambda root: make_folder(root, classes=1), "images has one class, class0: a classifier needs at least 2"),
         (lambda root: make_folder(root / "train") and make_folder(root / "val", classes=4), "class3 is a class that"),
     ],

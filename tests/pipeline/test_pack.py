@@ -24,7 +24,7 @@ def test_a_folder_is_packed_and_reported(run_verb: Run, tmp_path: Path) -> None:
 def test_the_digits_are_trained_on_with_their_own_settings(run_verb: Run) -> None:
     answer = run_verb("pack")
     assert answer.returncode == 0, answer.stderr
-    assert "train 1,438 in 2 shards, val 359 in 1 shards" in answer.stdout
+    assert "train 1,438 (tars: 2), val 359 (tars: 1)" in answer.stdout
     assert answer.stdout.endswith("python -m pipeline.train +model=resnet data=digits\n")
 
 

@@ -24,7 +24,7 @@ from pipeline.tracking import MLflowTracker
 folder = Path(sys.argv[1])
 folder.mkdir()
 tracker = MLflowTracker()
-assert tracker.start(Run(folder.name, folder), {"seed": 0, "data.index": None}) is None
+assert tracker.start(Run(folder.name, folder), {"seed": 0, "data.index": None}, reached=-1) is None
 tracker.log({"train/loss": 1.0}, 5)
 assert tracker.finish(succeeded=True) is None
 """
@@ -54,7 +54,7 @@ def test_several_processes_may_make_the_store_at_once(tmp_path: Path) -> None:
 def test_a_dead_server_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracker = MLflowTracker(uri="http://127.0.0.1:9")
-    why = tracker.start(Run("mine", tmp_path), {})
+    why = tracker.start(Run("mine", tmp_path), {}, reached=-1)
     assert why is not None
     assert why.startswith("http://127.0.0.1:9 does not take the run")
     assert tracker.link is None
@@ -71,7 +71,7 @@ def test_what_fails_on_its_way_is_counted_and_the_rest_arrives() -> None:
 
     for task in (lambda: arrived.append(1), refused, lambda: arrived.append(2)):
         sender.send(task)
-    assert sender.finish(10) == "1 messages did not reach the dashboard: the disk is full"
+    assert sender.finish(10) == "the dashboard lacks 1 messages: the disk is full"
     assert arrived == [1, 2]
 
 

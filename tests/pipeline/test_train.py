@@ -193,7 +193,7 @@ def test_two_ranks_train_and_evaluate_as_one_with_twice_the_batch(
     two = run_verb("train", *common, "name=two", *TWO_RANKS, "data.batch_size=32")
     assert two.returncode == 0, two.stderr
     curves = [journal(with_digits / "runs" / name) for name in ("one", "two")]
-    assert len(curves[0]) == 1 + 4
+    assert len(curves[0]) == 2 + 4  # at steps 70 and 88
     assert_same_curves(*curves)
     for printed in (one, two.stdout):
         assert printed.count("images 359") == 4
@@ -208,16 +208,17 @@ def test_accumulated_batches_train_as_one_large_batch(train: Train, with_digits:
     printed = train(*common, "name=accumulated", "data.batch_size=32", "recipe.accumulate=4")
     assert "1 x 32 x 4 accumulated" in printed
     curves = [journal(with_digits / "runs" / name) for name in ("large", "accumulated")]
-    assert len(curves[0]) == 5 + 2  # 11 steps an epoch
+    assert len(curves[0]) == 6 + 2  # 11 steps an epoch, and the last of all
     assert_same_curves(*curves)
 
 
 def test_under_torchrun_all_ranks_evaluate_what_the_checkpoint_holds(with_digits: Path, digits: Dataset) -> None:
     words = (*("+model=resnet", *TWO_RANKS, "tracking=none"), *("recipe.epochs=1", "data.batch_size=128", "name=two"))
-    launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29653")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     answer = subprocess.run(
         [sys.executable, *launch, "-m", "pipeline.train", *words, "trainer.precision=32-true"],
         cwd=with_digits, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        timeout=300,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.count("batch       2 x 128") == 1
@@ -249,9 +250,16 @@ def recipe() -> Recipe:
         (["data.threads=many"], "data.threads=many must be a whole number"),
         (["recipe.clip_norm=much"], "recipe.clip_norm=much must be a number above 0, or null"),
         (["model.variant=resnet19"], "model.variant=resnet19 is not one of resnet18"),
-        (["+trainer.acelerator=cpu"], "there is no trainer.acelerator: did you mean accelerator?"),
-        (["+trainer.max_epochs=3"], "trainer.max_epochs is decided by the project (recipe.epochs)"),
+        (["+trainer.acelerator=cpu"], "there is no trainer.acelerator: did you mean trainer.accelerator?"),
+        (["+trainer.max_epochs=3"], "trainer.max_epochs is decided by recipe.epochs"),
         (["data.root=nowhere"], "data.root=nowhere is no folder"),
+        (["data.root=2024", "data=shards"], "data.root=2024 is no folder"),
+        (["+model.num_classes=ten"], "model.num_classes=ten must be a whole number"),
+        (["+recipe.optimizer.rate=1"], "recipe.optimizer or recipe.schedule: "),
+        (["recipe.optimizer._target_=torch.optim.AdamW"], "unexpected keyword argument 'momentum'"),
+        (["trainer=gpu"], "trainer: No supported gpu backend found"),
+        (["+trainer.limit_train_batches=3", "recipe.accumulate=2"], "leaves 3 of 22 batches an epoch"),
+        (["augment.training.scale=[0.5]"], "augment.training.scale=[0.5] must be a range of two numbers"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(train: Train, with_digits: Path, words: list[str], message: str) -> None:
@@ -289,6 +297,34 @@ def test_a_run_is_not_continued_with_other_values(train: Train, with_digits: Pat
     with pytest.raises(ValueError, match="begun with global_batch_size=256, not 128"):
         train(*words, "data.batch_size=128")
     assert "goes on from last.ckpt" in train(*words, "data.batch_size=128", "recipe.accumulate=2")
+
+
+def test_a_moved_run_remembers_its_best_and_its_page(train: Train, with_digits: Path) -> None:
+    words = ("+model=resnet", *TINY, "name=mine", "+trainer.limit_val_batches=1")
+    train(*words)
+    folder = with_digits / "runs" / "mine"
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").unlink()
+    (with_digits / "runs").rename(with_digits / "elsewhere")
+    train(*words, "runs=elsewhere")
+    assert json.loads((with_digits / "elsewhere" / "mine" / "result.json").read_text()) == {
+        "val/top1": result["val/top1"], "checkpoint": "elsewhere/mine/checkpoints/best.ckpt",
+    }  # fmt: skip
+    client = MlflowClient(f"sqlite:///{with_digits / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("convoy")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    points = {key: client.get_metric_history(run.info.run_id, key) for key in ("train/loss", "params_millions")}
+    assert [point.step for point in points["train/loss"]] == [2, 4, 6, 8, 10]
+    assert [point.step for point in points["params_millions"]] == [0]
+
+
+def test_a_run_is_trained_by_one_process(train: Train, with_digits: Path) -> None:
+    with (
+        training.Run("mine", with_digits / "runs" / "mine").held(),
+        pytest.raises(ValueError, match="runs/mine is held by a running process: add name=NAME"),
+    ):
+        train("+model=resnet", "tracking=none", *TINY, "name=mine")
 
 
 def test_a_damaged_checkpoint_is_named(train: Train, with_digits: Path) -> None:
