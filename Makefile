@@ -16,10 +16,10 @@ endif
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST) | awk '{printf "  %s %-6s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
 
-demo: .venv/ready  ## train a ResNet on real digits: 2 minutes on two cores
+demo: .venv/ready  ## train a ResNet on real digits: 2 minutes on two server cores
 	$(BIN)/python -m pipeline.train +model=resnet
 
-test: .venv/ready  ## the tests: under 10 minutes on two cores
+test: .venv/ready  ## the tests: under 10 minutes on two server cores
 	$(BIN)/python -m pytest
 
 lint: .venv/ready  ## ruff and mypy strict
