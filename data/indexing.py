@@ -50,6 +50,8 @@ def open_dataset(
     Raises: FileNotFoundError, ValueError when this is no data set; PermissionError.
     """
     folder = folder or root
+    if root.is_file():
+        raise ValueError(f"data.root={root} is a file: give the folder that holds it")
     if not root.is_dir():
         raise FileNotFoundError(f"data.root={root} is no folder: pack one with `python -m pipeline.pack`")
     tars = find_tars(root)
@@ -80,6 +82,9 @@ def find_tars(root: Path) -> dict[str, list[str]]:
         words = re.split(r"[^a-z]+", file.lower())
         split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
         splits.setdefault(split, []).append(file)
+    packed = next((path for pattern in ("*.tar.*", "*.tgz") for path in root.rglob(pattern)), None)
+    if not splits and packed is not None:
+        raise ValueError(f"{packed} is compressed, and images in it cannot be read by position: unpack it to a .tar")
     if not splits:
         raise ValueError(
             f"data.root={root} is no data set: it holds neither {MANIFEST} nor a .tar file "
@@ -250,7 +255,8 @@ def _check_range(shard: ShardRows, num_classes: int) -> None:
         if not isinstance(label, int):
             raise ValueError(f"{shard.file}: {key} has the label {label} where others have numbers")
         if not 0 <= label < num_classes:
-            raise ValueError(f"{shard.file}: {key} has label {label}, out of range: 0 to {num_classes - 1} are allowed")
+            allowed = f"0 to {num_classes - 1}, as there are no more classes, or images to have them"
+            raise ValueError(f"{shard.file}: {key} has label {label}, out of range: {allowed}")
 
 
 def _nothing_found(where: str, shards: list[ShardRows], *, label_field: str) -> str:

@@ -189,7 +189,8 @@ class TrainingPlan:
         if self.num_steps == 0:
             raise ValueError(
                 f"{sum(self.shard_samples)} training images are fewer than a global batch of {self.global_batch_size} "
-                f"(batch_size {self.batch_size} x accumulate {self.accumulate} x {self.world_size} ranks): lower one"
+                f"(batch_size {self.batch_size} x accumulate {self.accumulate} x {self.world_size} ranks): "
+                "lower data.batch_size, recipe.accumulate or trainer.devices"
             )
 
     @property

@@ -78,9 +78,11 @@ def check_command_line(name: str, arguments: list[str]) -> list[str]:
 
     Raises: ConfigError.
     """
+    words = _words(arguments)
+    arguments = [*(word for word in arguments if word not in words), *words]  # Hydra takes no flag between overrides
     if any(flag in arguments for flag in FLAGS_ALONE):
         return arguments
-    overrides = _parse(_words(arguments))
+    overrides = _parse(words)
     for key, (groups, choice) in IMPLIED.items():
         if _names(overrides, key) and not _names(overrides, *groups):
             arguments, overrides = [*arguments, choice], [*overrides, *_parse([choice])]
@@ -135,21 +137,19 @@ def missing_keys(config: DictConfig) -> set[str]:
     return {key for key, value in _known_keys(config).items() if value == "???"}
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.5) -> str:
     """The most similar of `words`, as a question for the end of a sentence; empty when nothing is near."""
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
     return f": did you mean {found[0]}?" if found else ""
 
 
 def _words(arguments: list[str]) -> list[str]:
     """What is no flag of Hydra's and no value of one."""
-    words = []
-    for before, word in zip(["", *arguments], arguments, strict=False):
-        if word.startswith("-") and word not in FLAGS:
+    for word in arguments:
+        if word.startswith("-") and word not in (*FLAGS, *FLAGS_ALONE):
             raise ConfigError(f"there is no flag {word}: values are set by KEY=VALUE without dashes, --help lists them")
-        if word not in FLAGS and before not in FLAGS_WITH_VALUE:
-            words.append(word)
-    return words
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [word for before, word in pairs if not word.startswith("-") and before not in FLAGS_WITH_VALUE]
 
 
 def _parse(words: list[str]) -> list[Override]:
@@ -195,7 +195,8 @@ def _check_keys(base: DictConfig, overrides: list[Override]) -> None:
         if key in groups or key.startswith(("hydra.", "hydra/")):
             continue
         if key not in known and not _may_be_added(override, base):
-            raise ConfigError(f"there is no {key}{nearest(key, {*known, *groups})}")
+            same_end = {name for name in known if name.rpartition(".")[2] == key}  # lr for recipe.optimizer.lr
+            raise ConfigError(f"there is no {key}{nearest(key, {*known, *groups}) or nearest(key, same_end, cutoff=0)}")
         if key in known and not override.is_delete() and not override.is_sweep_override():
             _check_type(override, known[key])
 

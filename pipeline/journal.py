@@ -32,17 +32,17 @@ NOT_IN_NAME = (
     "data.source",
     "data.threads",
     "data.readahead",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
 )
 # A run may go on where there are other devices, as long as they make the same global batches.
 NOT_IN_FINGERPRINT = (
     *NOT_IN_NAME,
     "data.batch_size",
     "recipe.accumulate",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.precision",
+    "trainer.precision",  # what it comes to is compared
 )
 
 Values = Mapping[str, Any]  # of a config, by dotted key
@@ -130,6 +130,8 @@ class Run:
 def open_run(values: Values, dataset: Dataset) -> Run:
     """The run that these values mean: an unfinished one of its name goes on, after finished ones comes `-2`, `-3`."""
     wanted = str(values["name"] or default_name(values, dataset))
+    if Path(wanted).name != wanted:
+        raise ValueError(f"name={wanted} is a path: runs=FOLDER says where runs lie, name=NAME only what one is called")
     name, number = wanted, 1
     runs = Path(str(values["runs"]))
     while (runs / name / FINAL).is_file():

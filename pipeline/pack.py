@@ -50,6 +50,8 @@ def pack_source(config: DictConfig) -> Packed:
 
     from data.pack import pack
 
+    if Path(str(config.name)).name != str(config.name):
+        raise ValueError(f"name={config.name} is a path: out=FOLDER says where the data set goes")
     source = instantiate(config.source, name=config.name, val_fraction=config.val_fraction, seed=config.seed)
     return pack(
         source,

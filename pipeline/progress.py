@@ -10,7 +10,7 @@ import psutil
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.datamodule import ShardData
 from data.loader import TrainingLoader
@@ -40,9 +40,11 @@ class Reporter(pl.Callback):
         self.began = self._since = time.perf_counter()
         self._first_step = self._step = trainer.global_step
         self._waited = 0.0
+        self._loss = ""
         if trainer.is_global_zero and self.console.is_terminal:
-            columns = [TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[speed]}")]
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
+            text, speed = TextColumn("{task.description}"), TextColumn("{task.fields[speed]}")
+            columns = (text, BarColumn(None), MofNCompleteColumn(), speed, TimeRemainingColumn())
+            self.bar = Progress(*columns, console=self.console)
             self._task = self.bar.add_task("training", total=trainer.max_steps, completed=self._step, speed="")
             self.bar.start()
 
@@ -58,7 +60,8 @@ class Reporter(pl.Callback):
         """Move the bar; at every `log_every`-th optimizer step take a point."""
         step = trainer.global_step
         if self.bar is not None:
-            self.bar.update(self._task, completed=step)
+            epoch = f"epoch {trainer.current_epoch + 1}/{self.num_epochs}"
+            self.bar.update(self._task, completed=step, description=f"{epoch}  {self._loss}")
         # By the step itself, so that a resumed run takes its points where the whole one does; once where several
         # batches make a step.
         last = step == trainer.max_steps  # so that a run shorter than `log_every` has a point too
@@ -119,8 +122,8 @@ class Reporter(pl.Callback):
     def _show(self, trainer: pl.Trainer, values: dict[str, float], *, step: int) -> None:
         speed = f"{values['train/images_per_second']:,.0f} images/s"
         if self.bar is not None:
-            text = f"epoch {trainer.current_epoch + 1}/{self.num_epochs}  loss {values['train/loss']:.3f}"
-            self.bar.update(self._task, description=text, speed=speed)
+            self._loss = f"loss {values['train/loss']:.3f}"
+            self.bar.update(self._task, speed=speed)
             return
         passed = time.perf_counter() - self.began
         eta = passed / max(1, step - self._first_step) * (trainer.max_steps - step)

@@ -214,4 +214,5 @@ class Sender:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    line = str(error).partition("\n")[0]
+    return line if len(line) <= 160 else f"{line[:160]}..."

@@ -25,12 +25,13 @@ from models.classifier import Classifier
 from pipeline.checkpoint import KeepBest, WholeFiles
 from pipeline.config import nearest
 from pipeline.console import is_main_process, main_console, print_facts
-from pipeline.journal import METRICS, Run, Values, fingerprint
+from pipeline.journal import METRICS, Run, Values, fingerprint, saved_step
 from pipeline.progress import Record, Reporter
 from pipeline.tracking import Tracker
 
 MakeTrainer = partial[pl.Trainer]  # Lightning's, with what a config says
-TERMINATED = 128 + 15  # what a shell makes of SIGTERM, by which schedulers tell a requeue from success
+# What a shell makes of SIGTERM and of Ctrl-C: by the first, schedulers tell a requeue from success.
+TERMINATED, INTERRUPTED = 128 + 15, 128 + 2
 # What this project decides itself, and where it is told what to decide.
 DECIDED = {
     "max_epochs": "recipe.epochs",
@@ -91,7 +92,7 @@ def num_outputs(dataset: Dataset, model: Mapping[str, Any]) -> int:
 def train(job: Job, make_trainer: MakeTrainer, *, config: str) -> None:
     """Fit, and keep and show what comes of it; `config` is the YAML that the run keeps.
 
-    Raises: ValueError, OSError for what a user can cause; SystemExit(143) after a SIGTERM.
+    Raises: ValueError, OSError for what a user can cause; SystemExit(143) after a SIGTERM, 130 after Ctrl-C.
     """
     run, module, data = job.run, job.module, job.data
     checkpoint = KeepBest(run.checkpoints, monitor="val/top1" if data.num_evaluation_images else None)
@@ -131,7 +132,7 @@ def build_trainer(make: MakeTrainer, job: Job, *, callbacks: list[pl.Callback]) 
             use_distributed_sampler=False,
         )
     except MisconfigurationException as error:  # no such device, or fewer of them
-        raise ValueError(f"trainer: {error}") from error
+        raise ValueError(f"trainer: {error} trainer=auto takes what the machine has") from error
     if trainer.world_size > 1 and trainer.strategy.launcher is not None and {"-m", "--multirun"} & set(sys.argv):
         raise ValueError("each process that Lightning starts would repeat the sweep: take one device, or torchrun")
     return trainer
@@ -219,8 +220,11 @@ def fit(trainer: pl.Trainer, job: Job) -> None:
     """Lightning's fit from the run's last checkpoint on, with its ends told apart."""
     try:
         trainer.fit(job.module, datamodule=job.data, ckpt_path=job.run.last_checkpoint, weights_only=True)
-    except SIGTERMException as error:
-        raise SystemExit(TERMINATED) from error
+    except SystemExit as error:  # Lightning's, after a signal
+        last = job.run.last_checkpoint
+        where = f"after step {saved_step(last)}" if last is not None else "at its beginning"
+        main_console().print(f"stopped: the same command goes on {where}", highlight=False)
+        raise SystemExit(TERMINATED if isinstance(error, SIGTERMException) else INTERRUPTED) from error
     except torch.OutOfMemoryError as error:
         size = job.data.feeding.batch_size
         raise ValueError(
@@ -239,13 +243,15 @@ def banner(job: Job, trainer: pl.Trainer) -> dict[str, str]:
         device_name = torch.cuda.get_device_name(device)
     accumulate = f" x {feeding.accumulate} accumulated" if feeding.accumulate > 1 else ""
     model = job.values.get("model.variant", job.values["model._target_"])
+    rest = dataset.splits["train"].samples % job.data.training_plan(0, trainer.world_size).global_batch_size
     return {
         "model": f"{model}, {job.num_parameters:,} parameters",
         "data": f"{dataset.name}: {splits}, {len(dataset.classes)} classes, {job.data.training_view.image_size} pixels",
         "evaluation": evaluated(job.data) if job.data.evaluation_split else "none: there is no split val or test",
         "batch": f"{trainer.world_size} x {feeding.batch_size}{accumulate} on {device_name}",
         "precision": f"{trainer.precision}, channels_last",
-        "steps": f"{trainer.max_steps:,} in {job.module.recipe.epochs} epochs",
+        "steps": f"{trainer.max_steps:,} in {job.module.recipe.epochs} epochs"
+        f", which leave {rest:,} images out, others each time",
     }
 
 
@@ -258,7 +264,8 @@ def places(job: Job) -> dict[str, str]:
 
 def best_of(checkpoint: KeepBest, run: Run) -> str:
     """The best checkpoint, or the last where none was measured, by its path from here."""
-    return str(run.checkpoints / Path(checkpoint.best_model_path or checkpoint.last_model_path).name)
+    measured = checkpoint.best_model_score is not None
+    return str(run.checkpoints / Path(checkpoint.best_model_path if measured else checkpoint.last_model_path).name)
 
 
 def end(job: Job, result: Mapping[str, Any]) -> dict[str, str]:

@@ -244,6 +244,12 @@ def test_a_label_that_training_does_not_have_is_named(tmp_path: Path) -> None:
 def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"neither dataset.json nor a .tar file"):
         open_dataset(tmp_path)
+    write_tar(tmp_path / "gz" / "a.tar.gz", make_samples(2))
+    with pytest.raises(ValueError, match=r"a.tar.gz is compressed.* unpack it"):
+        open_dataset(tmp_path / "gz")
+    with pytest.raises(ValueError, match="is a file: give the folder"):
+        open_dataset(tmp_path / "gz" / "a.tar.gz")
+    (tmp_path / "gz" / "a.tar.gz").unlink()
     with pytest.raises(FileNotFoundError, match="no folder"):
         open_dataset(tmp_path / "nowhere")
     write_tar(tmp_path / "a.tar", {"readme.txt": b"nothing here"})

@@ -33,6 +33,7 @@ GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
         (["+model=resnet", "data=shards"], "data.root has no default: add data.root=VALUE"),
         (["model.variant=resnet50"], "no model: add +model=NAME"),
         (["+model=resnet", "+recipe.epoch=3"], "there is no recipe.epoch: did you mean recipe.epochs?"),
+        (["+model=resnet", "lr=1"], "there is no lr: did you mean recipe.optimizer.lr?"),
         (["+model=resnet", "data.root=null"], "data.root=null is not a text"),
         (["+model=resnet", "source=folder"], "train has no source to choose, pack has"),
         (["+model=resnet,resnt", "-m"], "model=resnt is not one of resnet, resnext: did you mean resnet?"),
@@ -56,11 +57,17 @@ def test_a_mistake_is_answered_with_the_nearest_right_word(words: list[str], ans
         ["+model=resnet", "+trainer.limit_val_batches=3", "trainer.devices=[0]", "data.root=2024", "data=shards"],
         ["+experiment=cifar10_resnet18"],
         ["--cfg", "job", "+model=resnet"],
+        ["--help", "+model=resnet", "data=shards"],
         ["+model=resnet", "data.threads=2", "data.threads=null", "data.image_size=${data.batch_size}"],
     ],
 )
 def test_what_is_right_passes(words: list[str]) -> None:
-    assert check_command_line("train", words) == words
+    assert sorted(check_command_line("train", words)) == sorted(words)
+
+
+def test_flags_may_stand_anywhere() -> None:
+    assert check_command_line("train", ["+model=resnet", "-m", "seed=1"]) == ["-m", "+model=resnet", "seed=1"]
+    assert check_command_line("train", ["seed=1", "--cfg", "job", "+model=resnet"])[:2] == ["--cfg", "job"]
 
 
 def test_a_root_alone_asks_for_the_settings_of_any_data_set() -> None:

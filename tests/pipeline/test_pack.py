@@ -33,6 +33,7 @@ def test_a_mistake_is_one_sentence(run_verb: Run, tmp_path: Path) -> None:
     for words, message in (
         (["source=folder", "source.root=empty", "name=pets"], "error: empty holds no class folders"),
         (["source=folder", "source.root=nowhere", "name=pets"], "error: source.root=nowhere is no folder"),
+        (["name=../evil"], "error: name=../evil is a path: out=FOLDER says where"),
         (["source=folder"], "error: name has no default: add name=VALUE"),
     ):
         answer = run_verb("pack", *words)

@@ -72,16 +72,16 @@ def journal(folder: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key in COMPUTED} for line in lines]
 
 
-def stop_at(line: str, root: Path, words: tuple[str, ...], *, by: signal.Signals) -> int:
-    """Start a run and send it a signal as soon as it has printed `line`; returns its exit code."""
+def stop_at(line: str, root: Path, words: tuple[str, ...], *, by: signal.Signals) -> tuple[int, str]:
+    """Start a run and send it a signal as soon as it has printed `line`; returns exit code and last words."""
     command = [sys.executable, "-m", "pipeline.train", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert any(line in printed for printed in process.stdout), "it ended before it could be stopped"
         process.send_signal(by)
-        process.stdout.read()
-        return process.wait()
+        rest = process.stdout.read()
+        return process.wait(), rest
 
 
 def only_run(root: Path) -> Path:
@@ -160,9 +160,11 @@ def test_a_run_stopped_again_and_again_goes_on_to_the_same_bits(train: Train, wi
     words = (*common, "log_every=3")  # points that reach over the ends of epochs, where checkpoints are
     train(*words, "name=whole")
     runs, cut = with_digits / "runs", (*words, "name=cut")
-    assert stop_at("step 3/15", with_digits, cut, by=signal.SIGKILL) == -signal.SIGKILL  # before any checkpoint
-    assert stop_at("step 6/15", with_digits, cut, by=signal.SIGTERM) == 143
-    assert stop_at("step 12/15", with_digits, cut, by=signal.SIGKILL) == -signal.SIGKILL
+    code, said = stop_at("step 3/15", with_digits, cut, by=signal.SIGINT)
+    assert (code, "stopped: the same command goes on at its beginning" in said) == (130, True)
+    code, said = stop_at("step 6/15", with_digits, cut, by=signal.SIGTERM)
+    assert (code, "stopped: the same command goes on after step 5" in said) == (143, True)
+    assert stop_at("step 12/15", with_digits, cut, by=signal.SIGKILL)[0] == -signal.SIGKILL
     assert not (runs / "cut" / "result.json").exists()
     assert "goes on from last.ckpt" in train(*cut)
     whole, resumed = journal(runs / "whole"), journal(runs / "cut")
@@ -259,6 +261,7 @@ def recipe() -> Recipe:
         (["recipe.optimizer._target_=torch.optim.AdamW"], "unexpected keyword argument 'momentum'"),
         (["trainer=gpu"], "trainer: No supported gpu backend found"),
         (["+trainer.limit_train_batches=3", "recipe.accumulate=2"], "leaves 3 of 22 batches an epoch"),
+        (["name=../elsewhere"], "name=../elsewhere is a path"),
         (["augment.training.scale=[0.5]"], "augment.training.scale=[0.5] must be a range of two numbers"),
     ],
 )
@@ -357,6 +360,6 @@ def test_a_terminal_gets_a_bar(train: Train, with_digits: Path, monkeypatch: pyt
         monkeypatch.setattr(training, "main_console", lambda: console)
         train("+model=resnet", "tracking=none", *TINY)
     shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", (with_digits / "terminal").read_text())
-    assert re.search(r"epoch 2/2 +loss [\d.]+ .*━.* images/s 0:00:00", shown)
+    assert re.search(r"epoch 2/2 +loss [\d.]+ .*━ 10/10 .* images/s 0:00:00", shown)
     assert "step 2/10" not in shown  # the lines are for logs
     assert "epoch 2/2  val/loss" in shown
