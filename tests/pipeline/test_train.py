@@ -76,6 +76,8 @@ def stop_at(line: str, root: Path, words: tuple[str, ...], *, by: signal.Signals
     """Start a run and send it a signal as soon as it has printed `line`; returns exit code and last words."""
     command = [sys.executable, "-m", "pipeline.train", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # A shell's background jobs ignore SIGINT, and so would what they start; a handler of ours is not inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert any(line in printed for printed in process.stdout), "it ended before it could be stopped"
