@@ -82,10 +82,10 @@ def find_tars(root: Path) -> dict[str, list[str]]:
         words = re.split(r"[^a-z]+", file.lower())
         split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
         splits.setdefault(split, []).append(file)
-    packed = next((path for pattern in ("*.tar.*", "*.tgz") for path in root.rglob(pattern)), None)
-    if not splits and packed is not None:
-        raise ValueError(f"{packed} is compressed, and images in it cannot be read by position: unpack it to a .tar")
     if not splits:
+        packed = next((path for pattern in ("*.tar.*", "*.tgz") for path in root.rglob(pattern)), None)
+        if packed is not None:
+            raise ValueError(f"{packed} is compressed, so nothing in it has a position: unpack it to a .tar")
         raise ValueError(
             f"data.root={root} is no data set: it holds neither {MANIFEST} nor a .tar file "
             f"(class folders: python -m pipeline.pack source=folder source.root={root} name=NAME)"

@@ -107,20 +107,21 @@ class Run:
         with (self.folder / METRICS).open("a") as journal:
             journal.write(json.dumps({"step": step, **values}) + "\n")
 
-    def cut_back(self) -> int:
+    def cut_back(self) -> dict[str, int]:
         """Drop what the journal says of steps after the last checkpoint, which a resumed run takes again.
 
-        Returns the last step that it spoke of, -1 where none of that stays.
+        Returns the last step that it told of each curve, nothing for a run that begins anew.
         """
         path = self.folder / METRICS
         if not path.is_file():
-            return -1
+            return {}
         step = -1 if self.last_checkpoint is None else saved_step(self.last_checkpoint)
         # A line without its end was cut off with the process.
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        steps = [json.loads(line)["step"] for line in lines]
-        write_whole(path, "".join(line for line, taken in zip(lines, steps, strict=True) if taken <= step).encode())
-        return -1 if step < 0 else max(steps, default=-1)
+        points = [json.loads(line) for line in lines]
+        kept = (line for line, point in zip(lines, points, strict=True) if point["step"] <= step)
+        write_whole(path, "".join(kept).encode())
+        return {} if step < 0 else {key: point["step"] for point in points for key in point}
 
     def finish(self, facts: Values) -> None:
         """Write the file that means success, the last of a run."""

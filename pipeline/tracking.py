@@ -48,8 +48,8 @@ class Tracker(Protocol):
     def link(self) -> str | None:
         """Address of the run's page and how to open it, None where there is none."""
 
-    def start(self, run: Run, parameters: Mapping[str, object], *, reached: int) -> str | None:
-        """Begin a run, or go on with one that has told of its steps up to `reached`, -1 for none; parameters by
+    def start(self, run: Run, parameters: Mapping[str, object], *, reached: Mapping[str, int]) -> str | None:
+        """Begin a run, or go on with one that has told of each curve up to the step in `reached`; parameters by
         dotted key. Return why it cannot, None when it can."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -67,7 +67,7 @@ class NoTracker:
 
     link = None
 
-    def start(self, run: Run, parameters: Mapping[str, object], *, reached: int) -> str | None:
+    def start(self, run: Run, parameters: Mapping[str, object], *, reached: Mapping[str, int]) -> str | None:
         """Nothing is wrong."""
         return None
 
@@ -90,10 +90,10 @@ class MLflowTracker:
         self.experiment = experiment
         self.link: str | None = None
         self._run_id: str | None = None
-        self._reached = -1
+        self._reached: Mapping[str, int] = {}
         self._sender = Sender()
 
-    def start(self, run: Run, parameters: Mapping[str, object], *, reached: int) -> str | None:
+    def start(self, run: Run, parameters: Mapping[str, object], *, reached: Mapping[str, int]) -> str | None:
         """Create the run, or go on with the one whose id the run's folder holds; do without where no server answers."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read by the import
         for name, value in IMPATIENCE.items():
@@ -111,8 +111,8 @@ class MLflowTracker:
         """Send all values as one batch."""
         from mlflow.entities import Metric
 
-        if step <= self._reached:  # a resumed run takes steps again, to the same values
-            return
+        # A resumed run takes steps again, to the same values.
+        values = {key: value for key, value in values.items() if step > self._reached.get(key, -1)}
         now = int(time.time() * 1000)
         metrics = [Metric(key, value, now, step) for key, value in values.items()]
         self._send(lambda run_id: self._client.log_batch(run_id, metrics=metrics))
@@ -134,7 +134,7 @@ class MLflowTracker:
     def _start(self, run: Run, parameters: Mapping[str, object]) -> None:
         self._client, experiment_id = self._open()
         id_file = run.folder / RUN_ID
-        if id_file.is_file() and self._reached >= 0:
+        if id_file.is_file() and self._reached:
             run_id = id_file.read_text().strip()
             self._client.update_run(run_id, status="RUNNING")
         else:

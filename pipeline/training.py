@@ -198,9 +198,11 @@ def followed(job: Job, trainer: pl.Trainer, *, config: str) -> Iterator[None]:
         return
     with run.held():
         run.begin(computes, config)
-        say_missing(tracker.start(run, job.values, reached=run.cut_back()), run)
+        reached = run.cut_back()
+        say_missing(tracker.start(run, job.values, reached=reached), run)
         tracker.keep(run.folder / "config.yaml", "config")
-        tracker.log({"params_millions": job.num_parameters / 1e6}, 0)
+        if not reached:
+            tracker.log({"params_millions": job.num_parameters / 1e6}, 0)
         succeeded = False
         try:
             yield

@@ -245,7 +245,7 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"neither dataset.json nor a .tar file"):
         open_dataset(tmp_path)
     write_tar(tmp_path / "gz" / "a.tar.gz", make_samples(2))
-    with pytest.raises(ValueError, match=r"a.tar.gz is compressed.* unpack it"):
+    with pytest.raises(ValueError, match=r"a.tar.gz is compressed.*unpack it"):
         open_dataset(tmp_path / "gz")
     with pytest.raises(ValueError, match="is a file: give the folder"):
         open_dataset(tmp_path / "gz" / "a.tar.gz")

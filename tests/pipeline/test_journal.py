@@ -52,7 +52,7 @@ def test_the_journal_is_cut_back_to_where_a_run_goes_on(tmp_path: Path) -> None:
         journal.write('{"step": 15, "train/lo')  # what a killed process may leave
     run.checkpoints.mkdir()
     torch.save({"global_step": 20}, run.checkpoints / "last.ckpt")
-    run.cut_back()
+    assert run.cut_back() == {"step": 30, "train/loss": 30}
     run.record({"train/loss": 0.5}, 30)
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert lines == [

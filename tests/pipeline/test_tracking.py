@@ -24,7 +24,7 @@ from pipeline.tracking import MLflowTracker
 folder = Path(sys.argv[1])
 folder.mkdir()
 tracker = MLflowTracker()
-assert tracker.start(Run(folder.name, folder), {"seed": 0, "data.index": None}, reached=-1) is None
+assert tracker.start(Run(folder.name, folder), {"seed": 0, "data.index": None}, reached={}) is None
 tracker.log({"train/loss": 1.0}, 5)
 assert tracker.finish(succeeded=True) is None
 """
@@ -51,10 +51,27 @@ def test_several_processes_may_make_the_store_at_once(tmp_path: Path) -> None:
         ]
 
 
+def test_a_resumed_run_tells_only_what_is_new(tmp_path: Path) -> None:
+    uri, run = f"sqlite:///{tmp_path / 'mlflow.db'}", Run("mine", tmp_path)
+    for reached in ({}, {"step": 5, "train/loss": 5}):  # as if it had been killed in the evaluation after step 5
+        tracker = MLflowTracker(uri=uri)
+        assert tracker.start(run, {}, reached=reached) is None
+        tracker.log({"train/loss": 1.0}, 5)
+        if reached:
+            tracker.log({"val/top1": 0.5}, 5)
+        assert tracker.finish(succeeded=True) is None
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("convoy")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id])
+    for key in ("train/loss", "val/top1"):
+        assert [point.step for point in client.get_metric_history(found.info.run_id, key)] == [5]
+
+
 def test_a_dead_server_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracker = MLflowTracker(uri="http://127.0.0.1:9")
-    why = tracker.start(Run("mine", tmp_path), {}, reached=-1)
+    why = tracker.start(Run("mine", tmp_path), {}, reached={})
     assert why is not None
     assert why.startswith("http://127.0.0.1:9 does not take the run")
     assert tracker.link is None
