@@ -25,7 +25,8 @@ from torch import nn
 from torch.nn import functional
 
 from data.loader import Batch
-from models.classifier import Classifier, Recipe, warmup_cosine
+from models.classifier import Classifier
+from models.recipe import Recipe, warmup_cosine
 from models.residual import resnet
 from pipeline.journal import Run
 from pipeline.progress import Reporter

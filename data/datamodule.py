@@ -41,7 +41,12 @@ class Feeding:
 
 
 class ShardData(pl.LightningDataModule):
-    """Training batches in shuffled order, evaluation batches that hold every image of the split once."""
+    """Training batches in shuffled order, evaluation batches that hold every image of the split once.
+
+    `limit_batches` shortens an epoch of training to so many batches a rank, the next one begins another order.
+    """
+
+    limit_batches: int | None = None
 
     def __init__(
         self, dataset: Dataset, *, training_view: TrainingView, evaluation_view: EvaluationView, feeding: Feeding
@@ -80,7 +85,7 @@ class ShardData(pl.LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """This rank's training batches."""
         assert self.trainer is not None
-        return TrainingLoader(
+        loader = TrainingLoader(
             self.training_index,
             LocalShards(self.dataset.root),
             plan=self.training_plan(self.trainer.global_rank, self.trainer.world_size),
@@ -88,6 +93,8 @@ class ShardData(pl.LightningDataModule):
             decode=self._decode(),
             seed=self.feeding.seed,
         )
+        loader.limit = self.limit_batches
+        return loader
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """This rank's share of the evaluation split; an empty list without one."""

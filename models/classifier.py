@@ -7,9 +7,7 @@ what that family's papers do differently.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -19,61 +17,12 @@ from torch.nn import functional
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from models.attention import TABLE, RelativeBias
+from models.layers import batch_norms, set_batch_norm
+from models.recipe import Recipe
 from models.residual import BasicBlock, Bottleneck
 
 UNSUMMED_STEPS = 64
-
-
-class Schedule(Protocol):
-    """From the optimizer step to a factor on the learning rate."""
-
-    def __call__(self, step: int, *, steps_per_epoch: int, num_steps: int) -> float:
-        """The factor of a step of `num_steps`."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: epochs, optimizer, schedule, regularisation. `accumulate` batches make an optimizer step.
-
-    `optimizer` takes parameter groups; its weight decay is left out where `Classifier.decays`
-    says so. `clip_norm` is the largest norm of the gradient, None any.
-
-    Raises: ValueError for values that no training can have.
-    """
-
-    epochs: int
-    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-    schedule: Schedule
-    accumulate: int = 1
-    clip_norm: float | None = None
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        try:
-            self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])
-            self.schedule(0, steps_per_epoch=1, num_steps=1)
-        except TypeError as error:
-            raise ValueError(f"recipe.optimizer or recipe.schedule: {error}") from error
-        if self.epochs < 1:
-            raise ValueError(f"recipe.epochs={self.epochs} must be at least 1")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"recipe.label_smoothing={self.label_smoothing} must be at least 0 and less than 1")
-        if self.clip_norm is not None and not (isinstance(self.clip_norm, int | float) and self.clip_norm > 0):
-            raise ValueError(f"recipe.clip_norm={self.clip_norm} must be a number above 0, or null for none")
-
-
-def warmup_cosine(
-    step: int, *, steps_per_epoch: int, num_steps: int, warmup_epochs: float = 5, final_fraction: float = 0.0
-) -> float:
-    """Rise linearly over `warmup_epochs`, then fall along half a cosine to `final_fraction`, step by step.
-
-    Goyal et al. 2017, section 2.2; Loshchilov & Hutter 2017, equation 5, without restarts.
-    """
-    warmup_steps = min(round(warmup_epochs * steps_per_epoch), num_steps)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 class TrainingMetrics(NamedTuple):
@@ -90,6 +39,8 @@ class Classifier(pl.LightningModule):
     `net` maps images (N, C, H, W) to logits (N, K); the module trains it in
     channels_last memory.
     """
+
+    default_recipe: ClassVar[str] = "sgd"  # of conf/recipe/, for every network of the family
 
     def __init__(self, net: nn.Module, *, num_classes: int, recipe: Recipe) -> None:
         super().__init__()
@@ -163,12 +114,15 @@ class Classifier(pl.LightningModule):
         return TrainingMetrics(loss / images, top1 / images, topk / images if self.top_k == 5 else None)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the sums since the last take, of all ranks: the next point of the curve is of all its steps."""
+        """Keep the norms' constant, and the sums of all ranks since the last take, which the next point needs."""
+        norms = batch_norms(self.net)
+        checkpoint["norm_eps"] = norms[0].eps if norms else None  # not in the tensors, and other publishers' differ
         self._sum_up()
         checkpoint["train_sums"] = None if self._train_sums is None else self._over_ranks(self._train_sums)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the sums of all ranks, on the first of them."""
+        """Go on with the norms' constant, and with the sums of all ranks on the first of them."""
+        set_batch_norm(self.net, eps=checkpoint.get("norm_eps"))
         sums = checkpoint.get("train_sums")
         self._train_sums = sums if sums is None or self.global_rank == 0 else torch.zeros_like(sums)
 
@@ -206,11 +160,32 @@ class Classifier(pl.LightningModule):
         return logits, losses
 
 
+class SequentialClassifier(Classifier):
+    """Sequential networks: kernels drawn for ReLU, a small last layer, no biases.
+
+    Simonyan & Zisserman 2015, section 3.1, began their deep stacks from shallow ones, for random weights of
+    standard deviation 0.1 stalled them; He, Zhang, Ren & Sun 2015 removed the need with sqrt(2 / fan-in).
+    The last layer keeps the 0.01 of Krizhevsky et al. 2012, section 5, whose decay the recipe has; their
+    biases of 1, to feed ReLU early, are then not needed.
+    """
+
+    default_recipe = "sgd_step"
+
+    def initialize(self) -> None:
+        """Draw kernels and matrices, zero the biases."""
+        layers = [layer for layer in self.net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        for layer in layers:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        nn.init.normal_(layers[-1].weight, std=0.01)
+
+
 class ResidualClassifier(Classifier):
     """Residual networks: He et al. 2015 initialisation, and blocks that begin as the identity.
 
-    He, Zhang, Ren & Sun 2015, "Delving deep into rectifiers", section 2.2, by outputs, as He
-    et al. 2016 take it; the last norm of a block starts at zero as in Goyal et al. 2017, section 5.1.
+    He, Zhang, Ren & Sun 2015, "Delving deep into rectifiers", as He et al. 2016, section 3.4, ask for; by
+    outputs, as torchvision takes it. The last norm of a block starts at zero: Goyal et al. 2017, section 5.1.
     """
 
     def initialize(self) -> None:
@@ -218,10 +193,58 @@ class ResidualClassifier(Classifier):
         for layer in self.net.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            last = (
-                layer.conv2 if isinstance(layer, BasicBlock) else layer.conv3 if isinstance(layer, Bottleneck) else None
-            )
-            if last is not None:
-                norm = last[-1]
+            if isinstance(layer, BasicBlock | Bottleneck):
+                norm = (layer.conv2 if isinstance(layer, BasicBlock) else layer.conv3)[-1]
                 assert isinstance(norm, nn.BatchNorm2d)
                 nn.init.zeros_(norm.weight)
+
+
+class SeparableClassifier(Classifier):
+    """Depthwise separable networks: kernels drawn by the outputs of a group, and depthwise ones do not decay.
+
+    Howard et al. 2017, section 3.2, put little or no weight decay on depthwise filters, which have so
+    few weights; the code of Tan & Le 2019 lets them, and biases, decay. From that code are the kernels,
+    N(0, 2 / fan-out), where the fan-out of a depthwise one is K^2, not C K^2, and the matrices, U(-1, 1) / sqrt(K).
+    """
+
+    default_recipe = "rmsprop"
+
+    def initialize(self) -> None:
+        """Draw kernels and matrices, zero the biases."""
+        for layer in self.net.modules():
+            if isinstance(layer, nn.Conv2d):
+                fan_out = layer.weight[0, 0].numel() * layer.out_channels // layer.groups
+                nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
+            elif isinstance(layer, nn.Linear):
+                nn.init.uniform_(layer.weight, -1 / math.sqrt(layer.out_features), 1 / math.sqrt(layer.out_features))
+            if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay applies: to kernels and matrices, but not to depthwise ones."""
+        return super().decays(name, parameter) and "depthwise" not in name.split(".")
+
+
+class AttentionClassifier(Classifier):
+    """Attention-augmented networks: everything begins as a narrow normal, and tables of offsets do not decay.
+
+    Kernels and matrices have a standard deviation of 0.02 in the code of Liu et al. 2022 (their table 5 prints
+    0.2), which also leaves all one-dimensional parameters without decay. Dai et al. 2021 state neither; relative
+    biases are, like the other biases, left alone.
+    """
+
+    default_recipe = "adamw"
+
+    def initialize(self) -> None:
+        """Draw kernels, matrices and tables, zero the biases."""
+        for layer in self.net.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)  # cut at 2, a hundred deviations, there too
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+            elif isinstance(layer, RelativeBias):
+                nn.init.trunc_normal_(layer.table, std=0.02)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay applies: to kernels and matrices, not to tables of relative attention."""
+        return super().decays(name, parameter) and not name.endswith(TABLE)

@@ -1,6 +1,7 @@
-"""ResNet and ResNeXt: blocks whose input is added to what they compute, y = F(x) + x.
+"""ResNet, Wide ResNet and ResNeXt: blocks whose input is added to what they compute, y = F(x) + x.
 
 He, Zhang, Ren & Sun 2016, "Deep residual learning for image recognition", table 1
+Zagoruyko & Komodakis 2016, "Wide residual networks", table 8: ResNet-50-2-bottleneck
 Xie, Girshick, Dollár, Tu & He 2017, "Aggregated residual transformations for deep neural networks", table 1
 
 The sum gives dL/dx = dL/dy (1 + dF/dx): the 1 carries the gradient past any number of blocks.
@@ -8,12 +9,12 @@ The sum gives dL/dx = dL/dy (1 + dF/dx): the 1 carries the gradient past any num
 
 from __future__ import annotations
 
-import difflib
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 from torch import Tensor, nn
 
-from models.layers import ConvNet, PooledLinear, check_classes, conv_norm
+from models.layers import ConvNet, PooledLinear, StochasticDepth, conv_norm, relu
+from models.options import Options, Settings, find, finish, settle
 
 
 class Variant(NamedTuple):
@@ -22,7 +23,7 @@ class Variant(NamedTuple):
     block: type[BasicBlock] | type[Bottleneck]
     depths: tuple[int, int, int, int]
     groups: int = 1  # "cardinality" in Xie et al.
-    group_width: int = 64  # channels of one group in the first stage's 3x3
+    group_width: int = 64  # channels of one group in the first stage's 3x3; 128 doubles them: a wide ResNet
 
 
 class BasicBlock(nn.Module):
@@ -36,14 +37,15 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, width: int, *, stride: int, variant: Variant) -> None:
         super().__init__()
         assert variant.groups == 1, "no paper groups the two-layer block"
-        self.conv1 = conv_norm(in_channels, width, kernel_size=3, stride=stride)
+        self.conv1 = conv_norm(in_channels, width, kernel_size=3, stride=stride, activation=relu)
         self.conv2 = conv_norm(width, width, kernel_size=3)
         self.shortcut = shortcut(in_channels, width, stride=stride)
-        self.relu = nn.ReLU(inplace=True)
+        self.stochastic_depth = StochasticDepth()
+        self.relu = relu()
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.conv2(self.relu(self.conv1(x)))  # (N, width, H / stride, W / stride)
-        activated: Tensor = self.relu(residual + self.shortcut(x))
+        residual = self.conv2(self.conv1(x))  # (N, width, H / stride, W / stride)
+        activated: Tensor = self.relu(self.stochastic_depth(residual) + self.shortcut(x))
         return activated
 
 
@@ -60,29 +62,33 @@ class Bottleneck(nn.Module):
         groups = variant.groups
         inner = groups * (width * variant.group_width // 64)  # Xie et al.: width doubles with each stage
         out_channels = width * self.expansion
-        self.conv1 = conv_norm(in_channels, inner, kernel_size=1)
+        self.conv1 = conv_norm(in_channels, inner, kernel_size=1, activation=relu)
         # Stride sits on the 3x3, not the first 1x1 (ResNet v1.5): same cost, and the 1x1 then reads every pixel.
-        self.conv2 = conv_norm(inner, inner, kernel_size=3, stride=stride, groups=groups)
+        self.conv2 = conv_norm(inner, inner, kernel_size=3, stride=stride, groups=groups, activation=relu)
         self.conv3 = conv_norm(inner, out_channels, kernel_size=1)
         self.shortcut = shortcut(in_channels, out_channels, stride=stride)
-        self.relu = nn.ReLU(inplace=True)
+        self.stochastic_depth = StochasticDepth()
+        self.relu = relu()
 
     def forward(self, x: Tensor) -> Tensor:
-        narrow = self.relu(self.conv1(x))  # (N, inner, H, W)
-        spatial = self.relu(self.conv2(narrow))  # (N, inner, H / stride, W / stride)
+        narrow = self.conv1(x)  # (N, inner, H, W)
+        spatial = self.conv2(narrow)  # (N, inner, H / stride, W / stride)
         residual = self.conv3(spatial)  # (N, 4 width, H / stride, W / stride)
-        activated: Tensor = self.relu(residual + self.shortcut(x))
+        activated: Tensor = self.relu(self.stochastic_depth(residual) + self.shortcut(x))
         return activated
 
 
-# He et al. table 1, Xie et al. table 1 and section 5; 101_64x4d is torchvision's.
+# He et al. table 1; wide_resnet50_2 is Zagoruyko & Komodakis table 8, wide_resnet101_2 torchvision's.
 RESNETS = {
     "resnet18": Variant(BasicBlock, (2, 2, 2, 2)),
     "resnet34": Variant(BasicBlock, (3, 4, 6, 3)),
     "resnet50": Variant(Bottleneck, (3, 4, 6, 3)),
     "resnet101": Variant(Bottleneck, (3, 4, 23, 3)),
     "resnet152": Variant(Bottleneck, (3, 8, 36, 3)),
+    "wide_resnet50_2": Variant(Bottleneck, (3, 4, 6, 3), group_width=128),
+    "wide_resnet101_2": Variant(Bottleneck, (3, 4, 23, 3), group_width=128),
 }
+# Xie et al. tables 1 and 4; 101_32x8d is torchvision's.
 RESNEXTS = {
     "resnext50_32x4d": Variant(Bottleneck, (3, 4, 6, 3), groups=32, group_width=4),
     "resnext101_32x8d": Variant(Bottleneck, (3, 4, 23, 3), groups=32, group_width=8),
@@ -101,18 +107,15 @@ def shortcut(in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
     return conv_norm(in_channels, out_channels, kernel_size=1, stride=stride)
 
 
-def stem(in_channels: int, image_size: int) -> nn.Sequential:
-    """7x7 at stride 2 and a pooling, as in table 1; for images of 64 pixels and less the 3x3 of section 4.2.
+def stem(in_channels: int, *, small: bool) -> nn.Sequential:
+    """7x7 at stride 2 and a pooling, as in table 1; for small images the 3x3 of section 4.2.
 
     Shapes: (N, in_channels, H, W) -> (N, 64, ceil(H / 4), ceil(W / 4)), for small images (N, 64, H, W).
     """
-    if image_size <= 64:
-        return nn.Sequential(conv_norm(in_channels, 64, kernel_size=3), nn.ReLU(inplace=True))
-    return nn.Sequential(
-        conv_norm(in_channels, 64, kernel_size=7, stride=2),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, stride=2, padding=1),
-    )
+    if small:
+        return conv_norm(in_channels, 64, kernel_size=3, activation=relu)
+    conv = conv_norm(in_channels, 64, kernel_size=7, stride=2, activation=relu)
+    return nn.Sequential(conv, nn.MaxPool2d(3, stride=2, padding=1))
 
 
 def stages(variant: Variant) -> dict[str, nn.Module]:
@@ -129,35 +132,31 @@ def stages(variant: Variant) -> dict[str, nn.Module]:
     return built
 
 
-def resnet(
-    variant: str = "resnet50", *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224
-) -> ConvNet:
-    """A ResNet with 18 to 152 layers, equal to torchvision's of the same name.
+def resnet(variant: str = "resnet50", **options: Unpack[Options]) -> ConvNet:
+    """A ResNet with 18 to 152 layers, or one of doubled width, equal to torchvision's of the same name.
 
-    `image_size` is the side in pixels the network is meant for: 64 and less get a
-    stem without early stride. It takes other sizes too.
+    Images of 64 pixels and less: a first 3x3 kernel without stride or pooling.
 
     Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
     Raises: ValueError for an unknown variant or fewer than two classes.
     """
-    return _build(variant, RESNETS, num_classes=num_classes, stem=stem(in_channels, image_size))
+    return _build(find(variant, RESNETS), options)
 
 
-def resnext(
-    variant: str = "resnext50_32x4d", *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224
-) -> ConvNet:
-    """A ResNeXt with 50 or 101 layers, equal to torchvision's of the same name; arguments as for `resnet`.
+def resnext(variant: str = "resnext50_32x4d", **options: Unpack[Options]) -> ConvNet:
+    """A ResNeXt with 50 or 101 layers, equal to torchvision's of the same name.
+
+    Images of 64 pixels and less: a first 3x3 kernel without stride or pooling.
 
     Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
     Raises: ValueError for an unknown variant or fewer than two classes.
     """
-    return _build(variant, RESNEXTS, num_classes=num_classes, stem=stem(in_channels, image_size))
+    return _build(find(variant, RESNEXTS), options)
 
 
-def _build(name: str, variants: dict[str, Variant], *, num_classes: int, stem: nn.Module) -> ConvNet:
-    if name not in variants:
-        near = difflib.get_close_matches(name, variants, n=1, cutoff=0)[0]
-        raise ValueError(f"model.variant={name} is not one of {', '.join(variants)}: did you mean {near}?")
-    variant = variants[name]
+def _build(variant: Variant, options: Options) -> ConvNet:
+    settings = settle(Settings(), options)
     features = STAGE_WIDTHS[-1] * variant.block.expansion
-    return ConvNet(stem, stages(variant), head=PooledLinear(features, check_classes(num_classes)))
+    head = PooledLinear(features, settings.num_classes, dropout=settings.dropout)
+    net = ConvNet(stem(settings.in_channels, small=settings.small), stages(variant), head=head)
+    return finish(net, settings, options=options)

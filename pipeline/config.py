@@ -33,6 +33,8 @@ TRUSTED = ("models.", "data.", "pipeline.", "torch.", "torchvision.", "torchmetr
 REQUIRED = {"train": "model"}
 # A value, the groups that could have set it, and the choice that it means when none of them is made.
 IMPLIED = {"data.root": (("data", "experiment"), "data=shards")}
+# What may be typed for a key that is set most.
+SHORT = {"weights": "weights.file"}
 # Hydra's own.
 FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--multirun", "-m", "--run", "-r")
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i")
@@ -78,8 +80,9 @@ def check_command_line(name: str, arguments: list[str]) -> list[str]:
 
     Raises: ConfigError.
     """
-    words = _words(arguments)
-    arguments = [*(word for word in arguments if word not in words), *words]  # Hydra takes no flag between overrides
+    short = _words(arguments)
+    words = [_lengthen(word) for word in short]
+    arguments = [*(word for word in arguments if word not in short), *words]  # Hydra takes no flag between overrides
     if any(flag in arguments for flag in FLAGS_ALONE):
         return arguments
     overrides = _parse(words)
@@ -150,6 +153,15 @@ def _words(arguments: list[str]) -> list[str]:
             raise ConfigError(f"there is no flag {word}: values are set by KEY=VALUE without dashes, --help lists them")
     pairs = zip(["", *arguments], arguments, strict=False)
     return [word for before, word in pairs if not word.startswith("-") and before not in FLAGS_WITH_VALUE]
+
+
+def _lengthen(word: str) -> str:
+    """The word with the whole key, and with quotes where its value is a path that Hydra would not take."""
+    key, equals, value = word.partition("=")
+    if not equals or key not in SHORT or value[:1] in ("{", "["):
+        return word
+    plain = "=" not in value or value[:1] in ("'", '"')
+    return f"{SHORT[key]}={value}" if plain else f"{SHORT[key]}='{value}'"
 
 
 def _parse(words: list[str]) -> list[Override]:

@@ -27,6 +27,7 @@ NOT_IN_NAME = (
     "trust",
     "log_every",
     "tracking.",
+    "weights.file",  # its SHA-256 stands for it
     "data.root",
     "data.index",
     "data.source",

@@ -29,8 +29,11 @@ def main(config: DictConfig) -> None:
     num_classes = training.num_outputs(dataset, config.model)
     net = instantiate(config.model, num_classes=num_classes)
     module = instantiate(config.classifier, net=net, num_classes=num_classes, recipe=recipe)
+    config.weights.sha256 = training.digest_of_weights(config.weights.file, config.weights.sha256)
     values = flatten(config)
     job = training.Job(module, data, open_run(values, dataset), instantiate(config.tracking), values)
+    training.check_image_size(job)
+    training.take_weights(job, dict(config.weights))
     text = OmegaConf.to_yaml(config, resolve=True)
     training.train(job, instantiate(config.trainer, _partial_=True), config=text)
 

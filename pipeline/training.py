@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 import sys
@@ -22,6 +23,8 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from data.datamodule import ShardData
 from data.dataset import Dataset
 from models.classifier import Classifier
+from models.options import SMALL
+from models.weights import OURS, load_weights
 from pipeline.checkpoint import KeepBest, WholeFiles
 from pipeline.config import nearest
 from pipeline.console import is_main_process, main_console, print_facts
@@ -89,6 +92,56 @@ def num_outputs(dataset: Dataset, model: Mapping[str, Any]) -> int:
     return wanted
 
 
+def digest_of_weights(file: str | None, wanted: str | None) -> str | None:
+    """The SHA-256 of a file of weights, which stands for it in a run's name and fingerprint.
+
+    Raises: FileNotFoundError; ValueError when another was wanted.
+    """
+    if file is None:
+        return None
+    path = Path(str(file))
+    if not path.is_file():
+        raise FileNotFoundError(f"weights={path}: there is no such file")
+    with path.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if wanted is not None and not digest.startswith(str(wanted)):
+        raise ValueError(f"weights={path} has the SHA-256 {digest}, not weights.sha256={wanted}")
+    return digest
+
+
+def take_weights(job: Job, told: Mapping[str, Any]) -> None:
+    """Begin with the weights of a file, and say what was taken; a run that goes on has its own.
+
+    Raises: FileNotFoundError, ValueError when the file does not fit the network.
+    """
+    if told["file"] is None:
+        return
+    path = Path(str(told["file"]))
+    if job.run.last_checkpoint is not None:
+        print_facts(main_console(), {"weights": f"not read from {path}: the run goes on with its own"})
+        return
+    options = {"head": told["head"], "stem": told["stem"], "skip": list(told["skip"])}
+    loaded = load_weights(job.module.net, path, norm_eps=job.values.get("model.norm_eps"), **options)
+    facts = {"weights": f"{path}: {loaded}"}
+    if loaded.names_of != OURS.name and job.values.get("model.image_size", SMALL + 1) <= SMALL:
+        facts["strides"] = f"not those of {path}: the network is built for images of {SMALL} pixels and less"
+    print_facts(main_console(), facts)
+
+
+def check_image_size(job: Job) -> None:
+    """Raise ValueError unless the network takes images of the size that the data shows, by their shapes alone."""
+    net, size = job.module.net, job.data.training_view.image_size
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in net.state_dict().items()}
+    images = torch.empty(2, 3, size, size, device="meta")
+    try:
+        torch.func.functional_call(net, shapes, images)
+    except RuntimeError as error:
+        raise ValueError(
+            f"data.image_size={size} is no size for {job.values.get('model.variant', 'this network')}, "
+            f"built for {job.values.get('model.image_size')}: {str(error).partition(chr(10))[0]}"
+        ) from error
+
+
 def train(job: Job, make_trainer: MakeTrainer, *, config: str) -> None:
     """Fit, and keep and show what comes of it; `config` is the YAML that the run keeps.
 
@@ -99,7 +152,10 @@ def train(job: Job, make_trainer: MakeTrainer, *, config: str) -> None:
     num_epochs = module.recipe.epochs
     reporter = Reporter(main_console(), recorder(job), log_every=job.values["log_every"], num_epochs=num_epochs)
     trainer = build_trainer(make_trainer, job, callbacks=[reporter, checkpoint])
-    trainer.fit_loop.epoch_loop.max_steps = num_epochs * steps_per_epoch(trainer, data)
+    num_steps = steps_per_epoch(trainer, data)
+    # So that the order, too, knows where an epoch ends; Lightning would take a fraction of the shortened epoch again.
+    data.limit_batches = trainer.limit_train_batches = num_steps * data.feeding.accumulate
+    trainer.fit_loop.epoch_loop.max_steps = num_epochs * num_steps
     with followed(job, trainer, config=config):
         print_facts(main_console(), {**banner(job, trainer), **places(job)})
         fit(trainer, job)
@@ -253,8 +309,16 @@ def banner(job: Job, trainer: pl.Trainer) -> dict[str, str]:
         "batch": f"{trainer.world_size} x {feeding.batch_size}{accumulate} on {device_name}",
         "precision": f"{trainer.precision}, channels_last",
         "steps": f"{trainer.max_steps:,} in {job.module.recipe.epochs} epochs"
-        f", which leave {rest:,} images out, others each time",
+        f", which leave {rest:,} images out, others each time{rising(job)}",
     }
+
+
+def rising(job: Job) -> str:
+    """A warning where the learning rate only rises, because the warm-up is as long as the training."""
+    warmup = job.values.get("recipe.schedule.warmup_epochs", 0)
+    if warmup < job.module.recipe.epochs:
+        return ""
+    return f"; the learning rate rises to the end: recipe.schedule.warmup_epochs={warmup}"
 
 
 def places(job: Job) -> dict[str, str]:

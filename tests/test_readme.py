@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+import torchvision
+
 from data.dataset import Dataset
 from tests.conftest import ROOT, make_folder
 
@@ -29,6 +32,7 @@ def commands() -> list[str]:
 def test_every_command_of_the_readme_works(tmp_path: Path, digits: Dataset) -> None:
     make_folder(tmp_path / "photos", images=10)
     shutil.copytree(digits.root, tmp_path / "datasets" / "digits")
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "resnet50.pth")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = []
     for command in commands():
@@ -40,6 +44,8 @@ def test_every_command_of_the_readme_works(tmp_path: Path, digits: Dataset) -> N
             assert re.search(r"-m (pipeline\.train|pytest)", recipe.stdout), command
         elif words[:2] == ["python", "-m"]:
             small = [*words[3:], *SMALL[words[2]]]
+            if "weights=resnet50.pth" in words:  # whose stem is that for large images
+                small.append("data.image_size=65")
             answer = subprocess.run(
                 [sys.executable, "-m", words[2], *small],
                 cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra.utils import get_class
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from models.classifier import Classifier, Recipe, ResidualClassifier, warmup_cosine
+from models.classifier import (
+    AttentionClassifier,
+    Classifier,
+    ResidualClassifier,
+    SeparableClassifier,
+    SequentialClassifier,
+)
+from models.recipe import Recipe, warmup_cosine, warmup_exponential, warmup_milestones
 from models.residual import resnet
-from tests.networks import plain
+from pipeline.config import CONF, compose
+from tests.networks import build, plain
+
+MODELS, RECIPES = (sorted((CONF / group).glob("*.yaml")) for group in ("model", "recipe"))
 
 
 def recipe(**changes: object) -> Recipe:
@@ -49,6 +61,107 @@ def test_the_schedule_rises_and_falls() -> None:
     assert factors[40] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
     assert factors[60] == pytest.approx(0.1)
     assert all(before >= after for before, after in itertools.pairwise(factors[20:]))
+
+
+def test_the_exponential_schedule_is_the_papers() -> None:
+    """0.97 every 2.4 epochs (Tan & Le 2019), on a whole training of 350 epochs with 10 steps each."""
+    for epoch in (5, 53, 197, 350):
+        factor = warmup_exponential(
+            epoch * 10, steps_per_epoch=10, num_steps=3500, warmup_epochs=0, final_fraction=0.97 ** (350 / 2.4)
+        )
+        assert factor == pytest.approx(0.97 ** (epoch / 2.4))
+    rising = [warmup_exponential(step, steps_per_epoch=10, num_steps=100, warmup_epochs=2) for step in range(20)]
+    assert rising == pytest.approx([(step + 1) / 20 for step in range(20)])
+
+
+def test_the_milestones_are_torchvisions() -> None:
+    """`StepLR(step_size=30, gamma=0.1)` over 90 epochs of 7 steps, which torchvision steps once an epoch."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
+    third, two_thirds = compose("train", ["+model=vgg"]).recipe.schedule.milestones
+    for epoch in range(90):
+        for step in range(7 * epoch, 7 * epoch + 7):
+            factor = warmup_milestones(step, steps_per_epoch=7, num_steps=630, milestones=(third, two_thirds))
+            assert factor == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+
+
+def groups_of(module: Classifier) -> dict[bool, set[str]]:
+    """Names of the parameters with and without weight decay."""
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, parameter in module.net.named_parameters():
+        found[module.decays(f"net.{name}", parameter)].add(name)
+    return found
+
+
+def test_families_decay_what_their_papers_say() -> None:
+    families: list[tuple[type[Classifier], str, str, int, str]] = [
+        (SequentialClassifier, "vgg", "vgg11_bn", 11, r"(bias|\.1\.weight|\.4\.weight)$"),
+        # 16 expanding and 17 projecting kernels, the stem, the last 1x1, the linear layer; no depthwise one.
+        (SeparableClassifier, "mobilenet", "mobilenet_v2", 36, r"(bias|\.1\.weight|depthwise\.0\.weight)$"),
+        (AttentionClassifier, "convnext", "convnext_tiny", 59, r"(bias|norm\.weight|layer_scale|\.[01]\.weight)$"),
+        (AttentionClassifier, "coatnet", "coatnet_0", 61, r"(bias|norm\d?\.weight|table|\.1\.weight)$"),
+    ]
+    for family, architecture, variant, num_decayed, free in families:
+        net = build(architecture, variant, num_classes=10, image_size=32)
+        groups = groups_of(family(net, num_classes=10, recipe=recipe()))
+        parameters = dict(net.named_parameters())
+        assert all(parameters[name].ndim > 1 for name in groups[True])
+        assert all(re.search(free, name) for name in groups[False])
+        assert not [name for name in groups[True] if "depthwise" in name and family is SeparableClassifier]
+        assert len(groups[True]) == num_decayed, architecture
+
+
+def test_families_begin_as_their_papers_say() -> None:
+    torch.manual_seed(0)
+    vgg = build("vgg", "vgg16", num_classes=10, image_size=32)
+    SequentialClassifier(vgg, num_classes=10, recipe=recipe())
+    assert vgg.stages.stage4[2].weight.std().item() == pytest.approx(math.sqrt(2 / (512 * 9)), rel=0.01)
+    assert vgg.head.linear3.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert vgg.stages.stage4[2].bias.abs().max() == 0
+    mobile = build("mobilenet", "mobilenet_v2", num_classes=1000, image_size=32)
+    SeparableClassifier(mobile, num_classes=1000, recipe=recipe())
+    block = mobile.stages.stage5[-1]
+    assert block.depthwise[0].weight.std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.02)
+    assert block.expand[0].weight.std().item() == pytest.approx(math.sqrt(2 / 960), rel=0.01)
+    assert mobile.head[1].linear.weight.abs().max().item() == pytest.approx(1 / math.sqrt(1000), rel=0.01)
+    for architecture, variant in (("convnext", "convnext_tiny"), ("coatnet", "coatnet_0")):
+        net = build(architecture, variant, num_classes=10, image_size=32)
+        AttentionClassifier(net, num_classes=10, recipe=recipe())
+        kernels = [layer.weight for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        assert torch.cat([kernel.flatten() for kernel in kernels]).std().item() == pytest.approx(0.02, rel=0.01)
+    table = net.stages.stage3[0].attention.bias.table
+    assert table.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_deep_plain_network_keeps_its_signal() -> None:
+    """The reason for He et al. 2015: from Krizhevsky's 0.01 nothing is left behind VGG-19's convolutions."""
+    torch.manual_seed(0)
+    net = build("vgg", "vgg19", num_classes=10, image_size=32)
+    SequentialClassifier(net, num_classes=10, recipe=recipe())
+    images = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        drawn = net.stages(images).std().item()
+        for layer in net.stages.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+        narrow = net.stages(images).std().item()
+    assert 0.1 < drawn < 10
+    assert narrow < 1e-6
+
+
+def test_every_config_brings_the_recipe_of_its_family() -> None:
+    recipes = {choice.stem: compose("train", ["+model=resnet", f"recipe={choice.stem}"]).recipe for choice in RECIPES}
+    assert len(recipes) == 5
+    for path in MODELS:
+        config = compose("train", [f"+model={path.stem}"])
+        family = get_class(config.classifier._target_)
+        assert config.recipe.optimizer._target_ == recipes[family.default_recipe].optimizer._target_, path.stem
+        assert config.recipe.schedule._target_ == recipes[family.default_recipe].schedule._target_, path.stem
+        changed = compose("train", [f"+model={path.stem}", "recipe=sgd", "recipe.optimizer.lr=0.5"])
+        assert (changed.recipe.optimizer._target_, changed.recipe.optimizer.lr) == ("torch.optim.SGD", 0.5)
+        assert changed.recipe.clip_norm is None
 
 
 def test_norms_and_biases_do_not_decay() -> None:

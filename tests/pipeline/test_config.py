@@ -10,14 +10,21 @@ from omegaconf import OmegaConf
 from pipeline.config import CONF, ConfigError, check_command_line, check_targets, compose, flatten, missing_keys
 from tests.conftest import Run
 
+NAMES = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
 GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        ([], "no model: add +model=NAME, one of resnet, resnext"),
-        (["+model=resnt"], "model=resnt is not one of resnet, resnext: did you mean resnet?"),
+        (
+            [],
+            f"no model: add +model=NAME, one of {NAMES}",
+        ),
+        (
+            ["+model=resnt"],
+            f"model=resnt is not one of {NAMES}: did you mean resnet?",
+        ),
         (["model=resnet"], "model=resnet needs a plus: +model=resnet"),
         (["+modle=resnet"], "there is no modle: did you mean model?"),
         (["+model=resnet", "trainer=gpuu"], "did you mean gpu?"),
@@ -36,7 +43,10 @@ GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
         (["+model=resnet", "lr=1"], "there is no lr: did you mean recipe.optimizer.lr?"),
         (["+model=resnet", "data.root=null"], "data.root=null is not a text"),
         (["+model=resnet", "source=folder"], "train has no source to choose, pack has"),
-        (["+model=resnet,resnt", "-m"], "model=resnt is not one of resnet, resnext: did you mean resnet?"),
+        (
+            ["+model=resnet,resnt", "-m"],
+            f"model=resnt is not one of {NAMES}: did you mean resnet?",
+        ),
         (["+model=resnet", "--lr=0.1"], "there is no flag --lr=0.1: values are set by KEY=VALUE"),
     ],
 )
@@ -63,6 +73,13 @@ def test_a_mistake_is_answered_with_the_nearest_right_word(words: list[str], ans
 )
 def test_what_is_right_passes(words: list[str]) -> None:
     assert sorted(check_command_line("train", words)) == sorted(words)
+
+
+def test_a_file_of_weights_is_typed_short() -> None:
+    words = check_command_line("train", ["+model=resnet", "weights=runs/a/best.ckpt", "weights.head=replace"])
+    assert words == ["+model=resnet", "weights.file=runs/a/best.ckpt", "weights.head=replace"]
+    with pytest.raises(ConfigError, match=r"there is no weights.heads: did you mean weights.head\?"):
+        check_command_line("train", ["+model=resnet", "weights.heads=replace"])
 
 
 def test_flags_may_stand_anywhere() -> None:

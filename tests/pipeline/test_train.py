@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,14 +22,15 @@ from data.augment import EvaluationView
 from data.dataset import Dataset
 from data.decode import Decode
 from data.loader import Loader, LocalShards
-from data.order import EvaluationPlan
-from models.classifier import Classifier, Recipe, warmup_cosine
+from data.order import EvaluationPlan, TrainingPlan
+from models.classifier import Classifier
+from models.recipe import Recipe, warmup_cosine
 from models.residual import resnet
 from pipeline import training
-from pipeline.config import check_command_line, check_targets, compose
-from pipeline.train import main
+from pipeline.config import check_command_line
 from tests.conftest import ROOT, Run
 from tests.data.test_indexing import make_samples, write_tar
+from tests.pipeline.conftest import Train, journal
 
 TINY = ("recipe.epochs=2", "data.batch_size=256", "log_every=2")
 # A network without batch norm in float64: what a sum in another order changes stays far below what a wrong batch would.
@@ -40,36 +39,6 @@ PLAIN = (
     "recipe.clip_norm=1.0",
 )  # fmt: skip
 TWO_RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-COMPUTED = ("step", "train/loss", "train/top1", "train/top5", "train/lr", "val/loss", "val/top1", "val/top5")
-
-Train = Callable[..., str]
-
-
-@pytest.fixture
-def with_digits(tmp_path: Path, digits: Dataset) -> Path:
-    """The working folder of `run_verb`, with the digits packed where the config expects them."""
-    shutil.copytree(digits.root, tmp_path / "datasets" / "digits")
-    return tmp_path
-
-
-@pytest.fixture
-def train(with_digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
-    """Type `python -m pipeline.train ...` in this process, which has loaded Lightning; returns what it printed."""
-
-    def typed(*words: str) -> str:
-        config = compose("train", check_command_line("train", list(words)))
-        check_targets(config)
-        main(config)
-        return capsys.readouterr().out
-
-    monkeypatch.chdir(with_digits)
-    return typed
-
-
-def journal(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's journal, without what a clock has measured."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key in COMPUTED} for line in lines]
 
 
 def stop_at(line: str, root: Path, words: tuple[str, ...], *, by: signal.Signals) -> tuple[int, str]:
@@ -146,7 +115,7 @@ def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -
 
 
 def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Path) -> None:
-    answer = run_verb("train", "+model=resnet", "tracking=none", *TINY, PYTHONPROFILEIMPORTTIME="1")
+    answer = run_verb("train", "+model=lenet", "tracking=none", *TINY, PYTHONPROFILEIMPORTTIME="1")
     assert answer.returncode == 0, answer.stderr[-2000:]
     imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
     assert "pytorch_lightning" in imported
@@ -158,8 +127,9 @@ def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Pat
 
 
 def test_a_run_stopped_again_and_again_goes_on_to_the_same_bits(train: Train, with_digits: Path) -> None:
-    common = ("+model=resnet", "tracking=none", "trainer.precision=32-true", "data.batch_size=256", "recipe.epochs=3")
-    words = (*common, "log_every=3")  # points that reach over the ends of epochs, where checkpoints are
+    common = ("+model=resnet", "tracking=none", "trainer.precision=32-true", "data.batch_size=128", "recipe.epochs=3")
+    # Five steps an epoch; points that reach over the ends of epochs, where checkpoints are.
+    words = (*common, "+trainer.limit_train_batches=5", "log_every=3")
     train(*words, "name=whole")
     runs, cut = with_digits / "runs", (*words, "name=cut")
     code, said = stop_at("step 3/15", with_digits, cut, by=signal.SIGINT)
@@ -274,6 +244,28 @@ def test_what_cannot_be_trained_is_refused(train: Train, with_digits: Path, word
     assert not (with_digits / "runs").exists(), "a mistake leaves no run behind"
 
 
+@pytest.mark.parametrize("limit", [3, 0.05])  # of 71 batches
+def test_a_shortened_epoch_ends_with_an_evaluation(
+    train: Train, with_digits: Path, digits: Dataset, limit: float
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    step = Classifier.training_step
+
+    def remember(module: Classifier, batch: tuple[torch.Tensor, ...], batch_index: int) -> torch.Tensor:
+        seen.append(tuple(batch[2].tolist()))
+        return step(module, batch, batch_index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classifier, "training_step", remember)
+        train(*PLAIN, f"+trainer.limit_train_batches={limit}", "recipe.epochs=3", "data.batch_size=20", "tracking=none")
+    lines = journal(only_run(with_digits))
+    assert [line["step"] for line in lines if "val/top1" in line] == [3, 6, 9]
+    split = digits.index("train").shard_samples
+    plan = TrainingPlan(split, seed=0, window=4_000_000, batch_size=20)
+    expected = [tuple(plan.samples(epoch, step).tolist()) for epoch in range(3) for step in range(3)]
+    assert seen == expected
+
+
 def test_what_cannot_be_trained_is_one_sentence(run_verb: Run, with_digits: Path) -> None:
     answer = run_verb("train", "+model=resnet", "model.variant=resnet19")
     assert answer.returncode == 1
@@ -293,7 +285,7 @@ def test_tars_of_others_are_trained_on_with_their_index_elsewhere(train: Train, 
 
 
 def test_a_run_is_not_continued_with_other_values(train: Train, with_digits: Path) -> None:
-    words = ("+model=resnet", "tracking=none", *TINY, "name=mine")
+    words = ("+model=lenet", "tracking=none", *TINY, "name=mine")
     train(*words)
     (with_digits / "runs" / "mine" / "result.json").unlink()  # as if it had been killed at its last step
     for change in ("recipe.optimizer.lr=0.2", "seed=1", "augment.training.flip=0.5"):
@@ -305,7 +297,7 @@ def test_a_run_is_not_continued_with_other_values(train: Train, with_digits: Pat
 
 
 def test_a_moved_run_remembers_its_best_and_its_page(train: Train, with_digits: Path) -> None:
-    words = ("+model=resnet", *TINY, "name=mine", "+trainer.limit_val_batches=1")
+    words = ("+model=lenet", *TINY, "name=mine", "+trainer.limit_val_batches=1")
     train(*words)
     folder = with_digits / "runs" / "mine"
     result = json.loads((folder / "result.json").read_text())
@@ -329,11 +321,11 @@ def test_a_run_is_trained_by_one_process(train: Train, with_digits: Path) -> Non
         training.Run("mine", with_digits / "runs" / "mine").held(),
         pytest.raises(ValueError, match="runs/mine is held by a running process: add name=NAME"),
     ):
-        train("+model=resnet", "tracking=none", *TINY, "name=mine")
+        train("+model=lenet", "tracking=none", *TINY, "name=mine")
 
 
 def test_a_damaged_checkpoint_is_named(train: Train, with_digits: Path) -> None:
-    words = ("+model=resnet", "tracking=none", *TINY, "name=mine")
+    words = ("+model=lenet", "tracking=none", *TINY, "name=mine")
     train(*words)
     (with_digits / "runs" / "mine" / "result.json").unlink()
     (with_digits / "runs" / "mine" / "checkpoints" / "last.ckpt").write_bytes(b"PK no more")
@@ -360,7 +352,7 @@ def test_a_terminal_gets_a_bar(train: Train, with_digits: Path, monkeypatch: pyt
     with (with_digits / "terminal").open("w") as terminal:
         console = Console(file=terminal, force_terminal=True, width=120)
         monkeypatch.setattr(training, "main_console", lambda: console)
-        train("+model=resnet", "tracking=none", *TINY)
+        train("+model=lenet", "tracking=none", *TINY)
     shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", (with_digits / "terminal").read_text())
     assert re.search(r"epoch 2/2 +loss [\d.]+ .*━ 10/10 .* images/s 0:00:00", shown)
     assert "step 2/10" not in shown  # the lines are for logs

@@ -1,0 +1,119 @@
+"""Training steps of our networks beside the publishers' own modules, in one interleaved run.
+
+    python -m benchmarks.networks                       the six, 20 rounds each
+    python -m benchmarks.networks resnet50 --rounds 40
+
+Both get the same images, precision, layout and optimizer. Throughput is by CPU time on a CPU, by the clock on a
+GPU; the aim is a ratio of 0.98 and more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.attention import coatnet, convnext
+from models.layers import ConvNet
+from models.residual import resnet
+from models.separable import efficientnet, mobilenet
+from pipeline.training import choose_precision
+
+STEPS = 2  # a round; the first two rounds warm up
+WARMUP_ROUNDS = 2
+
+
+class Contest(NamedTuple):
+    """Who competes: ours, the publisher's, and the images of a step on a CPU and on a GPU."""
+
+    ours: Callable[..., ConvNet]
+    theirs: Callable[[str], nn.Module]
+    name: str  # of the publisher's
+    cpu: tuple[int, int]  # images and their side
+    gpu: tuple[int, int]
+
+
+TORCHVISION: Callable[[str], nn.Module] = torchvision.models.get_model
+CONTESTS = {
+    "resnet18": Contest(resnet, TORCHVISION, "resnet18", (16, 128), (256, 224)),
+    "resnet50": Contest(resnet, TORCHVISION, "resnet50", (8, 128), (256, 224)),
+    "mobilenet_v2": Contest(mobilenet, TORCHVISION, "mobilenet_v2", (16, 128), (256, 224)),
+    "efficientnet_b0": Contest(efficientnet, TORCHVISION, "efficientnet_b0", (16, 128), (256, 224)),
+    "convnext_tiny": Contest(convnext, TORCHVISION, "convnext_tiny", (4, 128), (256, 224)),
+    "coatnet_0": Contest(coatnet, timm.create_model, "coatnet_0_224", (2, 224), (128, 224)),
+}
+
+
+class Trainee:
+    """A network with its optimizer, and how long its steps took."""
+
+    def __init__(self, net: nn.Module, device: torch.device) -> None:
+        self.net = net.to(device, memory_format=torch.channels_last).train()
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.01, momentum=0.9)
+        self.seconds: list[float] = []
+
+    def round(self, images: Tensor, labels: Tensor, *, precision: str) -> None:
+        """Take a few steps and note what they took."""
+        began = now(images.device)
+        for _ in range(STEPS):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+                loss = functional.cross_entropy(self.net(images), labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        self.seconds.append(now(images.device) - began)
+
+
+def now(device: torch.device) -> float:
+    """Seconds of CPU time, or by the clock once the GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def compete(variant: str, contest: Contest, *, rounds: int, device: torch.device, precision: str) -> None:
+    """Let both train in turn, and print images a second and their ratio."""
+    count, side = contest.cpu if device.type == "cpu" else contest.gpu
+    images = torch.randn(count, 3, side, side, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (count,), device=device)
+    ours = Trainee(contest.ours(variant, image_size=224), device)
+    theirs = Trainee(contest.theirs(contest.name), device)
+    for turn in range(rounds + WARMUP_ROUNDS):
+        # Who goes first changes: a machine that warms up or slows down favours neither.
+        for trainee in (ours, theirs) if turn % 2 else (theirs, ours):
+            trainee.round(images, labels, precision=precision)
+    mine, its = (trainee.seconds[WARMUP_ROUNDS:] for trainee in (ours, theirs))
+    ratio = statistics.median(b / a for a, b in zip(mine, its, strict=True))
+    speeds = [count * STEPS / statistics.median(seconds) for seconds in (mine, its)]
+    print(
+        f"{variant:<17}{count:>5}{side:>6}  {precision:<11}{speeds[0]:>10.1f}{speeds[1]:>10.1f}{ratio:>8.3f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """The networks named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", choices=[[], *CONTESTS], default=[])
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = choose_precision("auto", "auto")
+    unit = "images/s" if device.type == "cuda" else "images per second of CPU time"
+    print(f"{'network':<17}{'batch':>5}{'side':>6}  {'precision':<11}{'ours':>10}{'theirs':>10}{'ratio':>8}   {unit}")
+    for variant in options.variants or CONTESTS:
+        torch.manual_seed(0)
+        compete(variant, CONTESTS[variant], rounds=options.rounds, device=device, precision=precision)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""How others name the tensors of these networks: enough to put the names of a file into the order of ours.
+
+A file need not keep an order (safetensors sorts), but names say where a tensor belongs.
+Ours are registered in torchvision's order (timm's for CoAtNet and MobileNetV1), so that
+each publisher's words, put into that order, match tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class Layout(NamedTuple):
+    """Whose names these are, all their words in the order of registration, and what is renamed before sorting.
+
+    `norm_eps` is of the batch norms of the networks that are published with these names; None: as ours.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    rename: Callable[[str, Collection[str]], str] = lambda name, names: name
+    norm_eps: float | None = None
+
+    def knows(self, names: Collection[str]) -> bool:
+        """Whether every part of every name is a number or one of the words."""
+        known = {*self.words, *LEAVES}
+        parts = {part for name in names for part in self.rename(name, names).split(".")}
+        return all(part.isdigit() or part in known for part in parts)
+
+    def sort(self, names: Collection[str]) -> list[str]:
+        """The names in the order in which the publisher's network registers them."""
+        ranks = {word: rank for rank, word in enumerate((*self.words, *LEAVES))}
+
+        def place(name: str) -> list[tuple[int, int]]:
+            parts = self.rename(name, names).split(".")
+            return [(0, int(part)) if part.isdigit() else (1, ranks[part]) for part in parts]
+
+        return sorted(names, key=place)
+
+
+# The convolutions of timm's blocks by the names of their convolutions, in order; `bn1` follows the first of them.
+TIMM_BLOCKS = (
+    ("conv_pw", "conv_dw", "conv_pwl"),
+    ("conv_exp", "conv_pwl"),
+    ("conv_dw", "conv_pw"),
+    ("conv",),
+)
+
+
+def number_timm_block(name: str, names: Collection[str]) -> str:
+    """`blocks.1.0.bn2.weight` as `blocks.1.0.2.1.weight`: behind the second convolution, `2.0`; a gate is `.2`."""
+    match = re.fullmatch(r"(blocks\.\d+\.\d+)\.(\w+)\.(.+)", name)
+    if match is None:
+        return name
+    block, part, rest = match.groups()
+    has = {conv for convs in TIMM_BLOCKS for conv in convs if f"{block}.{conv}.weight" in names}
+    convs = next((convs for convs in TIMM_BLOCKS if has == set(convs)), ())
+    if part in convs:
+        return f"{block}.{convs.index(part) + 1}.0.{rest}"
+    if part.startswith("bn"):
+        return f"{block}.{part.removeprefix('bn')}.1.{rest}"
+    if part == "se" and "conv_dw" in convs:
+        return f"{block}.{convs.index('conv_dw') + 1}.2.{rest}"
+    return name
+
+
+def gather_facebook_stage(name: str, names: Collection[str]) -> str:
+    """`downsample_layers.1.0.bias` as `stages.1.0.0.bias`, in front of the blocks, `stages.1.1`."""
+    name = re.sub(r"^stages\.(\d+)\.", r"stages.\1.1.", name)
+    return re.sub(r"^downsample_layers\.(\d+)\.", r"stages.\1.0.", name)
+
+
+LAYOUTS = (
+    Layout("torchvision", ("features", "layer_scale", "block", "conv", "fc1", "fc2", "classifier")),
+    Layout(
+        "torchvision and timm",
+        ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample", "layer1", "layer2", "layer3", "layer4", "fc"),
+    ),
+    Layout("timm", ("features", "pre_logits", "fc1", "fc2", "head", "fc")),  # VGG
+    Layout(  # MobileNet and EfficientNet, whose norms have torch's eps there; the ported `tf_` ones also pad otherwise
+        "timm",
+        ("conv_stem", "bn1", "blocks", "se", "conv_reduce", "conv_expand", "conv_head", "bn2", "classifier"),
+        number_timm_block,
+        norm_eps=1e-5,
+    ),
+    Layout(  # ConvNeXt
+        "timm",
+        ("stem", "stages", "downsample", "blocks", "gamma", "conv_dw", "norm", "mlp", "fc1", "fc2", "head", "fc"),
+    ),
+    Layout(
+        "Facebook's ConvNeXt",
+        ("stages", "gamma", "dwconv", "norm", "pwconv1", "pwconv2", "head"),
+        gather_facebook_stage,
+    ),
+    Layout(  # CoAtNet
+        "timm",
+        (
+            *("stem", "stages", "blocks", "shortcut", "expand", "pre_norm", "conv1", "conv1_1x1", "norm1"),
+            *("conv2", "conv2_kxk", "attn", "qkv", "rel_pos", "relative_position_bias_table", "proj", "norm2"),
+            *("se", "mlp", "fc1", "fc2", "conv3_1x1", "head", "norm", "pre_logits", "fc"),
+        ),
+    ),
+)
+
+
+def recognize(names: Collection[str]) -> Layout | None:
+    """Whose names these are, None when nobody's that is known."""
+    return next((layout for layout in LAYOUTS if layout.knows(names)), None)

@@ -1,0 +1,108 @@
+"""What every builder takes beside its variant, and how a network is finished with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import NamedTuple, TypedDict, TypeVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models.layers import ConvNet, StochasticDepth, set_batch_norm, spread_stochastic_depth
+
+SMALL = 64  # images of this side in pixels and less get a stem without early stride
+
+V = TypeVar("V")
+
+
+class Options(TypedDict, total=False):
+    """The options of all builders; one that is left out, or None, is as the variant's paper has it.
+
+    num_classes: how many logits; 1000 in most papers.
+    in_channels: of the images; 3 in most papers.
+    image_size: the side in pixels that the network is meant for; 64 and less get a stem without early
+        stride. Most networks take other sizes too.
+    dropout: share of the features that training leaves out before the last linear layer.
+    stochastic_depth: share of the images for which training leaves out the last block; it falls to none at the first.
+    norm_eps, norm_momentum: constants of the batch norms.
+    """
+
+    num_classes: int
+    in_channels: int
+    image_size: int | None
+    dropout: float | None
+    stochastic_depth: float | None
+    norm_eps: float | None
+    norm_momentum: float | None
+
+
+class Settings(NamedTuple):
+    """The same, decided. A variant's row holds its own; the defaults here are those of ResNet and VGG."""
+
+    num_classes: int = 1000
+    in_channels: int = 3
+    image_size: int = 224
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    norm_eps: float = 1e-5
+    norm_momentum: float = 0.1
+
+    @property
+    def small(self) -> bool:
+        """Whether the stem keeps the resolution."""
+        return self.image_size <= SMALL
+
+
+def find(variant: str, variants: Mapping[str, V]) -> V:
+    """The row of a variant. Raises: ValueError, with the nearest name, when there is none."""
+    if variant not in variants:
+        near = difflib.get_close_matches(str(variant), variants, n=1, cutoff=0)[0]
+        raise ValueError(f"model.variant={variant} is not one of {', '.join(variants)}: did you mean {near}?")
+    return variants[variant]
+
+
+def settle(own: Settings, options: Options, *, at_least: int = 1) -> Settings:
+    """The options given, over the variant's own. `at_least` is the smallest image side it takes.
+
+    Raises: ValueError for values that no network can have.
+    """
+    unknown = sorted(options.keys() - Options.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"there is no option {unknown[0]}: {', '.join(Options.__annotations__)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = Settings(**(own._asdict() | given))
+    for name, default in Settings._field_defaults.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(default, float) else int):
+            kind = "a number" if isinstance(default, float) else "a whole number"
+            raise ValueError(f"{name}={value} must be {kind}")
+    if settings.num_classes < 2:
+        raise ValueError(f"num_classes={settings.num_classes}: a classifier needs at least 2 classes")
+    if settings.in_channels < 1:
+        raise ValueError(f"in_channels={settings.in_channels} must be at least 1")
+    if settings.image_size < at_least:
+        raise ValueError(f"image_size={settings.image_size}: this network takes images of {at_least} pixels and more")
+    for name in ("dropout", "stochastic_depth"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise ValueError(f"{name}={getattr(settings, name)} must be at least 0 and less than 1")
+    if settings.norm_eps <= 0:
+        raise ValueError(f"norm_eps={settings.norm_eps} must be above 0")
+    if not 0 < settings.norm_momentum <= 1:
+        raise ValueError(f"norm_momentum={settings.norm_momentum} must be above 0 and at most 1")
+    return settings
+
+
+def finish(net: ConvNet, settings: Settings, *, options: Options) -> ConvNet:
+    """Set the batch norms' constants and the rates of stochastic depth, and return the network.
+
+    Raises: ValueError when an option was given for parts that the network does not have.
+    """
+    set_batch_norm(net, eps=settings.norm_eps, momentum=settings.norm_momentum)
+    spread_stochastic_depth(net, settings.stochastic_depth)
+    layers = list(net.modules())
+    parts = {"norm_eps": _BatchNorm, "norm_momentum": _BatchNorm, "stochastic_depth": StochasticDepth}
+    for name, kind in {**parts, "dropout": nn.Dropout}.items():
+        if options.get(name) and not any(isinstance(layer, kind) for layer in layers):
+            raise ValueError(f"{name}={options.get(name)}: this network has nothing to use it for, leave it out")
+    return net

@@ -1,0 +1,388 @@
+"""MobileNet and EfficientNet: a standard convolution as one filter a channel, then a 1x1 across the channels.
+
+Howard et al. 2017, "MobileNets", table 1
+Sandler, Howard, Zhu, Zhmoginov & Chen 2018, "MobileNetV2", table 2
+Howard et al. 2019, "Searching for MobileNetV3", tables 1 and 2
+Tan & Le 2019, "EfficientNet", table 1, scaled as in section 3.3
+Tan & Le 2021, "EfficientNetV2", table 4 for S; M and L as in its code
+
+A K x K convolution costs K^2 C_in C_out multiply-adds a pixel, its two factors cost K^2 C_in + C_in C_out: that is
+1 / C_out + 1 / K^2 of it, an eighth to a ninth for 3x3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, Unpack
+
+from torch import Tensor, nn
+
+from models.layers import (
+    ConvNet,
+    MakeActivation,
+    PooledLinear,
+    SqueezeExcite,
+    StochasticDepth,
+    conv_norm,
+    relu,
+)
+from models.options import Options, Settings, find, finish, settle
+
+relu6: MakeActivation = partial(nn.ReLU6, inplace=True)
+hardswish: MakeActivation = partial(nn.Hardswish, inplace=True)
+silu: MakeActivation = partial(nn.SiLU, inplace=True)
+
+
+class Block(NamedTuple):
+    """One block: its channels going in, inside and out, and what it does in between."""
+
+    kind: Callable[[Block], nn.Module]
+    in_channels: int
+    inner: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    activation: MakeActivation
+    gate: Callable[[int], SqueezeExcite] | None = None  # of so many channels
+
+
+class SeparableConv(nn.Sequential):
+    """A depthwise and a pointwise convolution: figure 3, right, of Howard et al. 2017. No shortcut.
+
+    Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        channels, act = block.in_channels, block.activation
+        self.depthwise = conv_norm(
+            channels, channels, kernel_size=block.kernel_size, stride=block.stride, groups=channels, activation=act
+        )
+        self.pointwise = conv_norm(channels, block.out_channels, kernel_size=1, activation=act)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 to more channels, depthwise, 1x1 back without activation; a shortcut between the narrow ends.
+
+    Figure 4 of Sandler et al.; with a gate, figure 4 of Howard et al. 2019, and the MBConv of
+    EfficientNet. Where there is nothing to expand, the first 1x1 is left out.
+
+    Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        inner, act = block.inner, block.activation
+        self.expand: nn.Module = nn.Identity()
+        if inner != block.in_channels:
+            self.expand = conv_norm(block.in_channels, inner, kernel_size=1, activation=act)
+        self.depthwise = conv_norm(
+            inner, inner, kernel_size=block.kernel_size, stride=block.stride, groups=inner, activation=act
+        )
+        self.gate = block.gate(inner) if block.gate else nn.Identity()
+        self.project = conv_norm(inner, block.out_channels, kernel_size=1)
+        self.stochastic_depth = StochasticDepth()
+        self.has_shortcut = block.stride == 1 and block.in_channels == block.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.depthwise(self.expand(x))  # (N, inner, H / stride, W / stride)
+        narrow: Tensor = self.project(self.gate(wide))  # (N, out_channels, H / stride, W / stride)
+        return self.stochastic_depth(narrow) + x if self.has_shortcut else narrow
+
+
+class FusedInvertedResidual(nn.Module):
+    """An inverted residual whose first 1x1 and depthwise are one standard convolution: figure 2 of Tan & Le 2021.
+
+    Where there is nothing to expand, that convolution is all.
+
+    Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        size, stride, act = block.kernel_size, block.stride, block.activation
+        self.expand = conv_norm(block.in_channels, block.inner, kernel_size=size, stride=stride, activation=act)
+        self.project: nn.Module = nn.Identity()
+        if block.inner != block.in_channels:
+            self.project = conv_norm(block.inner, block.out_channels, kernel_size=1)
+        self.stochastic_depth = StochasticDepth()
+        self.has_shortcut = stride == 1 and block.in_channels == block.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow: Tensor = self.project(self.expand(x))  # (N, out_channels, H / stride, W / stride)
+        return self.stochastic_depth(narrow) + x if self.has_shortcut else narrow
+
+
+class PooledHidden(nn.Sequential):
+    """Global average pooling, a hidden layer, the classes: the head of MobileNetV3, figure 5 of Howard et al. 2019.
+
+    Shapes: (N, C, H, W) -> (N, K), any H and W.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, *, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)  # (N, C, H, W) -> (N, C, 1, 1)
+        self.flatten = nn.Flatten()  # -> (N, C)
+        self.hidden = nn.Linear(in_channels, hidden)  # -> (N, hidden)
+        self.activation = hardswish()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(hidden, num_classes)  # -> (N, K)
+
+
+class V3Row(NamedTuple):
+    """A row of table 1 or 2 of Howard et al. 2019."""
+
+    kernel_size: int
+    inner: int
+    out_channels: int
+    gated: bool
+    activation: MakeActivation
+    stride: int
+
+
+class Row(NamedTuple):
+    """A row of table 2 of Sandler et al., of table 1 of Tan & Le 2019, of table 4 of Tan & Le 2021 or its code."""
+
+    block: type[InvertedResidual] | type[FusedInvertedResidual]
+    expansion: int
+    kernel_size: int
+    stride: int  # of the first of the blocks
+    out_channels: int
+    depth: int
+
+
+class MobileNet(NamedTuple):
+    """Its blocks and the widths around them: `last` of the 1x1 behind them, `hidden` of a layer in the head, 0 none."""
+
+    stem: int
+    blocks: tuple[Block, ...]
+    last: int
+    hidden: int
+    activation: MakeActivation
+    settings: Settings
+
+
+class EfficientNet(NamedTuple):
+    """Rows of a table with the widths around them, and by what its widths and depths are scaled."""
+
+    stem: int
+    rows: tuple[Row, ...]
+    last: int
+    settings: Settings
+    width: float = 1.0
+    depth: float = 1.0
+
+
+# Output channels and stride of each depthwise-separable layer: table 1 of Howard et al. 2017.
+MOBILENET_V1 = (
+    (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
+    *5 * ((512, 1),), (1024, 2), (1024, 1),
+)  # fmt: skip
+MOBILENET_V2 = (
+    Row(InvertedResidual, 1, 3, 1, 16, 1),
+    Row(InvertedResidual, 6, 3, 2, 24, 2),
+    Row(InvertedResidual, 6, 3, 2, 32, 3),
+    Row(InvertedResidual, 6, 3, 2, 64, 4),
+    Row(InvertedResidual, 6, 3, 1, 96, 3),
+    Row(InvertedResidual, 6, 3, 2, 160, 3),
+    Row(InvertedResidual, 6, 3, 1, 320, 1),
+)
+MOBILENET_V3_LARGE = (
+    V3Row(3, 16, 16, False, relu, 1),
+    V3Row(3, 64, 24, False, relu, 2),
+    V3Row(3, 72, 24, False, relu, 1),
+    V3Row(5, 72, 40, True, relu, 2),
+    V3Row(5, 120, 40, True, relu, 1),
+    V3Row(5, 120, 40, True, relu, 1),
+    V3Row(3, 240, 80, False, hardswish, 2),
+    V3Row(3, 200, 80, False, hardswish, 1),
+    V3Row(3, 184, 80, False, hardswish, 1),
+    V3Row(3, 184, 80, False, hardswish, 1),
+    V3Row(3, 480, 112, True, hardswish, 1),
+    V3Row(3, 672, 112, True, hardswish, 1),
+    V3Row(5, 672, 160, True, hardswish, 2),
+    V3Row(5, 960, 160, True, hardswish, 1),
+    V3Row(5, 960, 160, True, hardswish, 1),
+)
+MOBILENET_V3_SMALL = (
+    V3Row(3, 16, 16, True, relu, 2),
+    V3Row(3, 72, 24, False, relu, 2),
+    V3Row(3, 88, 24, False, relu, 1),
+    V3Row(5, 96, 40, True, hardswish, 2),
+    V3Row(5, 240, 40, True, hardswish, 1),
+    V3Row(5, 240, 40, True, hardswish, 1),
+    V3Row(5, 120, 48, True, hardswish, 1),
+    V3Row(5, 144, 48, True, hardswish, 1),
+    V3Row(5, 288, 96, True, hardswish, 2),
+    V3Row(5, 576, 96, True, hardswish, 1),
+    V3Row(5, 576, 96, True, hardswish, 1),
+)
+EFFICIENTNET_B0 = (
+    Row(InvertedResidual, 1, 3, 1, 16, 1),
+    Row(InvertedResidual, 6, 3, 2, 24, 2),
+    Row(InvertedResidual, 6, 5, 2, 40, 2),
+    Row(InvertedResidual, 6, 3, 2, 80, 3),
+    Row(InvertedResidual, 6, 5, 1, 112, 3),
+    Row(InvertedResidual, 6, 5, 2, 192, 4),
+    Row(InvertedResidual, 6, 3, 1, 320, 1),
+)
+EFFICIENTNET_V2_S = (
+    Row(FusedInvertedResidual, 1, 3, 1, 24, 2),
+    Row(FusedInvertedResidual, 4, 3, 2, 48, 4),
+    Row(FusedInvertedResidual, 4, 3, 2, 64, 4),
+    Row(InvertedResidual, 4, 3, 2, 128, 6),
+    Row(InvertedResidual, 6, 3, 1, 160, 9),
+    Row(InvertedResidual, 6, 3, 2, 256, 15),
+)
+EFFICIENTNET_V2_M = (
+    Row(FusedInvertedResidual, 1, 3, 1, 24, 3),
+    Row(FusedInvertedResidual, 4, 3, 2, 48, 5),
+    Row(FusedInvertedResidual, 4, 3, 2, 80, 5),
+    Row(InvertedResidual, 4, 3, 2, 160, 7),
+    Row(InvertedResidual, 6, 3, 1, 176, 14),
+    Row(InvertedResidual, 6, 3, 2, 304, 18),
+    Row(InvertedResidual, 6, 3, 1, 512, 5),
+)
+EFFICIENTNET_V2_L = (
+    Row(FusedInvertedResidual, 1, 3, 1, 32, 4),
+    Row(FusedInvertedResidual, 4, 3, 2, 64, 7),
+    Row(FusedInvertedResidual, 4, 3, 2, 96, 7),
+    Row(InvertedResidual, 4, 3, 2, 192, 10),
+    Row(InvertedResidual, 6, 3, 1, 224, 19),
+    Row(InvertedResidual, 6, 3, 2, 384, 25),
+    Row(InvertedResidual, 6, 3, 1, 640, 7),
+)
+
+
+def round_channels(channels: float) -> int:
+    """The nearest multiple of 8, but not less than nine tenths: what the papers' code does to scaled widths."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+def v1_blocks() -> Iterator[Block]:
+    """The blocks of MobileNetV1."""
+    in_channels = 32
+    for out_channels, stride in MOBILENET_V1:
+        yield Block(SeparableConv, in_channels, in_channels, out_channels, 3, stride, relu6)
+        in_channels = out_channels
+
+
+def v3_blocks(rows: Sequence[V3Row]) -> Iterator[Block]:
+    """The blocks of a MobileNetV3."""
+    in_channels = 16
+    for kernel_size, inner, out_channels, gated, activation, stride in rows:
+        gate = partial(SqueezeExcite, hidden=round_channels(inner // 4), gate=nn.Hardsigmoid) if gated else None
+        yield Block(InvertedResidual, in_channels, inner, out_channels, kernel_size, stride, activation, gate)
+        in_channels = out_channels
+
+
+def row_blocks(rows: Sequence[Row], in_channels: int, *, width: float = 1.0, depth: float = 1.0) -> Iterator[Block]:
+    """The blocks of a table's rows, as MobileNetV2 has them, scaled in width and depth."""
+    for row in rows:
+        out_channels = round_channels(row.out_channels * width)
+        for position in range(math.ceil(row.depth * depth)):
+            inner, stride = round_channels(in_channels * row.expansion), row.stride if position == 0 else 1
+            yield Block(row.block, in_channels, inner, out_channels, row.kernel_size, stride, relu6)
+            in_channels = out_channels
+
+
+# Momentum is Howard et al. 2019, section 6.1.1 ("decay 0.99"); dropout and eps are torchvision's. The "dropout of
+# 0.8" there is the share kept in the authors' code.
+V3 = Settings(dropout=0.2, norm_eps=1e-3, norm_momentum=0.01)
+MOBILENETS = {
+    "mobilenet_v1": MobileNet(32, tuple(v1_blocks()), 0, 0, relu6, Settings()),
+    "mobilenet_v2": MobileNet(32, tuple(row_blocks(MOBILENET_V2, 32)), 1280, 0, relu6, Settings(dropout=0.2)),
+    "mobilenet_v3_small": MobileNet(16, tuple(v3_blocks(MOBILENET_V3_SMALL)), 576, 1024, hardswish, V3),
+    "mobilenet_v3_large": MobileNet(16, tuple(v3_blocks(MOBILENET_V3_LARGE)), 960, 1280, hardswish, V3),
+}
+# Tan & Le 2019, section 5.2: dropout rises from 0.2 to 0.5. Image sizes, of B2 too, and norm constants are those of
+# torchvision's weights.
+B0 = Settings(dropout=0.2, stochastic_depth=0.2)
+B5 = B0._replace(norm_eps=1e-3, norm_momentum=0.01)
+V2 = B0._replace(norm_eps=1e-3)
+EFFICIENTNETS = {
+    "efficientnet_b0": EfficientNet(32, EFFICIENTNET_B0, 1280, B0),
+    "efficientnet_b1": EfficientNet(32, EFFICIENTNET_B0, 1280, B0._replace(image_size=240), 1.0, 1.1),
+    "efficientnet_b2": EfficientNet(32, EFFICIENTNET_B0, 1280, B0._replace(image_size=288, dropout=0.3), 1.1, 1.2),
+    "efficientnet_b3": EfficientNet(32, EFFICIENTNET_B0, 1280, B0._replace(image_size=300, dropout=0.3), 1.2, 1.4),
+    "efficientnet_b4": EfficientNet(32, EFFICIENTNET_B0, 1280, B0._replace(image_size=380, dropout=0.4), 1.4, 1.8),
+    "efficientnet_b5": EfficientNet(32, EFFICIENTNET_B0, 1280, B5._replace(image_size=456, dropout=0.4), 1.6, 2.2),
+    "efficientnet_b6": EfficientNet(32, EFFICIENTNET_B0, 1280, B5._replace(image_size=528, dropout=0.5), 1.8, 2.6),
+    "efficientnet_b7": EfficientNet(32, EFFICIENTNET_B0, 1280, B5._replace(image_size=600, dropout=0.5), 2.0, 3.1),
+    "efficientnet_v2_s": EfficientNet(24, EFFICIENTNET_V2_S, 1280, V2._replace(image_size=384)),
+    "efficientnet_v2_m": EfficientNet(24, EFFICIENTNET_V2_M, 1280, V2._replace(image_size=480, dropout=0.3)),
+    "efficientnet_v2_l": EfficientNet(32, EFFICIENTNET_V2_L, 1280, V2._replace(image_size=480, dropout=0.4)),
+}
+
+
+def stem(settings: Settings, width: int, *, activation: MakeActivation) -> nn.Module:
+    """A 3x3 convolution at stride 2, at stride 1 for small images.
+
+    Shapes: (N, in_channels, H, W) -> (N, width, ceil(H / 2), ceil(W / 2)), for small images (N, width, H, W).
+    """
+    stride = 1 if settings.small else 2
+    return conv_norm(settings.in_channels, width, kernel_size=3, stride=stride, activation=activation)
+
+
+def stages(blocks: Sequence[Block], *, small: bool) -> dict[str, nn.Module]:
+    """The blocks by resolution: a stride begins a stage. For small images the first block with a stride has none."""
+    strides = [block.stride for block in blocks]
+    early = strides.index(2) if small else None
+    grouped: list[list[nn.Module]] = []
+    for position, block in enumerate(blocks):
+        if block.stride > 1 or position == 0:
+            grouped.append([])
+        built = block._replace(stride=1) if position == early else block
+        grouped[-1].append(built.kind(built))
+    return {f"stage{number}": nn.Sequential(*group) for number, group in enumerate(grouped, start=1)}
+
+
+def mobilenet(variant: str = "mobilenet_v2", **options: Unpack[Options]) -> ConvNet:
+    """A MobileNet: v2 and v3 equal to torchvision's, v1 to timm's `mobilenetv1_100`.
+
+    Images of 64 pixels and less: no stride in the stem and in the first block that has one.
+
+    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
+    Raises: ValueError for an unknown variant or fewer than two classes.
+    """
+    table = find(variant, MOBILENETS)
+    settings = settle(table.settings, options)
+    features = table.blocks[-1].out_channels
+    head = nn.Sequential()
+    if table.last:
+        head.append(conv_norm(features, table.last, kernel_size=1, activation=table.activation))
+        features = table.last
+    if table.hidden:
+        head.append(PooledHidden(features, settings.num_classes, hidden=table.hidden, dropout=settings.dropout))
+    else:
+        head.append(PooledLinear(features, settings.num_classes, dropout=settings.dropout))
+    first = stem(settings, table.stem, activation=table.activation)
+    return finish(ConvNet(first, stages(table.blocks, small=settings.small), head=head), settings, options=options)
+
+
+def efficientnet(variant: str = "efficientnet_b0", **options: Unpack[Options]) -> ConvNet:
+    """An EfficientNet B0 to B7 or V2 S, M, L, equal to torchvision's of the same name.
+
+    Images of 64 pixels and less: no stride in the stem and in the first block that has one.
+
+    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
+    Raises: ValueError for an unknown variant or fewer than two classes.
+    """
+    table = find(variant, EFFICIENTNETS)
+    settings = settle(table.settings, options)
+    width, last = round_channels(table.stem * table.width), 4 * round_channels(table.last / 4 * table.width)
+    blocks = []
+    for block in row_blocks(table.rows, width, width=table.width, depth=table.depth):
+        squeezed = max(1, block.in_channels // 4)  # of the narrow end, where MobileNetV3 takes the wide one
+        blocks.append(block._replace(activation=silu, gate=partial(SqueezeExcite, hidden=squeezed, activation=silu)))
+    head = nn.Sequential(
+        conv_norm(blocks[-1].out_channels, last, kernel_size=1, activation=silu),
+        PooledLinear(last, settings.num_classes, dropout=settings.dropout),
+    )
+    first = stem(settings, width, activation=silu)
+    # Block i of L has i / L of the rate, counted from 0: the last one a little less than the whole.
+    settings = settings._replace(stochastic_depth=settings.stochastic_depth * (1 - 1 / len(blocks)))
+    return finish(ConvNet(first, stages(blocks, small=settings.small), head=head), settings, options=options)

@@ -1,0 +1,163 @@
+"""LeNet, AlexNet and VGG: convolutions and poolings in a row, then fully connected layers.
+
+LeCun, Bottou, Bengio & Haffner 1998, "Gradient-based learning applied to document recognition", section II.B
+Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks": AlexNet in one column instead of
+    the two of Krizhevsky, Sutskever & Hinton 2012
+Simonyan & Zisserman 2015, "Very deep convolutional networks for large-scale image recognition", table 1
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Unpack
+
+from torch import nn
+
+from models.layers import ConvNet, relu
+from models.options import Options, Settings, find, finish, settle
+
+
+class Lenet(NamedTuple):
+    """Feature maps of C1, C3 and C5 and units of F6: figure 2 of LeCun et al."""
+
+    maps: tuple[int, int, int]
+    units: int
+
+
+class Alexnet(NamedTuple):
+    """Filters of the five convolutions, and of how many pixels their kernels are wide."""
+
+    filters: tuple[int, int, int, int, int]
+    kernel_sizes: tuple[int, int, int, int, int]
+
+
+class Vgg(NamedTuple):
+    """A column of table 1: convolutions before each of the five poolings."""
+
+    depths: tuple[int, int, int, int, int]
+    batch_norm: bool = False  # not in the paper, which precedes it; torchvision's `_bn`
+
+
+LENETS = {"lenet5": Lenet((6, 16, 120), 84)}
+# The paper's fourth convolution has 384 filters; torchvision's, whose weights people have, 256.
+ALEXNETS = {"alexnet": Alexnet((64, 192, 384, 256, 256), (11, 5, 3, 3, 3))}
+VGGS = {
+    "vgg11": Vgg((1, 1, 2, 2, 2)),
+    "vgg13": Vgg((2, 2, 2, 2, 2)),
+    "vgg16": Vgg((2, 2, 3, 3, 3)),
+    "vgg19": Vgg((2, 2, 4, 4, 4)),
+    "vgg11_bn": Vgg((1, 1, 2, 2, 2), batch_norm=True),
+    "vgg13_bn": Vgg((2, 2, 2, 2, 2), batch_norm=True),
+    "vgg16_bn": Vgg((2, 2, 3, 3, 3), batch_norm=True),
+    "vgg19_bn": Vgg((2, 2, 4, 4, 4), batch_norm=True),
+}
+VGG_WIDTHS = (64, 128, 256, 512, 512)
+HIDDEN = 4096  # units of each fully connected layer of AlexNet and VGG
+LENET_SIZES = (28, 32)  # MNIST's images, and those of the paper, which padded them
+
+
+class FullyConnected(nn.Sequential):
+    """Two hidden layers and the classes: 59 of AlexNet's 61 million parameters, 124 of VGG-16's 138.
+
+    `side` is what the features are pooled to before they are flattened: 6 in AlexNet, 7 in VGG.
+    `dropouts` are the shares left out in front of each of the three layers.
+
+    Shapes: (N, C, H, W) -> (N, K), any H and W.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, *, side: int, dropouts: tuple[float, float, float]) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(side)  # (N, C, H, W) -> (N, C, side, side)
+        self.flatten = nn.Flatten()  # -> (N, C side side)
+        self.dropout1 = nn.Dropout(dropouts[0])
+        self.linear1 = nn.Linear(in_channels * side * side, HIDDEN)  # -> (N, 4096)
+        self.relu1 = relu()
+        self.dropout2 = nn.Dropout(dropouts[1])
+        self.linear2 = nn.Linear(HIDDEN, HIDDEN)
+        self.relu2 = relu()
+        self.dropout3 = nn.Dropout(dropouts[2])
+        self.linear3 = nn.Linear(HIDDEN, num_classes)  # -> (N, K)
+
+
+def lenet(variant: str = "lenet5", **options: Unpack[Options]) -> ConvNet:
+    """LeNet-5 for images of 28 or 32 pixels.
+
+    Of today are: ReLU for the scaled tanh, max pooling for averages with a trained scale and
+    shift, C3 connected to all maps of S2 instead of table I, and a linear layer for the
+    distances to drawn letters. 61,706 parameters with one channel and ten classes.
+
+    Shapes: (N, in_channels, 28, 28) or (N, in_channels, 32, 32) -> (N, num_classes).
+    Raises: ValueError for an unknown variant, other sizes, fewer than two classes.
+    """
+    table = find(variant, LENETS)
+    settings = settle(Settings(num_classes=10, image_size=32), options)
+    if settings.image_size not in LENET_SIZES:
+        raise ValueError(f"image_size={settings.image_size}: LeNet-5 takes images of 28 or 32 pixels")
+    c1, c3, c5 = table.maps
+    padding = (32 - settings.image_size) // 2  # 28 pixels are padded to the paper's 32
+    stem = nn.Sequential(nn.Conv2d(settings.in_channels, c1, 5, padding=padding), relu())  # -> (N, 6, 28, 28)
+    stages = {
+        "stage1": nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(c1, c3, 5), relu()),  # -> (N, 16, 10, 10)
+        "stage2": nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(c3, c5, 5), relu()),  # -> (N, 120, 1, 1)
+    }
+    f6 = nn.Sequential(nn.Linear(c5, table.units), relu())
+    head = nn.Sequential(nn.Flatten(), f6, nn.Dropout(settings.dropout), nn.Linear(table.units, settings.num_classes))
+    return finish(ConvNet(stem, stages, head=head), settings, options=options)
+
+
+def alexnet(variant: str = "alexnet", **options: Unpack[Options]) -> ConvNet:
+    """AlexNet in one column and without local response normalisation, equal to torchvision's.
+
+    Images of 64 pixels and less: a first 3x3 kernel at stride 1 without pooling, and features averaged to 1x1.
+
+    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 63, of the small one 7.
+    Raises: ValueError for an unknown variant, smaller images, fewer than two classes.
+    """
+    table = find(variant, ALEXNETS)
+    settings = settle(Settings(dropout=0.5), options, at_least=7)
+    widths, kernels = table.filters, table.kernel_sizes
+
+    def conv(position: int) -> list[nn.Module]:
+        before, width, size = widths[position - 1], widths[position], kernels[position]
+        return [nn.Conv2d(before, width, size, padding=size // 2), relu()]
+
+    if settings.small:
+        stem = nn.Sequential(nn.Conv2d(settings.in_channels, widths[0], 3, padding=1), relu())
+    else:
+        first = nn.Conv2d(settings.in_channels, widths[0], kernels[0], stride=4, padding=2)
+        stem = nn.Sequential(first, relu(), nn.MaxPool2d(3, stride=2))  # 224 -> 55 -> 27
+    stages = {
+        "stage1": nn.Sequential(*conv(1), nn.MaxPool2d(3, stride=2)),  # -> (N, 192, 13, 13)
+        "stage2": nn.Sequential(*conv(2), *conv(3), *conv(4), nn.MaxPool2d(3, stride=2)),  # -> (N, 256, 6, 6)
+    }
+    side = 1 if settings.small else 6
+    dropouts = (settings.dropout, settings.dropout, 0.0)
+    head = FullyConnected(widths[-1], settings.num_classes, side=side, dropouts=dropouts)
+    return finish(ConvNet(stem, stages, head=head), settings, options=options)
+
+
+def vgg(variant: str = "vgg16", **options: Unpack[Options]) -> ConvNet:
+    """VGG with 11 to 19 layers, with or without batch norm (`_bn`), equal to torchvision's of the same name.
+
+    It has no stem. Images of 64 pixels and less: no pooling behind the first stage, and
+    features averaged to 1x1.
+
+    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 32, of the small one 16.
+    Raises: ValueError for an unknown variant, smaller images, fewer than two classes.
+    """
+    table = find(variant, VGGS)
+    settings = settle(Settings(dropout=0.5), options, at_least=16)
+    in_channels = settings.in_channels
+    stages: dict[str, nn.Module] = {}
+    for number, (width, depth) in enumerate(zip(VGG_WIDTHS, table.depths, strict=True), start=1):
+        layers: list[nn.Module] = []
+        for _ in range(depth):
+            norm = [nn.BatchNorm2d(width)] if table.batch_norm else []
+            layers += [nn.Conv2d(in_channels, width, 3, padding=1), *norm, relu()]
+            in_channels = width
+        if number > 1 or not settings.small:
+            layers.append(nn.MaxPool2d(2))
+        stages[f"stage{number}"] = nn.Sequential(*layers)
+    side = 1 if settings.small else 7
+    dropouts = (0.0, settings.dropout, settings.dropout)
+    head = FullyConnected(in_channels, settings.num_classes, side=side, dropouts=dropouts)
+    return finish(ConvNet(nn.Identity(), stages, head=head), settings, options=options)

@@ -1,0 +1,63 @@
+"""Logits and gradients against torchvision's networks with the same weights, and timm's where torchvision has none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from models.weights import load_weights
+from tests.networks import build_published, logits_and_gradient, scatter, without_chance
+from tests.published import PUBLISHED, SMALLEST, TIMM, TV, Published
+
+SMALL_SIDE = 96  # pixels: enough for every network that takes any size, and quick
+FIXED = {"coatnet": 224}  # timm's takes no other
+NAMES = {"mobilenet_v1": "mobilenetv1_100"} | {f"coatnet_{number}": f"coatnet_{number}_224" for number in range(5)}
+QUICK = {*SMALLEST.values(), "vgg11_bn", "wide_resnet50_2", "mobilenet_v1", "mobilenet_v2", "efficientnet_v2_s"}
+
+
+def rows() -> list[object]:
+    """Each published row; those that take long only in `make test-all`."""
+    found = []
+    for row in PUBLISHED:
+        if row.source in (TV, TIMM):
+            found.append(pytest.param(row, id=row.variant, marks=() if row.variant in QUICK else pytest.mark.slow))
+    return found
+
+
+def theirs(row: Published) -> nn.Module:
+    """The publisher's module."""
+    if row.source == TV:
+        return torchvision.models.get_model(row.variant)
+    return timm.create_model(NAMES[row.variant])
+
+
+@pytest.mark.parametrize("row", rows())
+def test_logits_and_gradients_equal_the_publishers(row: Published, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    their_net = without_chance(scatter(theirs(row)))
+    torch.save(their_net.state_dict(), tmp_path / "weights.pth")
+    our_net = without_chance(build_published(row))
+    load_weights(our_net, tmp_path / "weights.pth")
+    side = FIXED.get(row.architecture, SMALL_SIDE)
+    images = torch.randn(2, 3, side, side)
+    for training in (True, False):
+        their_logits, their_gradient = logits_and_gradient(their_net.train(training), images)
+        our_logits, our_gradient = logits_and_gradient(our_net.train(training), images)
+        assert their_logits.norm() > 0
+        assert (our_logits - their_logits).norm() <= 1e-5 * their_logits.norm()
+        assert (our_gradient - their_gradient).norm() <= 1e-4 * their_gradient.norm()
+    again = build_published(row).eval()
+    again.load_state_dict(our_net.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(images), our_logits)
+
+
+def test_every_architecture_that_others_have_is_compared() -> None:
+    by_others = {row.architecture for row in PUBLISHED if row.source in (TV, TIMM)}
+    assert by_others == {row.architecture for row in PUBLISHED if row.source in (TV, TIMM) and row.variant in QUICK}
+    assert len(by_others) == 8  # nobody publishes a LeNet: its shapes and counts are the paper's
