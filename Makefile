@@ -22,7 +22,7 @@ demo: .venv/ready  ## train a ResNet on real digits: 2 minutes on two server cor
 test: .venv/ready  ## the tests: under 10 minutes on two server cores
 	$(BIN)/python -m pytest
 
-test-all: .venv/ready  ## and those of every variant: 40 minutes there
+test-all: .venv/ready  ## and those of every variant, which take several times as long
 	$(BIN)/python -m pytest -m ""
 
 lint: .venv/ready  ## ruff and mypy strict

@@ -23,9 +23,12 @@ class Learned(NamedTuple):
     words: tuple[str, ...] = ()
 
 
-# RMSProp's rate is published for 256 images a step, and 200 steps are too few for averages with a momentum of 0.01.
+# Rates are published for 256 images a step, and 200 steps are too few for averages with a momentum of 0.01.
 LEARNED = {
     "lenet": Learned(0.886),
+    "vgg": Learned(0.830),
+    "resnet": Learned(0.852, ("recipe.optimizer.lr=0.02",)),
+    "convnext": Learned(0.930),
     "mobilenet": Learned(0.936, ("model.norm_momentum=0.1", "recipe.optimizer.lr=0.001")),
     "efficientnet": Learned(0.758, ("recipe.optimizer.lr=0.001",)),
 }
