@@ -30,8 +30,8 @@ def test_wrappers_and_prefixes_come_off(suffix: str, wrapper: str | None, prefix
 class Code:
     """What runs when it is unpickled."""
 
-    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
-        return Path.touch, (Path("ran"),)  # type: ignore[return-value]
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (Path("ran"),)
 
 
 @pytest.mark.parametrize(
