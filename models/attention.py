@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.layers import ConvNet, LayerNorm2d, SqueezeExcite, StochasticDepth, conv_norm
+from models.layers import ConvNet, LayerNorm2d, PooledLinear, SqueezeExcite, StochasticDepth, conv_norm
 from models.options import Options, Settings, find, finish, settle
 
 LAYER_NORM_EPS = 1e-6  # of ConvNeXt's published code, and of timm's CoAtNet
@@ -208,38 +208,6 @@ class TransformerBlock(nn.Module):
         return pixels.permute(0, 3, 1, 2)  # -> (N, out_channels, H / stride, W / stride)
 
 
-class PooledNormLinear(nn.Sequential):
-    """Global average pooling, a layer norm, one linear layer: the head of ConvNeXt.
-
-    Shapes: (N, C, H, W) -> (N, K), any H and W.
-    """
-
-    def __init__(self, in_channels: int, num_classes: int, *, dropout: float) -> None:
-        super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(1)  # (N, C, H, W) -> (N, C, 1, 1)
-        self.flatten = nn.Flatten()  # -> (N, C)
-        self.norm = nn.LayerNorm(in_channels, eps=LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(in_channels, num_classes)  # -> (N, K)
-
-
-class PooledNormHidden(nn.Sequential):
-    """Global average pooling, a layer norm, a hidden layer with tanh, one linear layer: the head of CoAtNet in timm.
-
-    Shapes: (N, C, H, W) -> (N, K), any H and W.
-    """
-
-    def __init__(self, in_channels: int, num_classes: int, *, dropout: float) -> None:
-        super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(1)  # (N, C, H, W) -> (N, C, 1, 1)
-        self.flatten = nn.Flatten()  # -> (N, C)
-        self.norm = nn.LayerNorm(in_channels, eps=LAYER_NORM_EPS)
-        self.hidden = nn.Linear(in_channels, in_channels)
-        self.activation = nn.Tanh()
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(in_channels, num_classes)  # -> (N, K)
-
-
 def convnext(variant: str = "convnext_tiny", **options: Unpack[Options]) -> ConvNet:
     """A ConvNeXt from tiny to large, equal to torchvision's of the same name.
 
@@ -263,7 +231,8 @@ def convnext(variant: str = "convnext_tiny", **options: Unpack[Options]) -> Conv
         stage.extend(ConvNeXtBlock(width) for _ in range(depth))
         stages[f"stage{number}"], channels = stage, width
     stem = nn.Sequential(patches, LayerNorm2d(table.widths[0], eps=LAYER_NORM_EPS))
-    head = PooledNormLinear(channels, settings.num_classes, dropout=settings.dropout)
+    between = {"norm": nn.LayerNorm(channels, eps=LAYER_NORM_EPS)}
+    head = PooledLinear(channels, settings.num_classes, dropout=settings.dropout, between=between)
     return finish(ConvNet(stem, stages, head=head), settings, options=options)
 
 
@@ -296,5 +265,7 @@ def coatnet(variant: str = "coatnet_0", **options: Unpack[Options]) -> ConvNet:
                 stage.append(TransformerBlock(channels, width, stride=stride, side=side))
             channels = width
         stages[f"stage{number}"] = stage
-    head = PooledNormHidden(channels, settings.num_classes, dropout=settings.dropout)
+    norm, hidden = nn.LayerNorm(channels, eps=LAYER_NORM_EPS), nn.Linear(channels, channels)  # timm's, not the paper's
+    between = {"norm": norm, "hidden": hidden, "activation": nn.Tanh()}
+    head = PooledLinear(channels, settings.num_classes, dropout=settings.dropout, between=between)
     return finish(ConvNet(stem, stages, head=head), settings, options=options)

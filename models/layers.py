@@ -42,16 +42,26 @@ class PooledLinear(nn.Sequential):
 
     Lin et al. 2014, section 3.2. Averaging (2048, 7, 7) to 2048 features leaves
     2,049,000 head parameters for 1000 classes; flattening would need 100,353,000.
+    `between` are layers by name, from the C means to the `in_features` of the last.
 
     Shapes: (N, C, H, W) -> (N, K), any H and W.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        dropout: float = 0.0,
+        between: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(1)  # (N, C, H, W) -> (N, C, 1, 1)
         self.flatten = nn.Flatten()  # -> (N, C)
+        for name, layer in (between or {}).items():
+            self.add_module(name, layer)  # -> (N, in_features)
         self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(in_channels, num_classes)  # -> (N, K)
+        self.linear = nn.Linear(in_features, num_classes)  # -> (N, K)
 
 
 class SqueezeExcite(nn.Module):

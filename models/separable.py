@@ -115,22 +115,6 @@ class FusedInvertedResidual(nn.Module):
         return self.stochastic_depth(narrow) + x if self.has_shortcut else narrow
 
 
-class PooledHidden(nn.Sequential):
-    """Global average pooling, a hidden layer, the classes: the head of MobileNetV3, figure 5 of Howard et al. 2019.
-
-    Shapes: (N, C, H, W) -> (N, K), any H and W.
-    """
-
-    def __init__(self, in_channels: int, num_classes: int, *, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(1)  # (N, C, H, W) -> (N, C, 1, 1)
-        self.flatten = nn.Flatten()  # -> (N, C)
-        self.hidden = nn.Linear(in_channels, hidden)  # -> (N, hidden)
-        self.activation = hardswish()
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(hidden, num_classes)  # -> (N, K)
-
-
 class V3Row(NamedTuple):
     """A row of table 1 or 2 of Howard et al. 2019."""
 
@@ -355,10 +339,11 @@ def mobilenet(variant: str = "mobilenet_v2", **options: Unpack[Options]) -> Conv
     if table.last:
         head.append(conv_norm(features, table.last, kernel_size=1, activation=table.activation))
         features = table.last
-    if table.hidden:
-        head.append(PooledHidden(features, settings.num_classes, hidden=table.hidden, dropout=settings.dropout))
-    else:
-        head.append(PooledLinear(features, settings.num_classes, dropout=settings.dropout))
+    between: dict[str, nn.Module] = {}
+    if table.hidden:  # figure 5 of Howard et al. 2019
+        between = {"hidden": nn.Linear(features, table.hidden), "activation": table.activation()}
+        features = table.hidden
+    head.append(PooledLinear(features, settings.num_classes, dropout=settings.dropout, between=between))
     first = stem(settings, table.stem, activation=table.activation)
     return finish(ConvNet(first, stages(table.blocks, small=settings.small), head=head), settings, options=options)
 
