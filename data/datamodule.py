@@ -46,8 +46,6 @@ class ShardData(pl.LightningDataModule):
     `limit_batches` shortens an epoch of training to so many batches a rank, the next one begins another order.
     """
 
-    limit_batches: int | None = None
-
     def __init__(
         self, dataset: Dataset, *, training_view: TrainingView, evaluation_view: EvaluationView, feeding: Feeding
     ) -> None:
@@ -55,6 +53,7 @@ class ShardData(pl.LightningDataModule):
         self.dataset, self.feeding = dataset, feeding
         self.training_view, self.evaluation_view = training_view, evaluation_view
         self.training_index = dataset.index("train")
+        self.limit_batches: int | None = None
         # Where nobody has split off a validation set, the test set is what there is to look at.
         self.evaluation_split = next((split for split in ("val", "test") if split in dataset.splits), None)
 
@@ -74,6 +73,7 @@ class ShardData(pl.LightningDataModule):
             accumulate=feeding.accumulate,
             rank=rank,
             world_size=world_size,
+            limit=self.limit_batches,
         )
 
     def checked_plan(self, world_size: int) -> TrainingPlan:
@@ -85,7 +85,7 @@ class ShardData(pl.LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """This rank's training batches."""
         assert self.trainer is not None
-        loader = TrainingLoader(
+        return TrainingLoader(
             self.training_index,
             LocalShards(self.dataset.root),
             plan=self.training_plan(self.trainer.global_rank, self.trainer.world_size),
@@ -93,8 +93,6 @@ class ShardData(pl.LightningDataModule):
             decode=self._decode(),
             seed=self.feeding.seed,
         )
-        loader.limit = self.limit_batches
-        return loader
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """This rank's share of the evaluation split; an empty list without one."""

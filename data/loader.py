@@ -109,10 +109,8 @@ class Loader:
 
     Passes follow each other without a gap: while the last batch of one is used, the
     first of the next are already decoded. Iterate one at a time. `wait_seconds` grows
-    by the time the caller waited for batches. `limit` shortens every pass to so many batches.
+    by the time the caller waited for batches.
     """
-
-    limit: int | None = None
 
     def __init__(
         self, index: Index, storage: Storage, *, plan: Plan, view: View, decode: Decode, seed: int = 0
@@ -130,7 +128,7 @@ class Loader:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="shard-reader")
 
     def __len__(self) -> int:
-        return self.plan.num_steps if self.limit is None else min(self.limit, self.plan.num_steps)
+        return self.plan.num_steps
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches(self.epoch, 0):

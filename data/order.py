@@ -167,7 +167,8 @@ class TrainingPlan:
     """Which samples one rank trains on: every sample of the split once an epoch over all ranks.
 
     A global batch is batch_size x accumulate x world_size samples; the last, incomplete
-    one of an epoch is dropped, another one each epoch.
+    one of an epoch is dropped, another one each epoch. `limit` shortens an epoch to so many
+    batches of each rank.
 
     Raises: ValueError when the split has fewer samples than one global batch.
     """
@@ -179,6 +180,7 @@ class TrainingPlan:
     accumulate: int = 1
     rank: int = 0
     world_size: int = 1
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.accumulate, self.window) < 1:
@@ -206,7 +208,8 @@ class TrainingPlan:
     @property
     def num_steps(self) -> int:
         """Batches of one rank in an epoch; `accumulate` of them make an optimizer step."""
-        return sum(self.shard_samples) // self.global_batch_size * self.accumulate
+        whole = sum(self.shard_samples) // self.global_batch_size * self.accumulate
+        return whole if self.limit is None else min(self.limit, whole)
 
     def samples(self, epoch: int, step: int) -> Samples:
         """This rank's samples of a step: (batch_size,) rows of the index."""

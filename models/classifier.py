@@ -40,7 +40,7 @@ class Classifier(pl.LightningModule):
     channels_last memory.
     """
 
-    default_recipe: ClassVar[str] = "sgd"  # of conf/recipe/, for every network of the family
+    default_recipe: ClassVar[str] = "sgd"  # of conf/recipe/; a network's own config may refine it
 
     def __init__(self, net: nn.Module, *, num_classes: int, recipe: Recipe) -> None:
         super().__init__()
@@ -114,9 +114,10 @@ class Classifier(pl.LightningModule):
         return TrainingMetrics(loss / images, top1 / images, topk / images if self.top_k == 5 else None)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the norms' constant, and the sums of all ranks since the last take, which the next point needs."""
+        """Keep what the tensors do not say of the network, and the sums of all ranks that the next point needs."""
         norms = batch_norms(self.net)
-        checkpoint["norm_eps"] = norms[0].eps if norms else None  # not in the tensors, and other publishers' differ
+        checkpoint["norm_eps"] = norms[0].eps if norms else None  # publishers' differ
+        checkpoint["image_size"] = getattr(self.net, "image_size", None)  # on which strides hang
         self._sum_up()
         checkpoint["train_sums"] = None if self._train_sums is None else self._over_ranks(self._train_sums)
 

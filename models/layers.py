@@ -26,6 +26,7 @@ class ConvNet(nn.Module):
 
     def __init__(self, stem: nn.Module, stages: Mapping[str, nn.Module], *, head: nn.Module) -> None:
         super().__init__()
+        self.image_size: int | None = None  # side in pixels that it was built for
         self.stem = stem
         self.stages = nn.Sequential()
         for name, stage in stages.items():
@@ -159,7 +160,7 @@ def conv_norm(
 
 
 def relu() -> nn.Module:
-    """ReLU that overwrites its input, which a batch norm before it does not need any more."""
+    """ReLU that overwrites its input, which no convolution, linear layer or norm before it needs for its gradient."""
     return nn.ReLU(inplace=True)
 
 

@@ -23,7 +23,8 @@ class Options(TypedDict, total=False):
     in_channels: of the images; 3 in most papers.
     image_size: the side in pixels that the network is meant for; 64 and less get a stem without early
         stride. Most networks take other sizes too.
-    dropout: share of the features that training leaves out before the last linear layer.
+    dropout: share of the features that training leaves out before the last linear layer, in AlexNet and VGG
+        before two of the three.
     stochastic_depth: share of the images for which training leaves out the last block; it falls to none at the first.
     norm_eps, norm_momentum: constants of the batch norms.
     """
@@ -69,7 +70,8 @@ def settle(own: Settings, options: Options, *, at_least: int = 1) -> Settings:
     """
     unknown = sorted(options.keys() - Options.__annotations__.keys())
     if unknown:
-        raise TypeError(f"there is no option {unknown[0]}: {', '.join(Options.__annotations__)}")
+        name, value = unknown[0], dict(options)[unknown[0]]
+        raise ValueError(f"{name}={value} is no option of a network, those are {', '.join(Options.__annotations__)}")
     given = {name: value for name, value in options.items() if value is not None}
     settings = Settings(**(own._asdict() | given))
     for name, default in Settings._field_defaults.items():
@@ -86,7 +88,7 @@ def settle(own: Settings, options: Options, *, at_least: int = 1) -> Settings:
     for name in ("dropout", "stochastic_depth"):
         if not 0 <= getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)} must be at least 0 and less than 1")
-    if settings.norm_eps <= 0:
+    if not settings.norm_eps > 0:  # nor NaN
         raise ValueError(f"norm_eps={settings.norm_eps} must be above 0")
     if not 0 < settings.norm_momentum <= 1:
         raise ValueError(f"norm_momentum={settings.norm_momentum} must be above 0 and at most 1")
@@ -94,10 +96,11 @@ def settle(own: Settings, options: Options, *, at_least: int = 1) -> Settings:
 
 
 def finish(net: ConvNet, settings: Settings, *, options: Options) -> ConvNet:
-    """Set the batch norms' constants and the rates of stochastic depth, and return the network.
+    """Note the image size, set the batch norms' constants and the rates of stochastic depth, and return the network.
 
     Raises: ValueError when an option was given for parts that the network does not have.
     """
+    net.image_size = settings.image_size
     set_batch_norm(net, eps=settings.norm_eps, momentum=settings.norm_momentum)
     spread_stochastic_depth(net, settings.stochastic_depth)
     layers = list(net.modules())

@@ -26,6 +26,16 @@ class Variant(NamedTuple):
     group_width: int = 64  # channels of one group in the first stage's 3x3; 128 doubles them: a wide ResNet
 
 
+def shortcut(in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
+    """The identity where shapes agree, else a strided 1x1 projection: option B of He et al., section 3.3.
+
+    Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
+    """
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return conv_norm(in_channels, out_channels, kernel_size=1, stride=stride)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: figure 5, left, of He et al.
 
@@ -97,23 +107,13 @@ RESNEXTS = {
 STAGE_WIDTHS = (64, 128, 256, 512)
 
 
-def shortcut(in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
-    """The identity where shapes agree, else a strided 1x1 projection: option B of He et al., section 3.3.
-
-    Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
-    """
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    return conv_norm(in_channels, out_channels, kernel_size=1, stride=stride)
-
-
 def stem(in_channels: int, *, small: bool) -> nn.Sequential:
     """7x7 at stride 2 and a pooling, as in table 1; for small images the 3x3 of section 4.2.
 
     Shapes: (N, in_channels, H, W) -> (N, 64, ceil(H / 4), ceil(W / 4)), for small images (N, 64, H, W).
     """
-    if small:
-        return conv_norm(in_channels, 64, kernel_size=3, activation=relu)
+    if small:  # with the same names, so that each says of the other's weights what does not fit
+        return nn.Sequential(conv_norm(in_channels, 64, kernel_size=3, activation=relu))
     conv = conv_norm(in_channels, 64, kernel_size=7, stride=2, activation=relu)
     return nn.Sequential(conv, nn.MaxPool2d(3, stride=2, padding=1))
 
@@ -132,6 +132,15 @@ def stages(variant: Variant) -> dict[str, nn.Module]:
     return built
 
 
+def build(variant: Variant, options: Options) -> ConvNet:
+    """The network of a table's column. Raises: ValueError for options that no network can have."""
+    settings = settle(Settings(), options)
+    features = STAGE_WIDTHS[-1] * variant.block.expansion
+    head = PooledLinear(features, settings.num_classes, dropout=settings.dropout)
+    net = ConvNet(stem(settings.in_channels, small=settings.small), stages(variant), head=head)
+    return finish(net, settings, options=options)
+
+
 def resnet(variant: str = "resnet50", **options: Unpack[Options]) -> ConvNet:
     """A ResNet with 18 to 152 layers, or one of doubled width, equal to torchvision's of the same name.
 
@@ -140,7 +149,7 @@ def resnet(variant: str = "resnet50", **options: Unpack[Options]) -> ConvNet:
     Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
     Raises: ValueError for an unknown variant or fewer than two classes.
     """
-    return _build(find(variant, RESNETS), options)
+    return build(find(variant, RESNETS), options)
 
 
 def resnext(variant: str = "resnext50_32x4d", **options: Unpack[Options]) -> ConvNet:
@@ -151,12 +160,4 @@ def resnext(variant: str = "resnext50_32x4d", **options: Unpack[Options]) -> Con
     Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
     Raises: ValueError for an unknown variant or fewer than two classes.
     """
-    return _build(find(variant, RESNEXTS), options)
-
-
-def _build(variant: Variant, options: Options) -> ConvNet:
-    settings = settle(Settings(), options)
-    features = STAGE_WIDTHS[-1] * variant.block.expansion
-    head = PooledLinear(features, settings.num_classes, dropout=settings.dropout)
-    net = ConvNet(stem(settings.in_channels, small=settings.small), stages(variant), head=head)
-    return finish(net, settings, options=options)
+    return build(find(variant, RESNEXTS), options)

@@ -56,11 +56,16 @@ class SeparableConv(nn.Sequential):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        channels, act = block.in_channels, block.activation
+        channels, activation = block.in_channels, block.activation
         self.depthwise = conv_norm(
-            channels, channels, kernel_size=block.kernel_size, stride=block.stride, groups=channels, activation=act
+            channels,
+            channels,
+            kernel_size=block.kernel_size,
+            stride=block.stride,
+            groups=channels,
+            activation=activation,
         )
-        self.pointwise = conv_norm(channels, block.out_channels, kernel_size=1, activation=act)
+        self.pointwise = conv_norm(channels, block.out_channels, kernel_size=1, activation=activation)
 
 
 class InvertedResidual(nn.Module):
@@ -74,12 +79,12 @@ class InvertedResidual(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        inner, act = block.inner, block.activation
+        inner, activation = block.inner, block.activation
         self.expand: nn.Module = nn.Identity()
         if inner != block.in_channels:
-            self.expand = conv_norm(block.in_channels, inner, kernel_size=1, activation=act)
+            self.expand = conv_norm(block.in_channels, inner, kernel_size=1, activation=activation)
         self.depthwise = conv_norm(
-            inner, inner, kernel_size=block.kernel_size, stride=block.stride, groups=inner, activation=act
+            inner, inner, kernel_size=block.kernel_size, stride=block.stride, groups=inner, activation=activation
         )
         self.gate = block.gate(inner) if block.gate else nn.Identity()
         self.project = conv_norm(inner, block.out_channels, kernel_size=1)
@@ -102,8 +107,8 @@ class FusedInvertedResidual(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        size, stride, act = block.kernel_size, block.stride, block.activation
-        self.expand = conv_norm(block.in_channels, block.inner, kernel_size=size, stride=stride, activation=act)
+        size, stride, activation = block.kernel_size, block.stride, block.activation
+        self.expand = conv_norm(block.in_channels, block.inner, kernel_size=size, stride=stride, activation=activation)
         self.project: nn.Module = nn.Identity()
         if block.inner != block.in_channels:
             self.project = conv_norm(block.inner, block.out_channels, kernel_size=1)

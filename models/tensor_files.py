@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,50 +20,36 @@ WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model")  # averaged we
 PREFIXES = ("module.", "_orig_mod.", "net.")  # of DDP and averaging, of torch.compile, of our Classifier
 NO_WEIGHT = "n_averaged"  # what averaging counts
 NAMED = 3
-# What torch raises of bytes that are no pickle of its own.
-UNREADABLE = (SafetensorError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OSError)
+# What torch and safetensors raise of bytes that are no file of theirs, or no whole one.
+UNREADABLE = (
+    *(SafetensorError, pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError),
+    *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
+)
 
 
 class TensorFile(NamedTuple):
-    """The tensors of a file in its order, the wrapper they were in, and the batch norms' eps where the file has it."""
+    """The tensors of a file in its order, the wrapper they were in, and what our checkpoints say of the network."""
 
     tensors: dict[str, Tensor]
     wrapper: str | None
-    norm_eps: float | None
+    norm_eps: float | None  # of its batch norms
+    image_size: int | None  # side in pixels that it was built for
 
 
-def read(path: Path) -> TensorFile:
-    """Read a state dict from `.pth`, `.pt`, `.ckpt` or `.safetensors`, unpickling tensors and plain values only.
-
-    Raises: FileNotFoundError; ValueError for other files, and for one that holds anything else.
-    """
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"weights={path} is not one of {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"weights={path}: there is no such file")
-    try:
-        if path.suffix == SAFETENSORS:
-            content: object = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} {refusal(path, str(error))}") from error
-    except UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from error
-    state, wrapper = unwrap(content, path)
-    eps = content.get("norm_eps") if isinstance(content, Mapping) else None
-    return TensorFile(bare_names(state), wrapper, eps if isinstance(eps, float) else None)
+def shorten(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest
 
 
-def refusal(path: Path, message: str) -> str:
-    """Why a pickle was refused, with the first things in it that are no tensors."""
-    try:
-        found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (RuntimeError, ValueError):  # of before torch 1.6, which is not a zip
-        found = re.findall(r"GLOBAL (\S+)", message)
-    if not found:
-        return f"cannot be read: {message.partition(chr(10))[0]}"
-    return f"holds {shorten(found)}, and only tensors are read: let whoever made it save the state dict alone"
+def bare_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what wrappers of modules put before all names."""
+    state = {name: tensor for name, tensor in state.items() if name != NO_WEIGHT}
+    while state and (
+        prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None)
+    ):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -83,17 +70,45 @@ def unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], str | None]:
     raise ValueError(f"{path} is no state dict, bare or in {', '.join(WRAPPERS)}: it holds {what}")
 
 
-def bare_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without what wrappers of modules put before all names."""
-    state = {name: tensor for name, tensor in state.items() if name != NO_WEIGHT}
-    while state and (
-        prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None)
-    ):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+def refusal(path: Path, error: Exception) -> str:
+    """Why a file was not read: the first things in it that are no tensors, where it is a pickle of such."""
+    found: list[str] = []
+    if isinstance(error, pickle.UnpicklingError):
+        try:
+            found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except UNREADABLE:  # of before torch 1.6, which is not a zip, or damaged
+            found = re.findall(r"GLOBAL (\S+)", str(error))
+    if found:
+        return f"holds {shorten(found)}, and only tensors are read: let whoever made it save the state dict alone"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
+    return (
+        f"cannot be read: it is damaged, or not written by {'safetensors' if path.suffix == SAFETENSORS else 'torch'}"
+    )
 
 
-def shorten(names: Sequence[str]) -> str:
-    """The first three, and how many more there are."""
-    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + rest
+def read(path: Path) -> TensorFile:
+    """Read a state dict from `.pth`, `.pt`, `.ckpt` or `.safetensors`, unpickling tensors and plain values only.
+
+    Raises: FileNotFoundError; ValueError for other files, and for one that holds anything else.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"weights={path} is not one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"weights={path}: there is no such file")
+    try:
+        if path.suffix == SAFETENSORS:
+            content: object = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise ValueError(f"{path} {refusal(path, error)}") from error
+    state, wrapper = unwrap(content, path)
+    told = content if isinstance(content, Mapping) else {}
+    eps, size = told.get("norm_eps"), told.get("image_size")
+    return TensorFile(
+        bare_names(state),
+        wrapper,
+        norm_eps=eps if isinstance(eps, float) else None,
+        image_size=size if isinstance(size, int) else None,
+    )

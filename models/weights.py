@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.attention import TABLE, resize_table
 from models.layers import batch_norms, set_batch_norm
 from models.layouts import LEAVES, Layout, recognize
+from models.options import SMALL
 from models.tensor_files import SAFETENSORS, read, shorten
 
 COUNTER = "num_batches_tracked"  # of batch norms, the only numbers without a shape: not in old files, and not needed
@@ -39,6 +40,7 @@ class Loaded:
     left_out: tuple[str, ...]  # names of the file
     kept: tuple[str, ...]  # names of the network, whose first weights remain
     norm_eps: float | None  # that the batch norms were given; None: they kept theirs
+    image_size: int | None  # that the file's network was built for; None: it does not say
 
     def __str__(self) -> str:
         wrapped = f" in {self.wrapper}" if self.wrapper else ""
@@ -56,9 +58,9 @@ class Side(NamedTuple):
 
     def without_last_layer(self) -> Side:
         """All but the last weight and bias. Raises: ValueError when the last two tensors are no such layer."""
-        weight, bias = (self.tensors[name] for name in self.names[-2:])
-        if weight.ndim not in (2, 4) or bias.shape != weight.shape[:1]:
-            last = self.shown(self.names[-2:])
+        last = self.shown(self.names[-2:])
+        shapes = [self.tensors[name].shape for name in self.names[-2:]]
+        if len(shapes) < 2 or len(shapes[0]) not in (2, 4) or shapes[1] != shapes[0][:1]:
             raise ValueError(f"weights.head=replace: {last} are not the last layer of a classifier")
         return Side(self.names[:-2], self.tensors)
 
@@ -67,75 +69,122 @@ class Side(NamedTuple):
         return shorten([f"{name} {tuple(self.tensors[name].shape)}" for name in self.names if name in names])
 
 
-def load_weights(
-    net: nn.Module,
-    path: Path,
-    *,
-    head: str = "keep",
-    stem: str = "keep",
-    skip: Sequence[str] = (),
-    norm_eps: float | None = None,
-) -> Loaded:
-    """Give `net` the weights of a file by torchvision, timm, Facebook's ConvNeXt or this project.
+def leaf(name: str) -> str | None:
+    """The last part of a name where it is one that all use."""
+    last = name.rpartition(".")[2]
+    return last if last in LEAVES else None
 
-    `head="replace"` leaves out the last linear layer, for other classes. `stem="adapt"` fits
-    the first convolution to other input channels: the sum of its kernels for one, else the kernels in
-    turn, scaled to the same total. `skip` names tensors or modules, of the file or the network, that may be
-    left out. The batch norms get the eps of the file's publisher unless `norm_eps` says another.
 
-    Raises: FileNotFoundError; ValueError when the file cannot be read, or a tensor of either side has no match.
+def bare_shape(tensor: Tensor) -> tuple[int, ...]:
+    """A shape without ones: (C, 1, 1) is (C,)."""
+    return tuple(size for size in tensor.shape if size > 1)
+
+
+def kind(name: str, tensor: Tensor) -> str:
+    """What tensors with the same place have in common: the last part of the name, the shape without ones."""
+    return f"{leaf(name)} {bare_shape(tensor)}"
+
+
+def may_fit(source: str, target: str, *, theirs: Side, ours: Side) -> bool:
+    """Whether a tensor of the file belongs to a place of the network, by the end of its name and its shape.
+
+    Shapes may differ in ones, flattened kernels and the size of a table of offsets.
     """
-    for name, value, other in (("head", head, "replace"), ("stem", stem, "adapt")):
-        if value not in ("keep", other):
-            raise ValueError(f"weights.{name}={value} must be keep or {other}")
-    file, own = read(path), net.state_dict()
-    skipped = expand(skip, [*file.tensors, *own])
-    given = {name: tensor for name, tensor in file.tensors.items() if name not in skipped}
-    layout = OURS if is_ours(given, own) else recognize(given) or UNKNOWN
-    if layout.norm_eps is not None and any(
-        name.startswith(PORTED) for name in (path.name, path.absolute().parent.name)
-    ):
-        raise ValueError(f"weights={path}: timm's {PORTED} variants pad their images as TensorFlow does, ours do not")
-    if not any(tensor.ndim == 0 for tensor in given.values()):
-        skipped |= {name for name in own if name.endswith(COUNTER)}
-    theirs = Side(sort(given, own, layout=layout, path=path), given)
-    ours = Side([name for name in own if name not in skipped], own)
-    if head == "replace":
-        theirs, ours = theirs.without_last_layer(), ours.without_last_layer()
-    if stem == "adapt":
-        theirs = adapt_stem(theirs, ours)
-    pairs = pair(theirs, ours, layout=layout, path=path)
-    net.load_state_dict({mine: fit(theirs.tensors[its], own[mine]) for its, mine in pairs}, strict=False)
-    eps = norm_eps or file.norm_eps or layout.norm_eps
-    set_batch_norm(net, eps=eps)
-    return Loaded(
-        names_of=layout.name,
-        wrapper=file.wrapper,
-        num_tensors=len(pairs),
-        reshaped=tuple(its for its, mine in pairs if file.tensors[its].shape != own[mine].shape),
-        left_out=tuple(name for name in file.tensors if name not in theirs.names),
-        kept=tuple(name for name in own if name not in ours.names and not name.endswith(COUNTER)),
-        norm_eps=eps if batch_norms(net) else None,
-    )
+    tensor, place = theirs.tensors[source], ours.tensors[target]
+    if leaf(source) and leaf(target) and leaf(source) != leaf(target):
+        return False
+    flattened = place.ndim == 2 and tensor.ndim == 4 and tensor.flatten(1).shape == place.shape
+    is_table = target.endswith(TABLE) and tensor.ndim == 2 and tensor.shape[1:] == place.shape[1:]
+    square = is_table and math.isqrt(len(tensor)) ** 2 == len(tensor)
+    return bare_shape(tensor) == bare_shape(place) or flattened or square
 
 
-def expand(skip: Sequence[str], names: Sequence[str]) -> set[str]:
-    """The names that are one of `skip`, or inside a module that is.
+def fit(tensor: Tensor, place: Tensor) -> Tensor:
+    """A tensor of the file in the shape of its place, a table of offsets resized: any shape -> that of `place`."""
+    if tensor.numel() == place.numel():
+        return tensor.reshape(place.shape)
+    side = (math.isqrt(len(place)) + 1) // 2
+    return resize_table(tensor, side, width=side)
 
-    Raises: ValueError for one that means nothing on either side.
+
+def unmatched(theirs: Side, ours: Side) -> tuple[set[str], set[str]]:
+    """Which tensors of either side are too many, by the longest runs of the same kinds."""
+    kinds, our_kinds = ([kind(name, side.tensors[name]) for name in side.names] for side in (theirs, ours))
+    extra, missing = set(theirs.names), set(ours.names)
+    for at, there, size in SequenceMatcher(None, kinds, our_kinds, autojunk=False).get_matching_blocks():
+        extra -= set(theirs.names[at : at + size])
+        missing -= set(ours.names[there : there + size])
+    return extra, missing
+
+
+def hangs_on_image_size(tensor: Tensor, place: Tensor, *, is_first: bool) -> bool:
+    """Whether shapes differ as those of networks for small and large images do: first kernels, inputs of matrices."""
+    if is_first and tensor.ndim == place.ndim == 4:
+        return tensor.shape[2:] != place.shape[2:]
+    return tensor.ndim == place.ndim == 2 and len(tensor) == len(place) and tensor.shape[1] != place.shape[1]
+
+
+def misfits(wrong: Sequence[tuple[str, str]], *, theirs: Side, ours: Side) -> str:
+    """Which shapes differ, and what can be done about it."""
+    parts = [f"{theirs.shown([source for source, _ in wrong])} for {ours.shown([target for _, target in wrong])}"]
+    last = theirs.names[-2:]
+    if any(source in last for source, _ in wrong):
+        parts.append("weights.head=replace leaves out the last layer, for other classes")
+    for source, target in wrong:
+        tensor, place = theirs.tensors[source], ours.tensors[target]
+        if source not in last and hangs_on_image_size(tensor, place, is_first=source == theirs.names[0]):
+            small = "the network was built for small images, model.image_size=224 builds the published one"
+            large = f"the file's network was built for small images, model.image_size={SMALL} builds such a one"
+            parts.append(small if tensor.numel() > place.numel() else large)
+            break
+        if source == theirs.names[0] and tensor.ndim == place.ndim == 4 and tensor.shape[1] != place.shape[1]:
+            parts.append("weights.stem=adapt changes the number of input channels")
+    return "; ".join(parts)
+
+
+def culprits(wrong: Sequence[tuple[str, str]], *, theirs: Side, ours: Side, layout: Layout) -> str:
+    """Which tensors stand against a match: the few whose shapes differ in place, or else what one side has too many."""
+    if layout is OURS:
+        extra, missing = set(theirs.names) - set(ours.names), set(ours.names) - set(theirs.names)
+    else:
+        extra, missing = unmatched(theirs, ours)
+    # Where a tensor more here and one less there shift all between them, the runs of equal kinds say which they are.
+    if wrong and (not missing or len(wrong) <= len(missing)):
+        return misfits(wrong, theirs=theirs, ours=ours)
+    parts = [f"it has nothing for {ours.shown(missing)}"] if missing else []
+    parts += [f"it has {theirs.shown(extra)}, for which there is no place"] if extra else []
+    return f"{' and '.join(parts)}; weights.skip=[NAME] names what may be left out"
+
+
+def pair(theirs: Side, ours: Side, *, layout: Layout, path: Path) -> list[tuple[str, str]]:
+    """The name in the file and the name in the network of each tensor.
+
+    Raises: ValueError, naming the first culprits, unless the two sides match one by one.
     """
-    skipped: set[str] = set()
-    for wanted in skip:
-        meant = {name for name in names if name == wanted or name.startswith(f"{wanted.removesuffix('.')}.")}
-        if not meant or not wanted:
-            raise ValueError(f"weights.skip={wanted} is no tensor and no module of the file or the network")
-        skipped |= meant
-    return skipped
+    in_place = theirs.names == ours.names if layout is OURS else len(theirs.names) == len(ours.names)
+    pairs = list(zip(theirs.names, ours.names, strict=True)) if in_place else []
+    wrong = [names for names in pairs if not may_fit(*names, theirs=theirs, ours=ours)]
+    if in_place and not wrong:
+        return pairs
+    raise ValueError(f"{path} does not fit this network: {culprits(wrong, theirs=theirs, ours=ours, layout=layout)}")
 
 
-def is_ours(theirs: Tensors, ours: Tensors) -> bool:
-    """Whether most names of the file are those of the network."""
-    return 2 * len(theirs.keys() & ours.keys()) > len(theirs)
+def adapt_stem(theirs: Side, ours: Side) -> Side:
+    """The file's first kernels with as many input channels as the network's.
+
+    Shapes: (C_out, C_in, K, K) -> (C_out, channels, K, K).
+    """
+    if not theirs.names or not ours.names:
+        return theirs
+    kernels, wanted = theirs.tensors[theirs.names[0]].float(), ours.tensors[ours.names[0]]
+    if kernels.ndim != 4 or wanted.ndim != 4 or kernels.shape[1] == wanted.shape[1]:
+        return theirs
+    have, channels = kernels.shape[1], wanted.shape[1]
+    if channels == 1:
+        adapted = kernels.sum(1, keepdim=True)
+    else:
+        adapted = kernels[:, [channel % have for channel in range(channels)]] * (have / channels)
+    return Side(theirs.names, {**theirs.tensors, theirs.names[0]: adapted})
 
 
 def sort(theirs: Tensors, ours: Tensors, *, layout: Layout, path: Path) -> list[str]:
@@ -154,106 +203,82 @@ def sort(theirs: Tensors, ours: Tensors, *, layout: Layout, path: Path) -> list[
     return list(theirs)
 
 
-def adapt_stem(theirs: Side, ours: Side) -> Side:
-    """The file's first kernels with as many input channels as the network's.
+def is_ours(theirs: Tensors, ours: Tensors) -> bool:
+    """Whether most names of the file are those of the network."""
+    return 2 * len(theirs.keys() & ours.keys()) > len(theirs)
 
-    Shapes: (C_out, C_in, K, K) -> (C_out, channels, K, K).
+
+def is_ported(path: Path) -> bool:
+    """Whether a file or its folder bears timm's name of a network ported from TensorFlow, which no tensor shows.
+
+    A cache of downloads has the name two folders above, behind the owner's: `models--timm--tf_...`.
     """
-    kernels, wanted = theirs.tensors[theirs.names[0]].float(), ours.tensors[ours.names[0]]
-    if kernels.ndim != 4 or kernels.shape[1] == wanted.shape[1]:
-        return theirs
-    have, channels = kernels.shape[1], wanted.shape[1]
-    if channels == 1:
-        adapted = kernels.sum(1, keepdim=True)
-    else:
-        adapted = kernels[:, [channel % have for channel in range(channels)]] * (have / channels)
-    return Side(theirs.names, {**theirs.tensors, theirs.names[0]: adapted})
+    whole = path.absolute()
+    cached = [part.rpartition("--")[2] for part in whole.parts if "--" in part]
+    return any(name.startswith(PORTED) for name in (whole.name, whole.parent.name, *cached))
 
 
-def pair(theirs: Side, ours: Side, *, layout: Layout, path: Path) -> list[tuple[str, str]]:
-    """The name in the file and the name in the network of each tensor.
+def expand(skip: Sequence[object], names: Sequence[str]) -> set[str]:
+    """The names that are one of `skip`, or inside a module that is.
 
-    Raises: ValueError, naming the first culprits, unless the two sides match one by one.
+    Raises: ValueError for one that means nothing on either side.
     """
-    wrong: list[tuple[str, str]] = []
-    if layout is OURS:
-        extra, missing = set(theirs.names) - set(ours.names), set(ours.names) - set(theirs.names)
-    else:
-        extra, missing = unmatched(theirs, ours)
-    if len(theirs.names) == len(ours.names) and not (layout is OURS and missing):
-        pairs = list(zip(theirs.names, ours.names, strict=True))
-        wrong = [names for names in pairs if not may_fit(*names, theirs=theirs, ours=ours)]
-        if not wrong:
-            return pairs
-    # Where a tensor more here and one less there shift all between them, the runs of equal kinds say which they are.
-    if wrong and (not missing or len(wrong) <= len(missing)):
-        text = misfits(wrong, theirs=theirs, ours=ours)
-    else:
-        parts = [f"it has nothing for {ours.shown(missing)}"] if missing else []
-        parts += [f"it has {theirs.shown(extra)}, for which there is no place"] if extra else []
-        text = f"{' and '.join(parts)}; weights.skip=[NAME] names what may be left out"
-    raise ValueError(f"{path} does not fit this network: {text}")
+    skipped: set[str] = set()
+    for wanted in map(str, skip):
+        meant = {name for name in names if name == wanted or name.startswith(f"{wanted.removesuffix('.')}.")}
+        if not meant or not wanted:
+            raise ValueError(f"weights.skip={wanted} is no tensor and no module of the file or the network")
+        skipped |= meant
+    return skipped
 
 
-def misfits(wrong: Sequence[tuple[str, str]], *, theirs: Side, ours: Side) -> str:
-    """Which shapes differ, and what can be done about it."""
-    its, mine = ({names[side] for names in wrong} for side in (0, 1))
-    parts = [f"{theirs.shown(its)} for {ours.shown(mine)}"]
-    if its & set(theirs.names[-2:]):
-        parts.append("weights.head=replace leaves out the last layer, for other classes")
-    given, wanted = theirs.tensors[theirs.names[0]], ours.tensors[ours.names[0]]
-    if theirs.names[0] in its and given.ndim == wanted.ndim == 4:
-        if given.shape[2:] != wanted.shape[2:]:
-            parts.append("the network was built for small images, model.image_size=224 builds the published one")
-        else:
-            parts.append("weights.stem=adapt changes the number of input channels")
-    return "; ".join(parts)
+def load_weights(
+    net: nn.Module,
+    path: Path,
+    *,
+    head: str = "keep",
+    stem: str = "keep",
+    skip: Sequence[object] = (),
+    norm_eps: float | None = None,
+) -> Loaded:
+    """Give `net` the weights of a file by torchvision, timm, Facebook's ConvNeXt or this project.
 
+    `head="replace"` leaves out the last linear layer, for other classes. `stem="adapt"` fits
+    the first convolution to other input channels: the sum of its kernels for one, else the kernels in
+    turn, scaled to the same total. `skip` names tensors or modules, of the file or the network, that may be
+    left out. The batch norms get the eps of the file's publisher unless `norm_eps` says another.
 
-def unmatched(theirs: Side, ours: Side) -> tuple[set[str], set[str]]:
-    """Which tensors of either side are too many, by the longest runs of the same kinds."""
-    its, mine = ([kind(name, side.tensors[name]) for name in side.names] for side in (theirs, ours))
-    extra, missing = set(theirs.names), set(ours.names)
-    for at, there, size in SequenceMatcher(None, its, mine, autojunk=False).get_matching_blocks():
-        extra -= set(theirs.names[at : at + size])
-        missing -= set(ours.names[there : there + size])
-    return extra, missing
-
-
-def kind(name: str, tensor: Tensor) -> str:
-    """What tensors with the same place have in common: the last part of the name, the shape without ones."""
-    return f"{leaf(name)} {bare_shape(tensor)}"
-
-
-def leaf(name: str) -> str | None:
-    """The last part of a name where it is one that all use."""
-    last = name.rpartition(".")[2]
-    return last if last in LEAVES else None
-
-
-def bare_shape(tensor: Tensor) -> tuple[int, ...]:
-    """A shape without ones: (C, 1, 1) is (C,)."""
-    return tuple(size for size in tensor.shape if size > 1)
-
-
-def may_fit(its: str, mine: str, *, theirs: Side, ours: Side) -> bool:
-    """Whether a tensor belongs to a place by the end of its name and its shape.
-
-    Shapes may differ in ones, flattened kernels and the size of a table of offsets.
+    Raises: FileNotFoundError; ValueError when the file cannot be read, or a tensor of either side has no match.
     """
-    given, wanted = theirs.tensors[its], ours.tensors[mine]
-    if leaf(its) and leaf(mine) and leaf(its) != leaf(mine):
-        return False
-    flattened = wanted.ndim == 2 and given.ndim == 4 and given.flatten(1).shape == wanted.shape
-    is_table = mine.endswith(TABLE) and given.ndim == 2 and given.shape[1:] == wanted.shape[1:]
-    return (
-        bare_shape(given) == bare_shape(wanted) or flattened or (is_table and math.isqrt(len(given)) ** 2 == len(given))
+    for name, value, other in (("head", head, "replace"), ("stem", stem, "adapt")):
+        if value not in ("keep", other):
+            raise ValueError(f"weights.{name}={value} must be keep or {other}")
+    file, own = read(path), net.state_dict()
+    skipped = expand(skip, [*file.tensors, *own])
+    tensors = {name: tensor for name, tensor in file.tensors.items() if name not in skipped}
+    layout = OURS if is_ours(tensors, own) else recognize(tensors) or UNKNOWN
+    if layout.norm_eps is not None and is_ported(path):
+        raise ValueError(f"weights={path}: timm's {PORTED} variants pad their images as TensorFlow does, ours do not")
+    if not any(tensor.ndim == 0 for tensor in tensors.values()):
+        skipped |= {name for name in own if name.endswith(COUNTER)}
+    theirs = Side(sort(tensors, own, layout=layout, path=path), tensors)
+    ours = Side([name for name in own if name not in skipped], own)
+    if head == "replace":
+        theirs, ours = theirs.without_last_layer(), ours.without_last_layer()
+    if stem == "adapt":
+        theirs = adapt_stem(theirs, ours)
+    pairs = pair(theirs, ours, layout=layout, path=path)
+    fitted = {target: fit(theirs.tensors[source], own[target]) for source, target in pairs}
+    net.load_state_dict(fitted, strict=False)
+    eps = norm_eps or file.norm_eps or layout.norm_eps
+    set_batch_norm(net, eps=eps)
+    return Loaded(
+        names_of=layout.name,
+        wrapper=file.wrapper,
+        num_tensors=len(pairs),
+        reshaped=tuple(source for source, target in pairs if file.tensors[source].shape != own[target].shape),
+        left_out=tuple(name for name in file.tensors if name not in theirs.names),
+        kept=tuple(name for name in own if name not in ours.names and not name.endswith(COUNTER)),
+        norm_eps=eps if batch_norms(net) else None,
+        image_size=file.image_size,
     )
-
-
-def fit(theirs: Tensor, ours: Tensor) -> Tensor:
-    """A tensor in the shape of its place."""
-    if theirs.numel() == ours.numel():
-        return theirs.reshape(ours.shape)
-    side = (math.isqrt(len(ours)) + 1) // 2
-    return resize_table(theirs, side, width=side)

@@ -35,6 +35,7 @@ REQUIRED = {"train": "model"}
 IMPLIED = {"data.root": (("data", "experiment"), "data=shards")}
 # What may be typed for a key that is set most.
 SHORT = {"weights": "weights.file"}
+TEXTS = ("weights.file", "weights.sha256")  # whatever they look like
 # Hydra's own.
 FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--multirun", "-m", "--run", "-r")
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i")
@@ -156,12 +157,13 @@ def _words(arguments: list[str]) -> list[str]:
 
 
 def _lengthen(word: str) -> str:
-    """The word with the whole key, and with quotes where its value is a path that Hydra would not take."""
+    """The word with the whole key, and quotes around a text that Hydra would take for something else, or not at all."""
     key, equals, value = word.partition("=")
-    if not equals or key not in SHORT or value[:1] in ("{", "["):
+    if not equals or key not in (*SHORT, *TEXTS) or value[:1] in ("{", "["):
         return word
-    plain = "=" not in value or value[:1] in ("'", '"')
-    return f"{SHORT[key]}={value}" if plain else f"{SHORT[key]}='{value}'"
+    bare = value in ("", "null") or value[0] in "'\"" or "," in value  # a sweep has commas
+    quoted = value if bare else "'{}'".format(value.replace("'", "\\'"))
+    return f"{SHORT.get(key, key)}={quoted}"
 
 
 def _parse(words: list[str]) -> list[Override]:

@@ -78,7 +78,8 @@ def num_outputs(dataset: Dataset, model: Mapping[str, Any]) -> int:
 
     Raises: ValueError when it asks for fewer, or for images of other than three channels.
     """
-    wanted = model.get("num_classes") or len(dataset.classes)
+    wanted = model.get("num_classes")
+    wanted = len(dataset.classes) if wanted is None else wanted
     if not isinstance(wanted, int):
         raise ValueError(f"model.num_classes={wanted} must be a whole number")
     if wanted < len(dataset.classes):
@@ -95,16 +96,19 @@ def num_outputs(dataset: Dataset, model: Mapping[str, Any]) -> int:
 def digest_of_weights(file: str | None, wanted: str | None) -> str | None:
     """The SHA-256 of a file of weights, which stands for it in a run's name and fingerprint.
 
+    Where it is given whole, a run that goes on with its own weights finds itself without the file.
     Raises: FileNotFoundError; ValueError when another was wanted.
     """
     if file is None:
-        return None
-    path = Path(str(file))
+        return wanted
+    path, wanted = Path(str(file)), None if wanted is None else str(wanted).lower()
     if not path.is_file():
+        if wanted is not None and len(wanted) == 2 * hashlib.sha256().digest_size:
+            return wanted
         raise FileNotFoundError(f"weights={path}: there is no such file")
     with path.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    if wanted is not None and not digest.startswith(str(wanted)):
+    if wanted is not None and not digest.startswith(wanted):
         raise ValueError(f"weights={path} has the SHA-256 {digest}, not weights.sha256={wanted}")
     return digest
 
@@ -112,9 +116,11 @@ def digest_of_weights(file: str | None, wanted: str | None) -> str | None:
 def take_weights(job: Job, told: Mapping[str, Any]) -> None:
     """Begin with the weights of a file, and say what was taken; a run that goes on has its own.
 
-    Raises: FileNotFoundError, ValueError when the file does not fit the network.
+    Raises: FileNotFoundError, ValueError when the file does not fit the network, or there is none to do it with.
     """
     if told["file"] is None:
+        if idle := [name for name, value in told.items() if value not in (None, "keep", [])]:
+            raise ValueError(f"weights.{idle[0]}={told[idle[0]]} is for a file: add weights=FILE")
         return
     path = Path(str(told["file"]))
     if job.run.last_checkpoint is not None:
@@ -123,23 +129,26 @@ def take_weights(job: Job, told: Mapping[str, Any]) -> None:
     options = {"head": told["head"], "stem": told["stem"], "skip": list(told["skip"])}
     loaded = load_weights(job.module.net, path, norm_eps=job.values.get("model.norm_eps"), **options)
     facts = {"weights": f"{path}: {loaded}"}
-    if loaded.names_of != OURS.name and job.values.get("model.image_size", SMALL + 1) <= SMALL:
-        facts["strides"] = f"not those of {path}: the network is built for images of {SMALL} pixels and less"
+    own = getattr(job.module.net, "image_size", None)
+    theirs = loaded.image_size if loaded.names_of == OURS.name else SMALL + 1  # publishers' are for large images
+    if own and theirs and (own <= SMALL) != (theirs <= SMALL):
+        facts["strides"] = f"those for images of {own} pixels, not those with which {path} was trained"
     print_facts(main_console(), facts)
 
 
 def check_image_size(job: Job) -> None:
-    """Raise ValueError unless the network takes images of the size that the data shows, by their shapes alone."""
-    net, size = job.module.net, job.data.training_view.image_size
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in net.state_dict().items()}
-    images = torch.empty(2, 3, size, size, device="meta")
-    try:
-        torch.func.functional_call(net, shapes, images)
-    except RuntimeError as error:
-        raise ValueError(
-            f"data.image_size={size} is no size for {job.values.get('model.variant', 'this network')}, "
-            f"built for {job.values.get('model.image_size')}: {str(error).partition(chr(10))[0]}"
-        ) from error
+    """Raise ValueError unless the network takes images of the sizes that the data shows, by their shapes alone."""
+    net, data = job.module.net, job.data
+    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    for size in sorted({data.training_view.image_size, data.evaluation_view.image_size}):
+        try:
+            torch.func.functional_call(net, shapes, torch.empty(2, 3, size, size, device="meta"))
+        except RuntimeError as error:
+            raise ValueError(
+                f"data.image_size={size} is no size for {job.values.get('model.variant', 'this network')}, "
+                f"built for {job.values.get('model.image_size', 'others')}: {str(error).partition(chr(10))[0]}"
+            ) from error
 
 
 def train(job: Job, make_trainer: MakeTrainer, *, config: str) -> None:
@@ -301,7 +310,8 @@ def banner(job: Job, trainer: pl.Trainer) -> dict[str, str]:
         device_name = torch.cuda.get_device_name(device)
     accumulate = f" x {feeding.accumulate} accumulated" if feeding.accumulate > 1 else ""
     model = job.values.get("model.variant", job.values["model._target_"])
-    rest = dataset.splits["train"].samples % job.data.training_plan(0, trainer.world_size).global_batch_size
+    plan, steps = job.data.training_plan(0, trainer.world_size), trainer.max_steps // job.module.recipe.epochs
+    rest = dataset.splits["train"].samples - steps * plan.global_batch_size
     return {
         "model": f"{model}, {job.num_parameters:,} parameters",
         "data": f"{dataset.name}: {splits}, {len(dataset.classes)} classes, {job.data.training_view.image_size} pixels",

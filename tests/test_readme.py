@@ -17,7 +17,13 @@ from tests.conftest import ROOT, make_folder
 
 # What makes a command of the README short without changing what it is.
 SMALL = {
-    "pipeline.train": ["recipe.epochs=1", "data.batch_size=20", "data.image_size=16", "tracking=none"],
+    "pipeline.train": [
+        "recipe.epochs=1",
+        "data.batch_size=10",
+        "data.image_size=16",
+        "tracking=none",
+        "+trainer.limit_train_batches=2",
+    ],
     "pipeline.pack": [],
 }
 

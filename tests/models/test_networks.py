@@ -16,7 +16,17 @@ from tests.published import PUBLISHED, SMALLEST
 
 ARCHITECTURES = sorted(SMALLEST)
 SIDE = 32  # pixels: what LeNet takes, and the others with their stem for small images
-WITH_SMALL_STEM = ("alexnet", "vgg", "resnet", "resnext", "mobilenet", "efficientnet", "convnext", "coatnet")
+# Of 64 pixels, what is left behind the stem and behind the stages: with the small stem, and as published.
+WITHOUT_STRIDES = {
+    "alexnet": ((64, 15), (7, 1)),
+    "vgg": ((64, 4), (64, 2)),
+    "resnet": ((64, 8), (16, 2)),
+    "resnext": ((64, 8), (16, 2)),
+    "mobilenet": ((64, 8), (32, 2)),
+    "efficientnet": ((64, 8), (32, 2)),
+    "convnext": ((64, 8), (16, 2)),
+    "coatnet": ((64, 8), (32, 2)),
+}
 MIN_SIDES = {"alexnet": (7, 63), "vgg": (16, 32), "convnext": (8, 32)}
 
 
@@ -66,15 +76,18 @@ def test_memory_stays_channels_last(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_evaluation_leaves_nothing_to_chance(architecture: str) -> None:
     has_blocks = any(isinstance(layer, StochasticDepth) for layer in smallest(architecture).modules())
-    net = scatter(smallest(architecture, dropout=0.5, stochastic_depth=0.5 if has_blocks else None))
+    off = {"dropout": 0.0, **({"stochastic_depth": 0.0} if has_blocks else {})}
+    assert has_blocks == (architecture not in ("lenet", "alexnet", "vgg"))
     images = make_images()
-    with torch.no_grad():
-        trained = [net.train()(images) for _ in range(2)]
-        evaluated = [net.eval()(images) for _ in range(2)]
-        alone = net(images[:1])
-    assert not torch.equal(*trained)
-    assert torch.equal(*evaluated)
-    assert (alone - evaluated[0][:1]).norm() <= 1e-4 * alone.norm()
+    for option in off:  # each alone
+        net = scatter(smallest(architecture, **{**off, option: 0.5}))
+        with torch.no_grad():
+            trained = [net.train()(images) for _ in range(2)]
+            evaluated = [net.eval()(images) for _ in range(2)]
+            alone = net(images[:1])
+        assert not torch.equal(*trained), option
+        assert torch.equal(*evaluated), option
+        assert (alone - evaluated[0][:1]).norm() <= 1e-4 * alone.norm()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -111,12 +124,13 @@ def test_a_compiled_network_computes_the_same(architecture: str) -> None:
     assert (compiled - logits).norm() <= 1e-4 * logits.norm()
 
 
-@pytest.mark.parametrize("architecture", WITH_SMALL_STEM)
+@pytest.mark.parametrize("architecture", WITHOUT_STRIDES)
 def test_small_images_keep_their_resolution_early(architecture: str) -> None:
     with torch.device("meta"):
-        small, large = smallest(architecture), smallest(architecture, image_size=224)
-        sides = [net.stages(net.stem(torch.empty(1, 3, 224, 224))).shape[-1] for net in (small, large)]
-    assert sides[0] >= 2 * sides[1]
+        for image_size, sides in zip((32, 224), WITHOUT_STRIDES[architecture], strict=True):
+            net = smallest(architecture, image_size=image_size)
+            features = net.stem(torch.empty(1, 3, 64, 64))
+            assert (features.shape[-1], net.stages(features).shape[-1]) == sides
 
 
 @pytest.mark.parametrize("architecture", MIN_SIDES)
@@ -146,6 +160,8 @@ def test_the_smallest_images_are_as_said(architecture: str) -> None:
         ("convnext", {"norm_eps": 1e-3}, "norm_eps=0.001: this network has nothing to use it for"),
         ("resnet", {"norm_momentum": 0.0}, "norm_momentum=0.0 must be above 0 and at most 1"),
         ("resnet", {"norm_eps": 0.0}, "norm_eps=0.0 must be above 0"),
+        ("resnet", {"norm_eps": float("nan")}, "norm_eps=nan must be above 0"),
+        ("resnet", {"widht": 2}, "widht=2 is no option of a network, those are num_classes, "),
         ("resnet", {"dropout": "much"}, "dropout=much must be a number"),
         ("resnet", {"image_size": 32.5}, "image_size=32.5 must be a whole number"),
         ("resnet", {"num_classes": True}, "num_classes=True must be a whole number"),

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import CONF, compose
-from tests.networks import on_meta
+from tests.networks import build, on_meta
 from tests.published import PUBLISHED, SMALLEST, TIMM, TV, Published
 
 ARCHITECTURES = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
@@ -23,7 +23,10 @@ def test_there_is_a_row_for_every_config_and_a_config_for_every_row() -> None:
     for architecture in ARCHITECTURES:
         variants = {row.variant: row.parameters for row in PUBLISHED if row.architecture == architecture}
         assert compose("train", [f"+model={architecture}"]).model.variant in variants
-        assert SMALLEST[architecture] in variants
+        with pytest.raises(ValueError, match="is not one of") as error:
+            build(architecture, "?")
+        named = str(error.value).partition(" is not one of ")[2].partition(":")[0].split(", ")
+        assert sorted(named) == sorted(variants)
 
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.variant)

@@ -62,9 +62,28 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         load_weights(net, tmp_path / "none.pth")
     for name, content in (("a.pth", b""), ("b.pth", b"PK\x03\x04cut"), ("c.safetensors", b"x" * 20), ("d.pt", b"text")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read: it is damaged, or not written by "):
             load_weights(net, tmp_path / name)
     with pytest.raises(ValueError, match=r"is not one of \.pth, \.pt, \.ckpt, \.safetensors"):
         load_weights(net, tmp_path / "weights.h5")
     with pytest.raises(ValueError, match=r"weights.head=drop must be keep or replace"):
         load_weights(net, tmp_path / "none.pth", head="drop")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_damage_anywhere_in_a_file_is_a_sentence(as_zip: bool, tmp_path: Path) -> None:
+    net = build("lenet", "lenet5")
+    torch.save(net.state_dict(), tmp_path / "whole.pth", _use_new_zipfile_serialization=as_zip)
+    whole = (tmp_path / "whole.pth").read_bytes()
+    path, answers = tmp_path / "damaged.pth", []
+    # Most of a file is numbers, of which any will do; names and shapes are at its ends.
+    for place in (*range(0, 3000, 37), *range(len(whole) - 3000, len(whole), 37)):
+        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 0x5A]) + whole[place + 1 :]):
+            path.write_bytes(damaged)
+            try:
+                load_weights(net, path)
+            except ValueError as error:
+                answers.append(str(error))
+    assert len(answers) >= 200
+    assert not [answer for answer in answers if "weights_only" in answer]  # torch's advice, to read it without care

@@ -149,7 +149,7 @@ def test_our_own_checkpoint_brings_its_norm_constant(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "best.ckpt")
     again = build("mobilenet", "mobilenet_v3_small", image_size=224)
     loaded = load_weights(again, tmp_path / "best.ckpt")
-    assert (loaded.names_of, loaded.norm_eps) == ("convoy", 1e-5)
+    assert (loaded.names_of, loaded.norm_eps, loaded.image_size) == ("convoy", 1e-5, 224)
     assert_same(again, original)
     resumed = ResidualClassifier(build("mobilenet", "mobilenet_v3_small"), num_classes=1000, recipe=recipe())
     resumed.on_load_checkpoint(checkpoint)
@@ -216,17 +216,19 @@ def test_what_is_named_may_be_left_out(tmp_path: Path) -> None:
     original = torchvisions("resnet18")
     torch.save({**original.state_dict(), "extra.weight": torch.zeros(3)}, tmp_path / "weights.pth")
     small = build("resnet", "resnet18", image_size=32)
-    loaded = load_weights(small, tmp_path / "weights.pth", skip=["extra", "conv1", "stem.0."])
+    loaded = load_weights(small, tmp_path / "weights.pth", skip=["extra", "conv1", "stem.0.0."])
     assert loaded.left_out == ("conv1.weight", "extra.weight")
-    assert loaded.kept == ("stem.0.weight",)
+    assert loaded.kept == ("stem.0.0.weight",)
     assert torch.equal(small.stages.stage4[1].conv2[0].weight, original.layer4[1].conv2.weight)
 
 
 def test_variants_ported_from_tensorflow_are_refused(tmp_path: Path) -> None:
     """They have timm's names and shapes, and pad as TensorFlow does: nothing in the tensors shows it."""
     state = timms("tf_mobilenetv3_small_100").state_dict()
-    for place in (tmp_path / "tf_mobilenetv3_small_100.pth", tmp_path / "tf_mobilenetv3_small_100.in1k" / "model.pth"):
-        place.parent.mkdir(exist_ok=True)
+    name = "tf_mobilenetv3_small_100"
+    cached = tmp_path / f"models--timm--{name}.in1k" / "snapshots" / "0123abc" / "model.pth"
+    for place in (tmp_path / f"{name}.pth", tmp_path / f"{name}.in1k" / "model.pth", cached):
+        place.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, place)
         with pytest.raises(ValueError, match="pad their images as TensorFlow does"):
             load_weights(build("mobilenet", "mobilenet_v3_small"), place)
@@ -317,17 +319,32 @@ def test_our_own_file_of_another_variant_is_refused(tmp_path: Path) -> None:
     assert loaded.kept == ("head.linear.weight", "head.linear.bias")
 
 
-@pytest.mark.parametrize("skip", [[""], ["layr4"], ["head.linear", "nothing"], ["layer"]])
-def test_a_name_that_means_nothing_is_refused(skip: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("skip", [[""], ["layr4"], ["head.linear", "nothing"], ["layer"], [1]])
+def test_a_name_that_means_nothing_is_refused(skip: list[object], tmp_path: Path) -> None:
     torch.save(torchvisions("resnet18").state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"weights.skip=\S* is no tensor and no module"):
         load_weights(build("resnet", "resnet18"), tmp_path / "weights.pth", skip=skip)
 
 
-def test_a_small_network_names_the_published_one(tmp_path: Path) -> None:
-    torch.save(torchvisions("resnet18").state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"built for small images, model.image_size=224 builds the published one$"):
-        load_weights(build("resnet", "resnet18", image_size=32), tmp_path / "weights.pth")
+@pytest.mark.parametrize(
+    ("architecture", "variant"), [("resnet", "resnet18"), ("alexnet", "alexnet"), ("vgg", "vgg11")]
+)
+def test_networks_for_small_and_large_images_are_told_apart(architecture: str, variant: str, tmp_path: Path) -> None:
+    small, large = (build(architecture, variant, image_size=size) for size in (32, 224))
+    torch.save(torchvisions(variant).state_dict(), tmp_path / "large.pth")
+    with pytest.raises(ValueError, match=r"network was built for small images, model.image_size=224 builds the publ"):
+        load_weights(small, tmp_path / "large.pth")
+    torch.save(small.state_dict(), tmp_path / "small.pth")
+    with pytest.raises(ValueError, match=r"file's network was built for small images, model.image_size=64 builds such"):
+        load_weights(large, tmp_path / "small.pth")
+
+
+def test_wider_layers_are_not_taken_for_those_of_other_images(tmp_path: Path) -> None:
+    torch.save(torchvisions("efficientnet_b1").state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="does not fit this network") as error:
+        load_weights(build("efficientnet", "efficientnet_b2", image_size=224), tmp_path / "weights.pth")
+    assert "small images" not in str(error.value)
+    assert "weights.stem" not in str(error.value)
 
 
 def test_a_head_that_is_left_out_cannot_be_replaced(tmp_path: Path) -> None:
@@ -335,6 +352,11 @@ def test_a_head_that_is_left_out_cannot_be_replaced(tmp_path: Path) -> None:
     net = build("resnet", "resnet18", num_classes=10, image_size=224)
     with pytest.raises(ValueError, match=r"layer4.1.bn2.running_var .* are not the last layer of a classifier"):
         load_weights(net, tmp_path / "weights.pth", head="replace", skip=["fc", "head"])
+    torch.save({"scale": torch.ones(3)}, tmp_path / "one.pth")
+    with pytest.raises(ValueError, match=r"scale \(3,\) are not the last layer of a classifier"):
+        load_weights(net, tmp_path / "one.pth", head="replace")
+    everything = ["scale", "stem", "stages", "head"]
+    assert load_weights(net, tmp_path / "one.pth", stem="adapt", skip=everything).num_tensors == 0
 
 
 def test_a_tensor_missing_from_our_own_file_is_named(tmp_path: Path) -> None:
