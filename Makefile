@@ -40,12 +40,13 @@ lock: .venv/ready  ## resolve pyproject.toml anew into requirements.lock, versio
 clean:  ## remove the environment and caches; data sets and runs stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# pip needs three minutes for what uv does in one; it steps in where uv cannot reach the packages.
+# pip needs three minutes for what uv does in one; it steps in where uv cannot reach the packages. Without bytecode,
+# which some machines never write, every command would begin by compiling torch for ten seconds.
 .venv/ready: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt
-	$(BIN)/uv pip sync --quiet --require-hashes --python $(BIN)/python requirements.lock || \
+	$(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes --python $(BIN)/python requirements.lock || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	touch $@

@@ -25,7 +25,7 @@ Words = NDArray[np.uint64]
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
 ROUNDS = 24  # as Mitchell et al.: 8 favour some of the 120 orders of five
 # What a number is drawn for, so that two uses of the same (seed, epoch) never share their bits.
-SHARDS, WINDOW, AUGMENT, SPLIT, PACK = 1, 2, 3, 4, 5
+SHARDS, WINDOW, AUGMENT, SPLIT, PACK, NETWORK = 1, 2, 3, 4, 5, 6
 
 
 class EpochOrder(NamedTuple):

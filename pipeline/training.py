@@ -25,6 +25,7 @@ from data.dataset import Dataset
 from models.classifier import Classifier
 from models.options import SMALL
 from models.weights import OURS, load_weights
+from pipeline.chance import SeedEachBatch
 from pipeline.checkpoint import KeepBest, WholeFiles
 from pipeline.config import nearest
 from pipeline.console import is_main_process, main_console, print_facts
@@ -160,7 +161,8 @@ def train(job: Job, make_trainer: MakeTrainer, *, config: str) -> None:
     checkpoint = KeepBest(run.checkpoints, monitor="val/top1" if data.num_evaluation_images else None)
     num_epochs = module.recipe.epochs
     reporter = Reporter(main_console(), recorder(job), log_every=job.values["log_every"], num_epochs=num_epochs)
-    trainer = build_trainer(make_trainer, job, callbacks=[reporter, checkpoint])
+    chance = SeedEachBatch(job.values["seed"])
+    trainer = build_trainer(make_trainer, job, callbacks=[chance, reporter, checkpoint])
     num_steps = steps_per_epoch(trainer, data)
     # So that the order, too, knows where an epoch ends; Lightning would take a fraction of the shortened epoch again.
     data.limit_batches = trainer.limit_train_batches = num_steps * data.feeding.accumulate

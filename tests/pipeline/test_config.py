@@ -77,7 +77,11 @@ def test_what_is_right_passes(words: list[str]) -> None:
 
 def test_a_file_of_weights_is_typed_short() -> None:
     words = check_command_line("train", ["+model=resnet", "weights=runs/a/best.ckpt", "weights.head=replace"])
-    assert words == ["+model=resnet", "weights.file=runs/a/best.ckpt", "weights.head=replace"]
+    assert words == ["+model=resnet", "weights.file='runs/a/best.ckpt'", "weights.head=replace"]
+    for typed, file in (("it's (1).pth", "it's (1).pth"), ("null", None), ("12", "12"), ("'a=b'", "a=b")):
+        assert compose("train", check_command_line("train", ["+model=resnet", f"weights={typed}"])).weights.file == file
+    (swept,) = check_command_line("train", ["+model=resnet", "weights=a.pth,b.pth", "-m"])[-1:]
+    assert swept == "weights.file=a.pth,b.pth"
     with pytest.raises(ConfigError, match=r"there is no weights.heads: did you mean weights.head\?"):
         check_command_line("train", ["+model=resnet", "weights.heads=replace"])
 
