@@ -1,6 +1,7 @@
 # Everything a person types: `make help` lists it. The first target of a day builds the environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 # uv does not read pip's settings; where pip has a mirror or a certificate, uv gets the same.
 ifdef PIP_CERT
@@ -20,10 +21,10 @@ demo: .venv/ready  ## train a ResNet on real digits: 2 minutes on two server cor
 	$(BIN)/python -m pipeline.train +model=resnet
 
 test: .venv/ready  ## the tests: under 10 minutes on two server cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: .venv/ready  ## and those of every variant, which take several times as long
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest $(PARALLEL) -m ""
 
 lint: .venv/ready  ## ruff and mypy strict
 	$(BIN)/ruff check .

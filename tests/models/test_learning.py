@@ -26,7 +26,7 @@ class Learned(NamedTuple):
     words: tuple[str, ...] = ()
 
 
-# Of 359 images, with torch 2.14.1 on two cores of an AMD EPYC: `python -m pipeline.train +model=NAME model.variant=NAME`
+# Of 359 images, with torch 2.14.1 on two cores of an AMD EPYC: `python -m pipeline.train +model=... model.variant=...`
 # with STEPS, the words here and seed 0. Published rates are for 256 images a step and more; 200 steps are few for
 # averages of norms with a momentum of 0.01, and for stochastic depth.
 LEARNED = {
