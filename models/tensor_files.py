@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -97,10 +98,11 @@ def read(path: Path) -> TensorFile:
     if not path.is_file():
         raise FileNotFoundError(f"weights={path}: there is no such file")
     try:
-        if path.suffix == SAFETENSORS:
-            content: object = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch warns of pickles that it refuses a moment later
+            if path.suffix == SAFETENSORS:
+                content: object = load_file(path)
+            else:
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise ValueError(f"{path} {refusal(path, error)}") from error
     state, wrapper = unwrap(content, path)

@@ -153,7 +153,8 @@ def culprits(wrong: Sequence[tuple[str, str]], *, theirs: Side, ours: Side, layo
         return misfits(wrong, theirs=theirs, ours=ours)
     parts = [f"it has nothing for {ours.shown(missing)}"] if missing else []
     parts += [f"it has {theirs.shown(extra)}, for which there is no place"] if extra else []
-    return f"{' and '.join(parts)}; weights.skip=[NAME] names what may be left out"
+    advice = "weights.skip=[NAME] names what may be left out, model.variant=NAME the network that the file is of"
+    return f"{' and '.join(parts)}; {advice}"
 
 
 def pair(theirs: Side, ours: Side, *, layout: Layout, path: Path) -> list[tuple[str, str]]:

@@ -209,20 +209,23 @@ def _check_keys(base: DictConfig, overrides: list[Override]) -> None:
         if key in groups or key.startswith(("hydra.", "hydra/")):
             continue
         if key not in known and not _may_be_added(override, base):
+            if _may_be_added(override, base, plus=True):
+                node = OmegaConf.select(base, key.rpartition(".")[0])
+                raise ConfigError(f"there is no {key} in this config: +{key}=VALUE hands it to {node._target_}")
             same_end = {name for name in known if name.rpartition(".")[2] == key}  # lr for recipe.optimizer.lr
             raise ConfigError(f"there is no {key}{nearest(key, {*known, *groups}) or nearest(key, same_end, cutoff=0)}")
         if key in known and not override.is_delete() and not override.is_sweep_override():
             _check_type(override, known[key])
 
 
-def _may_be_added(override: Override, base: DictConfig) -> bool:
-    """Whether a key is new to a node that names a `_target_`, and no slip of the pen."""
+def _may_be_added(override: Override, base: DictConfig, *, plus: bool = False) -> bool:
+    """Whether a key is new to a node that names a `_target_`, and no slip of the pen; `plus` as if typed with one."""
     parent, _, name = override.key_or_group.rpartition(".")
     node = OmegaConf.select(base, parent) if parent else None
     if not isinstance(node, DictConfig) or "_target_" not in node:
         return False
     slip = difflib.get_close_matches(name, [str(key) for key in node], n=1, cutoff=0.85)
-    return not slip and (override.is_add() or override.is_force_add())
+    return not slip and (plus or override.is_add() or override.is_force_add())
 
 
 def _first(override: Override) -> str:

@@ -27,7 +27,7 @@ def main_console() -> Console:
 
 def print_facts(console: Console, facts: Mapping[str, str]) -> None:
     """Name and value, a line each."""
-    width = max(len(name) for name in facts)
+    width = max(len("evaluation"), *map(len, facts))  # lists that follow each other share their columns
     for name, value in facts.items():
         console.print(f"[bold]{name:<{width}}[/bold]  {escape(value)}", highlight=False, soft_wrap=True)
 

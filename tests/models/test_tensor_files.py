@@ -70,7 +70,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         load_weights(net, tmp_path / "none.pth", head="drop")
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("error:Detected pickle protocol")
 @pytest.mark.parametrize("as_zip", [True, False])
 def test_damage_anywhere_in_a_file_is_a_sentence(as_zip: bool, tmp_path: Path) -> None:
     net = build("lenet", "lenet5")

@@ -40,6 +40,8 @@ GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
         (["+model=resnet", "data=shards"], "data.root has no default: add data.root=VALUE"),
         (["model.variant=resnet50"], "no model: add +model=NAME"),
         (["+model=resnet", "+recipe.epoch=3"], "there is no recipe.epoch: did you mean recipe.epochs?"),
+        (["+model=resnet", "model.num_classes=12"], "+model.num_classes=VALUE hands it to models.residual.resnet"),
+        (["+model=resnet", "trainer.limit_val_batches=1"], "+trainer.limit_val_batches=VALUE hands it to pytorch_l"),
         (["+model=resnet", "lr=1"], "there is no lr: did you mean recipe.optimizer.lr?"),
         (["+model=resnet", "data.root=null"], "data.root=null is not a text"),
         (["+model=resnet", "source=folder"], "train has no source to choose, pack has"),
