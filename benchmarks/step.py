@@ -28,6 +28,7 @@ from data.loader import Batch
 from models.classifier import Classifier
 from models.recipe import Recipe, warmup_cosine
 from models.residual import resnet
+from pipeline.chance import SeedEachBatch
 from pipeline.journal import Run
 from pipeline.progress import Reporter
 from pipeline.training import choose_precision, quieten_lightning
@@ -105,7 +106,7 @@ def ours(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
             precision=precision,
             max_epochs=-1,
             max_steps=len(batches),
-            callbacks=[reporter, clock],
+            callbacks=[SeedEachBatch(0), reporter, clock],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
