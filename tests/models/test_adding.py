@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,19 +43,8 @@ def trinet(variant: str = "trinet", **options: Unpack[Options]) -> ConvNet:
     stem = conv_norm(settings.in_channels, first, kernel_size=3, stride=2, activation=relu)
     return finish(ConvNet(stem, stages, head=head), settings, options=options)
 '''
-CONFIG = """# @package _global_
-# Three stages, for a test.
-defaults:
-  - override /recipe: sgd
-
-model:
-  _target_: models.trinet.trinet
-  variant: trinet
-  in_channels: 3
-  image_size: ${data.image_size}
-classifier:
-  _target_: models.classifier.ResidualClassifier
-"""
+# The one that the README shows, under another name.
+CONFIG = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0].replace("mine", "trinet")
 ROW = '    Published("trinet", "trinet", 39_088, 0.009967, 224, "by hand"),\n'
 
 

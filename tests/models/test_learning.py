@@ -28,15 +28,15 @@ class Learned(NamedTuple):
 
 # Of 359 images, with torch 2.14.1 on two cores of an AMD EPYC: `python -m pipeline.train +model=... model.variant=...`
 # with STEPS, the words here and seed 0. Published rates are for 256 images a step and more; 200 steps are few for
-# averages of norms with a momentum of 0.01, and for stochastic depth.
+# averages of norms with a momentum of 0.01, and for stochastic depth. What dropout draws moves AlexNet most, by 0.05.
 LEARNED = {
     "lenet": Learned(0.942),
-    "alexnet": Learned(0.694),
-    "vgg": Learned(0.933),
-    "resnet": Learned(0.922, ("recipe.optimizer.lr=0.02",)),
+    "alexnet": Learned(0.747),
+    "vgg": Learned(0.942),
+    "resnet": Learned(0.925, ("recipe.optimizer.lr=0.02",)),
     "resnext": Learned(0.838, ("recipe.optimizer.lr=0.02",)),
     "mobilenet": Learned(0.947, ("recipe.optimizer.lr=0.001", "model.norm_momentum=0.1")),
-    "efficientnet": Learned(0.919, ("recipe.optimizer.lr=0.002",)),
+    "efficientnet": Learned(0.933, ("recipe.optimizer.lr=0.002",)),
     "convnext": Learned(0.972),
     "coatnet": Learned(0.955, ("recipe.optimizer.lr=0.0005", "model.stochastic_depth=0.0")),
 }
@@ -62,4 +62,4 @@ def test_every_architecture_of_the_papers_learns() -> None:
     """One that is added may have a line here; it needs none."""
     assert len(LEARNED) == 9
     assert LEARNED.keys() <= SMALLEST.keys()
-    assert min(learned.top1 for learned in LEARNED.values()) > 0.5
+    assert min(learned.top1 for learned in LEARNED.values()) > 0.7

@@ -133,6 +133,20 @@ def test_small_images_keep_their_resolution_early(architecture: str) -> None:
             assert (features.shape[-1], net.stages(features).shape[-1]) == sides
 
 
+@pytest.mark.parametrize("in_channels", [1, 3])
+@pytest.mark.parametrize("image_size", [28, 32])
+def test_lenet_has_the_maps_of_figure_2(image_size: int, in_channels: int) -> None:
+    """LeCun et al. 1998: C1 is 6 maps of 28x28, C3 16 of 10x10, C5 120 units, F6 84."""
+    net = build("lenet", "lenet5", image_size=image_size, in_channels=in_channels)
+    maps = [net.stem(torch.zeros(2, in_channels, image_size, image_size))]
+    for stage in net.stages:
+        maps.append(stage(maps[-1]))
+    assert [tuple(features.shape[1:]) for features in maps] == [(6, 28, 28), (16, 10, 10), (120, 1, 1)]
+    widths = [(layer.in_features, layer.out_features) for layer in net.modules() if isinstance(layer, nn.Linear)]
+    assert widths == [(120, 84), (84, 10)]
+    assert sum(parameter.numel() for parameter in net.parameters()) == 61_706 + 6 * 25 * (in_channels - 1)
+
+
 @pytest.mark.parametrize("architecture", MIN_SIDES)
 def test_the_smallest_images_are_as_said(architecture: str) -> None:
     for least, image_size in zip(MIN_SIDES[architecture], (32, 224), strict=True):
