@@ -14,6 +14,7 @@ from torch import nn
 
 from models.layers import ConvNet, relu
 from models.options import Options, Settings, find, finish, settle
+from models.reference_layers import with_reference_ops
 
 
 class Lenet(NamedTuple):
@@ -78,17 +79,21 @@ class FullyConnected(nn.Sequential):
         self.linear3 = nn.Linear(HIDDEN, num_classes)  # -> (N, K)
 
 
-def lenet(variant: str = "lenet5", **options: Unpack[Options]) -> ConvNet:
+def lenet(variant: str = "lenet5", *, ops: str = "torch", **options: Unpack[Options]) -> ConvNet:
     """LeNet-5 for images of 28 or 32 pixels.
 
     Of today are: ReLU for the scaled tanh, max pooling for averages with a trained scale and
     shift, C3 connected to all maps of S2 instead of table I, and a linear layer for the
     distances to drawn letters. 61,706 parameters with one channel and ten classes.
 
+    `ops`: who computes it, "torch" or "reference", the equations of `models.reference`. Parameters are the same.
+
     Shapes: (N, in_channels, 28, 28) or (N, in_channels, 32, 32) -> (N, num_classes).
-    Raises: ValueError for an unknown variant, other sizes, fewer than two classes.
+    Raises: ValueError for an unknown variant or ops, other sizes, fewer than two classes.
     """
     table = find(variant, LENETS)
+    if ops not in ("torch", "reference"):
+        raise ValueError(f"ops={ops} is not one of torch, reference: leave it out for torch's")
     settings = settle(Settings(num_classes=10, image_size=32), options)
     if settings.image_size not in LENET_SIZES:
         raise ValueError(f"image_size={settings.image_size}: LeNet-5 takes images of 28 or 32 pixels")
@@ -101,7 +106,8 @@ def lenet(variant: str = "lenet5", **options: Unpack[Options]) -> ConvNet:
     }
     f6 = nn.Sequential(nn.Linear(c5, table.units), relu())
     head = nn.Sequential(nn.Flatten(), f6, nn.Dropout(settings.dropout), nn.Linear(table.units, settings.num_classes))
-    return finish(ConvNet(stem, stages, head=head), settings, options=options)
+    net = finish(ConvNet(stem, stages, head=head), settings, options=options)
+    return net if ops == "torch" else with_reference_ops(net)
 
 
 def alexnet(variant: str = "alexnet", **options: Unpack[Options]) -> ConvNet:

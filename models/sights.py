@@ -1,0 +1,240 @@
+"""What a tensor sees of the image: which of its dimensions are rows and columns of a map, and what each position reads.
+
+Layouts change all the time, (N, C, H, W) to (N, H, W, C), to (N, L, C), to (N H W, C), and a field can only be followed
+as long as it is known which dimension is which. So each dimension is a product of parts, and each part knows its axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import NamedTuple
+
+from models.fields import Field, Reading, distance, union
+
+ROWS, COLUMNS = 0, 1
+AXES = (ROWS, COLUMNS)
+NAMES = ("rows", "columns")
+
+
+class UnknownReceptiveField(ValueError):
+    """Why the receptive field behind an operation is not known."""
+
+
+class Part(NamedTuple):
+    """A factor of a dimension: so many rows or columns, or, without an axis, channels, images, heads."""
+
+    size: int
+    axis: int | None = None
+
+
+Dims = tuple[tuple[Part, ...], ...]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What the positions along the rows or columns of a map read.
+
+    `field` is that of the paths made of windows, None where there is none; `whole` says that some path reads all of the
+    image, through a mean, a gate or attention. `spread` is the largest distance in pixels between the middles of fields
+    of branches that met, 0 where all were aligned. `image` is the image's own size, `count` the map's.
+    """
+
+    field: Field | None
+    image: int
+    count: int
+    whole: bool = False
+    spread: Fraction = Fraction(0)
+
+    def through(self, reading: Reading, count: int) -> Axis:
+        """Behind an operation that reads this axis so, and leaves `count` positions."""
+        return replace(self, field=self.field and self.field.through(reading), count=count)
+
+    def reads_all(self) -> bool:
+        """Whether all positions together read the image, but for less than a jump that strides leave over."""
+        read = self.field.over(self.count) if self.field else (0, self.image - 1)
+        assert read is not None
+        spare = self.field.jump if self.field else 1
+        return read[0] < spare and read[1] >= self.image - spare
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a tensor sees: its dimensions, and each axis of the map that they hold."""
+
+    dims: Dims
+    axes: tuple[Axis, Axis]
+    mixture: bool = False  # some channels see less than others; the axes are those of all together
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's."""
+        return tuple(math.prod(part.size for part in dim) for dim in self.dims)
+
+    @property
+    def local(self) -> bool:
+        """Whether windows alone lead from the image to here, on one path at least."""
+        return all(axis.field is not None for axis in self.axes)
+
+    @property
+    def whole(self) -> bool:
+        """Whether each position sees all of the image."""
+        return all(axis.whole for axis in self.axes)
+
+    def axis_of(self, dim: int) -> int | None:
+        """The axis that a dimension is, None where it holds none. Raises: UnknownReceptiveField where it holds more."""
+        found = [part for part in self.dims[dim] if part.axis is not None]
+        if not found:
+            return None
+        if len(found) > 1 or math.prod(part.size for part in self.dims[dim]) != found[0].size:
+            raise UnknownReceptiveField(f"it takes {_words(self.dims[dim])} for one axis")
+        return found[0].axis
+
+    def rearranged(self, dims: Iterable[Sequence[Part]]) -> Sight:
+        """The same with other dimensions."""
+        return replace(self, dims=tuple(tuple(dim) for dim in dims))
+
+    def along(self, dim: int, reading: Reading, *, count: int) -> Sight:
+        """Behind an operation that reads a dimension so, and leaves `count` positions, channels or images of it."""
+        axis, dims, axes = self.axis_of(dim), list(self.dims), list(self.axes)
+        if axis is None and count < self.shape[dim] and self.mixture:
+            raise UnknownReceptiveField("it takes some channels of branches that were put side by side")
+        dims[dim] = (Part(count, axis),)
+        if axis is not None:
+            axes[axis] = axes[axis].through(reading, count)
+        return replace(self, dims=tuple(dims), axes=(axes[ROWS], axes[COLUMNS]))
+
+    def regrouped(self, shape: Sequence[int]) -> Sight:
+        """Behind a view of this shape. Raises: UnknownReceptiveField where it cuts rows or columns into pieces."""
+        parts = deque(part for dim in self.dims for part in dim if part.size > 1 or part.axis is not None)
+        dims = [_take(parts, size) for size in shape]
+        if any(part.size > 1 for part in parts):
+            raise UnknownReceptiveField(f"no view of {self.shape} has the shape {tuple(shape)}")
+        return self.rearranged([*dims[:-1], [*dims[-1], *parts]] if dims else [])
+
+    def mixed(self, dims: Iterable[int], *, keep: bool) -> Sight:
+        """Behind an operation that makes one of all entries along some dimensions, kept with size 1 or left out.
+
+        Raises: UnknownReceptiveField where those are many positions, but not all of the map.
+        """
+        gone = {dim % len(self.dims) for dim in dims}
+        sight = self.seeing_all(gone)
+        single = {position: [part for part in self.dims[position] if part == (1, part.axis)] for position in gone}
+        kept = [single.get(position, dim) for position, dim in enumerate(self.dims) if keep or position not in gone]
+        return sight.rearranged(kept)
+
+    def seeing_all(self, dims: Iterable[int]) -> Sight:
+        """Where each position sees all others along some dimensions, and is a window's no more.
+
+        Along rows or columns of which there is one the window remains.
+        Raises: UnknownReceptiveField where those are many positions, but not all of the map.
+        """
+        axes = list(self.axes)
+        for part in (part for dim in dims for part in self.dims[dim]):
+            if part.axis is not None and part.size > 1:
+                axes[part.axis] = _all_of(axes[part.axis], NAMES[part.axis])
+        return replace(self, axes=(axes[ROWS], axes[COLUMNS]))
+
+    def shadowed(self) -> Sight:
+        """The same for somebody who keeps the windows but sees the whole, as behind the statistics of a group norm."""
+        axes = tuple(replace(axis, whole=axis.whole or axis.count > 1) for axis in self.axes)
+        return replace(self, axes=(axes[ROWS], axes[COLUMNS]))
+
+
+def images_of(shape: Sequence[int]) -> Sight:
+    """What a batch of images sees of itself. Shapes: (N, C, H, W)."""
+    num_images, channels, height, width = shape
+    dims = ((Part(num_images),), (Part(channels),), (Part(height, ROWS),), (Part(width, COLUMNS),))
+    return Sight(dims, (Axis(Field(), height, height), Axis(Field(), width, width)))
+
+
+def meet(sights: Sequence[Sight], dims: Dims, *, side_by_side: bool = False) -> Sight:
+    """What several tensors see that become one with these dimensions, each entry of all of them or of one.
+
+    Paths that lead through windows alone are joined; of the others remains that they see the whole.
+    Raises: UnknownReceptiveField where branches do not fit together.
+    """
+    local = [sight for sight in sights if sight.local]
+    axes = []
+    for axis in AXES:
+        told = [sight.axes[axis] for sight in local or sights]
+        joined = told[0]
+        for other in told[1:]:
+            joined = _joined(joined, other)
+        whole = any(sight.axes[axis].whole for sight in sights)
+        axes.append(replace(joined, whole=whole))
+    differ = side_by_side and any(sight.axes != sights[0].axes for sight in sights)
+    return Sight(dims, (axes[ROWS], axes[COLUMNS]), differ or any(sight.mixture for sight in sights))
+
+
+def broadcast(sights: Sequence[Sight], shape: Sequence[int], *, side_by_side: bool = False) -> Sight:
+    """What several tensors see that become one of this shape, entry by entry, or, side by side, one after the other.
+
+    Raises: UnknownReceptiveField where rows of one lie beside something else of another.
+    """
+    stretched = [_stretched(sight, shape) for sight in sights]
+    dims: list[tuple[Part, ...]] = []
+    for position, size in enumerate(shape):
+        groups = [sight.dims[position - len(shape)] for sight in sights if position >= len(shape) - len(sight.dims)]
+        on_map = {tuple(part for part in group if part.axis is not None) for group in groups}
+        on_map = {parts for parts in on_map if any(part.size > 1 for part in parts)} or {p for p in on_map if p}
+        if len(on_map) > 1:
+            raise UnknownReceptiveField("it lays " + " beside ".join(sorted(map(_words, on_map))))
+        fitting = [group for group in groups if math.prod(part.size for part in group) == size]
+        dims.append(max(fitting, key=lambda group: sum(part.axis is not None for part in group), default=(Part(size),)))
+    return meet(stretched, tuple(dims), side_by_side=side_by_side)
+
+
+def _stretched(sight: Sight, shape: Sequence[int]) -> Sight:
+    """What is seen where a single row or column is repeated: it is the same for every position, so it must be all."""
+    axes = list(sight.axes)
+    for dim, size in zip(reversed(sight.dims), reversed(shape), strict=False):
+        for part in dim:
+            if part.axis is not None and math.prod(one.size for one in dim) == 1 < size:
+                axes[part.axis] = _all_of(axes[part.axis], NAMES[part.axis])
+    return replace(sight, axes=(axes[ROWS], axes[COLUMNS]))
+
+
+def _all_of(axis: Axis, name: str) -> Axis:
+    if not axis.reads_all():
+        raise UnknownReceptiveField(f"it takes {axis.count} {name}, which do not see all of the image, for the whole")
+    return replace(axis, field=None, whole=True)
+
+
+def _joined(one: Axis, other: Axis) -> Axis:
+    spread = max(one.spread, other.spread)
+    if one.field is None or other.field is None:
+        return replace(one, field=one.field or other.field, count=max(one.count, other.count), spread=spread)
+    try:
+        field = union(one.field, other.field)
+    except ValueError as error:
+        raise UnknownReceptiveField(str(error)) from error
+    return replace(one, field=field, spread=max(spread, distance(one.field, other.field)))
+
+
+def _take(parts: deque[Part], size: int) -> list[Part]:
+    """Take from the front what makes a dimension of this size."""
+    taken: list[Part] = []
+    missing = size
+    while missing > 1 or (parts and parts[0].size == 1 and not taken):
+        if not parts:
+            raise UnknownReceptiveField("the sizes of a view do not fit")
+        part = parts.popleft()
+        if missing % part.size == 0:
+            taken.append(part)
+            missing //= part.size
+        elif part.size % missing == 0 and part.axis is None:
+            taken.append(Part(missing))
+            parts.appendleft(Part(part.size // missing))
+            missing = 1
+        else:
+            raise UnknownReceptiveField(f"it cuts {_words([part])} into pieces, windows or patches")
+    return taken
+
+
+def _words(parts: Iterable[Part]) -> str:
+    words = [f"{part.size} {NAMES[part.axis]}" if part.axis is not None else str(part.size) for part in parts]
+    return " x ".join(words)

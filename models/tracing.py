@@ -1,0 +1,194 @@
+"""What a network does to a batch of images, operation by operation, found by running it on shapes alone.
+
+Networks run as they are, on torch's `meta` device, which knows shapes and holds no numbers: whatever a `forward` does
+in Python, torch comes to one of a few hundred operations, and those are written down. Nothing is compiled or rewritten,
+so a network that torch.fx or torch.export can take apart runs here too, and many that they cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Entry by entry, though torch does not say so of them.
+POINTWISE = {
+    "hardswish",
+    "to_copy",
+    "alias",
+    "detach",
+    "copy",
+    "prelu_kernel",
+    "lift_fresh",
+    "native_dropout",
+    "expand",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One call of a torch operation, with tensors of shapes alone.
+
+    `layer` is the name of the innermost module at work, `call` tells its calls apart.
+    """
+
+    function: torch._ops.OpOverload
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    outputs: tuple[Tensor, ...]
+    layer: str
+    call: int
+
+    @property
+    def name(self) -> str:
+        """As torch calls it, in place or not: `convolution`, `relu`."""
+        return self.function._schema.name.removeprefix("aten::").removesuffix("_").removeprefix("_")
+
+    @property
+    def where(self) -> str:
+        """The operation and its layer, for people."""
+        return f"{self.name} in {self.layer or 'the network itself'}"
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Its tensors."""
+        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each entry of the output is made of the same entry of every input."""
+        return torch.Tag.pointwise in self.function.tags or self.name in POINTWISE
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it writes into one of its tensors."""
+        return bool(self.function._schema.is_mutable)
+
+    def given(self, name: str) -> object:
+        """An argument by its name in torch's signature, given or by default; None where there is none of that name."""
+        for position, argument in enumerate(self.function._schema.arguments):
+            if argument.name == name:
+                value = self.args[position] if position < len(self.args) else self.kwargs.get(name)
+                return argument.default_value if value is None else value
+        return None
+
+    def number(self, name: str) -> int:
+        """The same of one that is a whole number."""
+        value = self.given(name)
+        assert isinstance(value, int), f"{self.name} has no number {name}"
+        return value
+
+    def numbers(self, name: str) -> list[int]:
+        """The same of one that is a list of them, or a single one; empty where it is not given."""
+        value = self.given(name)
+        return list(value) if isinstance(value, list | tuple) else [value] if isinstance(value, int) else []
+
+    def pair(self, name: str, default: Sequence[int] = (1, 1)) -> list[int]:
+        """The same of one for rows and columns, of which torch writes equal ones once."""
+        values = self.numbers(name) or list(default)
+        return values * 2 if len(values) == 1 else values
+
+    def tensor(self, position: int) -> Tensor:
+        """The tensor at a position of its arguments."""
+        value = self.args[position]
+        assert isinstance(value, Tensor), f"{self.name} takes no tensor in place {position}"
+        return value
+
+
+class Trace(NamedTuple):
+    """A run of a network: the batch, what was done, and what came out (None where the run was ended before)."""
+
+    images: Tensor
+    operations: list[Operation]
+    outputs: Tensor | None
+
+
+class Untraceable(ValueError):
+    """Why a network does not run on shapes alone."""
+
+
+def trace(net: nn.Module, shape: tuple[int, int, int, int], *, until: str | None = None) -> Trace:
+    """Run a network in evaluation on a batch of this shape, (N, C, H, W); its own tensors are neither read nor changed.
+
+    `until` is the name of a module at whose end the run is over.
+
+    Raises: Untraceable for a network that needs numbers, or does not take this shape.
+    """
+    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    hollow = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    images, recorder = torch.empty(shape, device="meta"), _Recorder()
+    outputs = None
+    try:
+        with in_evaluation(net), _watching(net, recorder, until=until), torch.no_grad(), recorder:
+            outputs = torch.func.functional_call(net, hollow, images)
+    except _ReachedError:
+        pass
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise Untraceable(f"{type(net).__name__} does not run on shapes (N, C, H, W) = {shape}: {reason}") from error
+    return Trace(images, recorder.operations, outputs if isinstance(outputs, Tensor) else None)
+
+
+@contextmanager
+def in_evaluation(net: nn.Module) -> Iterator[None]:
+    """Every module in evaluation inside the block, and as it was after it."""
+    training = {layer: layer.training for layer in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for layer, before in training.items():
+            layer.training = before
+
+
+class _ReachedError(Exception):
+    """Ends a run."""
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[Operation] = []
+        self.at_work: list[tuple[str, int]] = [("", 0)]
+        self.calls = 0
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        outputs = tuple(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        self.operations.append(Operation(func, args, kwargs or {}, outputs, *self.at_work[-1]))
+        return result
+
+
+@contextmanager
+def _watching(net: nn.Module, recorder: _Recorder, *, until: str | None) -> Iterator[None]:
+    """Tell the recorder which module is at work."""
+
+    def enter(name: str) -> None:
+        recorder.calls += 1
+        recorder.at_work.append((name, recorder.calls))
+
+    def leave(name: str) -> None:
+        recorder.at_work.pop()
+        if name == until:
+            raise _ReachedError
+
+    def told(action: Callable[[str], None], name: str) -> Callable[..., None]:
+        return lambda *_: action(name)
+
+    with ExitStack() as hooks:
+        for name, layer in net.named_modules():
+            hooks.callback(layer.register_forward_pre_hook(told(enter, name), prepend=True).remove)
+            hooks.callback(layer.register_forward_hook(told(leave, name)).remove)
+        yield
