@@ -110,6 +110,8 @@ class Linear:
             result = SUBSTITUTES[name](operation, images[0])
         elif name in STATISTICS:
             result = images[0] if self._cut else images[0] + images[0].mean()
+        elif operation.in_place and shape.numel() * operation.outputs[0].element_size() < _memory(operation.outputs[0]):
+            raise UnknownReceptiveField(f"gradient unknown: {operation.where}: it writes into a part of a tensor")
         elif operation.pointwise:
             result = functools.reduce(torch.add, [image.expand(shape) for image in images])
         else:
@@ -187,6 +189,10 @@ def _ends_of_resolutions(traced: Trace, sights: Sequence[Sight | None], *, axis:
 def _positive(shape: Sequence[int]) -> Tensor:
     """Equal weights that come to 1 over the channels they mix: no sum of hundreds of layers overflows or vanishes."""
     return torch.full((1,) * len(shape), 1 / shape[1] if len(shape) == 4 else 1.0, dtype=torch.float64).expand(shape)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
 
 
 def _span(touched: Tensor) -> Interval | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.fields import Reading, adaptive, nearest, steps, transposed, window
 from models.sights import Part, Sight, UnknownReceptiveField, broadcast, images_of, meet
-from models.tracing import Operation, Trace
+from models.tracing import Operation, Trace, memory_of
 
 See = Callable[[Tensor], Sight | None]
 Rule = Callable[[Operation, See], Sight | list[Sight]]
@@ -24,29 +24,55 @@ def receptive_fields(trace: Trace) -> list[Sight | None]:
 
     Raises: UnknownReceptiveField, with the layer and the operation, for one that is not known.
     """
-    seen: dict[int, Sight | None] = {id(trace.images): images_of(trace.images.shape)}
-    aliases: dict[int, set[int]] = {}  # tensors by the memory that they share
-    stale: set[int] = set()
+    seeing = _Seeing(trace.images)
     found: list[Sight | None] = []
-
-    def see(tensor: Tensor) -> Sight | None:
-        if id(tensor) in stale:
-            raise UnknownReceptiveField("it reads what was overwritten under another shape")
-        return seen.get(id(tensor))
-
     for operation in trace.operations:
         try:
-            sights = _outputs(operation, see)
+            sights = _outputs(operation, seeing.see)
         except UnknownReceptiveField as error:
             raise UnknownReceptiveField(f"receptive field unknown: {operation.where}: {error}") from error
-        for output, sight in zip(operation.outputs, sights, strict=True):
-            together = aliases.setdefault(output.untyped_storage()._cdata, set())
-            if operation.in_place and sight != seen.get(id(output)):
-                stale |= together - {id(output)}
-            together.add(id(output))
-            seen[id(output)] = sight
+        seeing.note(operation, sights)
         found.append(sights[0] if sights else None)
     return found
+
+
+class _Seeing:
+    """What every tensor of a trace sees, as far as it has been followed."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._sights: dict[int, Sight | None] = {id(images): images_of(images.shape)}
+        self._sharing: dict[int, set[int]] = {}  # tensors by the memory that they share
+        self._stale: set[int] = set()
+        self._frames: dict[int, tuple[Tensor, dict[int, int]]] = {}  # of constants: a part's whole, where it begins
+
+    def see(self, tensor: Tensor) -> Sight | None:
+        """What a tensor sees. Raises: UnknownReceptiveField where that was lost."""
+        if id(tensor) in self._stale:
+            raise UnknownReceptiveField("it reads what was overwritten under another shape")
+        return self._sights.get(id(tensor))
+
+    def note(self, operation: Operation, sights: Sequence[Sight | None]) -> None:
+        """Remember what the outputs of an operation see."""
+        for output, sight in zip(operation.outputs, sights, strict=True):
+            sharing = self._sharing.setdefault(memory_of(output), set())
+            if operation.in_place and sight != self._sights.get(id(output)):
+                self._stale |= sharing - {id(output)}
+            sharing.add(id(output))
+            self._sights[id(output)] = sight
+        if operation.name == "slice" and sights == [None] and operation.number("step") == 1:
+            whole, starts = self._frames.get(id(operation.tensor(0)), (operation.tensor(0), {}))
+            start = next(iter(operation.numbers("start")), 0)
+            self._frames[id(operation.outputs[0])] = (whole, {**starts, operation.number("dim"): start})
+        elif operation.name == "copy" and sights[0] is not None and id(operation.tensor(0)) in self._frames:
+            self._fill(operation, sights[0])
+
+    def _fill(self, operation: Operation, sight: Sight) -> None:
+        """A map that is written into the middle of a constant is padded by the rest of it."""
+        whole, starts = self._frames[id(operation.tensor(0))]
+        for dim, start in starts.items():
+            sight = sight.along(dim, steps(-start), count=whole.shape[dim])
+        self._sights[id(whole)] = sight
+        self._stale.discard(id(whole))
 
 
 def _outputs(operation: Operation, see: See) -> list[Sight | None]:
@@ -317,7 +343,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["split", "split_with_sizes"], _split),
     "unbind": _unbind,
     **dict.fromkeys(["cat", "stack"], _join),
-    **dict.fromkeys(["mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm"], _reduction),
+    **dict.fromkeys(["mean", "sum", "max", "amax", "amin", "var", "std", "linalg_vector_norm"], _reduction),
     **dict.fromkeys(["softmax", "safe_softmax", "log_softmax"], _softmax),
     **dict.fromkeys(["native_batch_norm", "native_batch_norm_legit_no_training"], _batch_norm),
     "native_layer_norm": _layer_norm,

@@ -19,16 +19,13 @@ from torch.utils._pytree import tree_leaves
 
 # Entry by entry, though torch does not say so of them.
 POINTWISE = {
-    "hardswish",
-    "to_copy",
-    "alias",
-    "detach",
-    "copy",
-    "prelu_kernel",
-    "lift_fresh",
-    "native_dropout",
-    "expand",
+    *("hardswish", "to_copy", "alias", "detach", "copy", "prelu_kernel", "lift_fresh", "native_dropout", "expand"),
+    *("floor_divide", "remainder"),
 }
+
+# Of the shape of another tensor, but not of its numbers.
+CONSTANT = {f"{kind}_like" for kind in ("zeros", "ones", "full", "empty")}
+CONSTANT |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +54,9 @@ class Operation:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """Its tensors."""
+        """The tensors whose numbers it reads."""
+        if self.name in CONSTANT:
+            return []
         return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
     @property
@@ -102,15 +101,33 @@ class Operation:
 
 
 class Trace(NamedTuple):
-    """A run of a network: the batch, what was done, and what came out (None where the run was ended before)."""
+    """A run of a network: the batch, its parameters' stand-ins by name, what was done, and what came out.
+
+    The last is None where the run was ended before, or is no tensor.
+    """
 
     images: Tensor
+    parameters: dict[str, Tensor]
     operations: list[Operation]
     outputs: Tensor | None
+
+    def fed_by_images(self) -> set[int]:
+        """The positions of the operations that depend on the images."""
+        memory, fed = {memory_of(self.images)}, set()
+        for position, operation in enumerate(self.operations):
+            if any(memory_of(tensor) in memory for tensor in operation.inputs):
+                fed.add(position)
+                memory.update(map(memory_of, operation.outputs))
+        return fed
 
 
 class Untraceable(ValueError):
     """Why a network does not run on shapes alone."""
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What tells the memory of a tensor, which its views share, from that of others."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def trace(net: nn.Module, shape: tuple[int, int, int, int], *, until: str | None = None) -> Trace:
@@ -132,7 +149,8 @@ def trace(net: nn.Module, shape: tuple[int, int, int, int], *, until: str | None
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise Untraceable(f"{type(net).__name__} does not run on shapes (N, C, H, W) = {shape}: {reason}") from error
-    return Trace(images, recorder.operations, outputs if isinstance(outputs, Tensor) else None)
+    parameters = {name: hollow[name] for name, _ in net.named_parameters()}
+    return Trace(images, parameters, recorder.operations, outputs if isinstance(outputs, Tensor) else None)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def test_files_and_functions_are_short(path: Path) -> None:
 def test_functions_take_few_arguments(path: Path) -> None:
     for function in functions(path):
         positional = [one.arg for one in function.args.args if one.arg not in ("self", "cls")]
-        hook = function.name.startswith("on_") or function.name in ("save_checkpoint", "__torch_dispatch__")  # as others call
+        hook = function.name.startswith("on_") or function.name in ("save_checkpoint", "__torch_dispatch__")
         assert len(positional) + len(function.args.kwonlyargs) <= 6, f"{function.name} takes more than six"
         assert len(positional) <= 2 or hook, f"{function.name} takes {positional} by position"
 
