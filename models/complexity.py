@@ -10,19 +10,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
-from models.tracing import Operation, memory_of
+from models.tracing import Operation, memory_of, stand_ins
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # of groups of parameters
 
-# Lightning's names, and in what a network then computes where it may.
-PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+class Precision(NamedTuple):
+    """In what weights are stored, and in what a network computes where it may."""
+
+    stored: torch.dtype
+    computed: torch.dtype
+
+
+# By Lightning's names.
+PRECISIONS = {
+    "32-true": Precision(torch.float32, torch.float32),
+    "bf16-mixed": Precision(torch.float32, torch.bfloat16),
+    "16-mixed": Precision(torch.float32, torch.float16),
+    "bf16-true": Precision(torch.bfloat16, torch.bfloat16),
+    "16-true": Precision(torch.float16, torch.float16),
+    "64-true": Precision(torch.float64, torch.float64),
+}
 
 
 class Memory(NamedTuple):
@@ -62,12 +77,13 @@ def training_memory(
 
     Raises: ValueError for a precision that is none of PRECISIONS.
     """
-    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    activations, stored = kept_for_backward(net, shape, precision=precision), PRECISIONS[precision].stored
+    gradients = _bytes((parameter for parameter in net.parameters() if parameter.requires_grad), stored)
     return Memory(
-        weights=_bytes([*net.parameters(), *net.buffers()]),
-        gradients=_bytes(trained),
-        optimizer=round(_bytes(trained) * state_per_weight(optimizer)),
-        activations=kept_for_backward(net, shape, precision=precision),
+        weights=_bytes([*net.parameters(), *net.buffers()], stored),
+        gradients=gradients,
+        optimizer=round(gradients * state_per_weight(optimizer)),
+        activations=activations,
     )
 
 
@@ -81,7 +97,7 @@ def kept_for_backward(net: nn.Module, shape: tuple[int, int, int, int], *, preci
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision} is not one of {', '.join(PRECISIONS)}")
-    mixed = PRECISIONS[precision]
+    stored, computed = PRECISIONS[precision]
     kept: dict[int, torch.UntypedStorage] = {}
     was_training = {layer: layer.training for layer in net.modules()}
 
@@ -90,15 +106,15 @@ def kept_for_backward(net: nn.Module, shape: tuple[int, int, int, int], *, preci
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        own = {name: _hollow(tensor) for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
-        images = torch.empty(shape)
+        own = stand_ins(net, lambda tensor: _hollow(tensor, stored))
+        images = torch.empty(shape, dtype=stored)
         try:
             net.train()
             with (
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-                torch.autocast("cpu", dtype=mixed, enabled=mixed != torch.float32),
+                torch.autocast("cpu", dtype=computed, enabled=computed != stored),
             ):
-                outputs = torch.func.functional_call(net, own, images)
+                outputs = torch.func.functional_call(net, own, images, tie_weights=False)
         finally:
             for layer, training in was_training.items():
                 layer.training = training
@@ -112,15 +128,16 @@ def state_per_weight(optimizer: MakeOptimizer) -> float:
     """Numbers that an optimizer keeps for each weight, found by a step on ten, less what it keeps for a tensor."""
     weights = nn.Parameter(torch.zeros(10))
     weights.grad = torch.ones(10)
-    made = optimizer([weights])
+    made = optimizer([{"params": [weights]}])
     made.step()
     tensors = [value for value in made.state[weights].values() if isinstance(value, Tensor)]
     return sum(tensor.numel() for tensor in tensors if tensor.shape == weights.shape) / weights.numel()
 
 
-def _hollow(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
+def _hollow(tensor: Tensor, stored: torch.dtype) -> Tensor:
+    dtype = stored if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype).requires_grad_(tensor.requires_grad)
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _bytes(tensors: Iterable[Tensor], stored: torch.dtype) -> int:
+    return sum(one.numel() * (stored if one.is_floating_point() else one.dtype).itemsize for one in tensors)

@@ -14,7 +14,7 @@ from models.complexity import multiply_adds, separable_ratio
 from models.fields import Field
 from models.layers import ConvNet
 from models.receptive_field import receptive_fields
-from models.sights import Sight, UnknownReceptiveField
+from models.sights import AXES, COLUMNS, ROWS, Sight, UnknownReceptiveField
 from models.tracing import Operation, Trace, trace
 
 BATCH = 2  # images that are run together, so that their dimension is told from others
@@ -58,6 +58,8 @@ class Window(NamedTuple):
 @dataclass(frozen=True)
 class Layer:
     """One layer of a network for one image; `kind` is what it is, `stage` the part of the network it lies in.
+
+    `shape` is that of its output, (C, H, W) where that is a map, however it lies in memory.
 
     `window` is None where no path of windows leads; `whole` says that each unit sees the whole image, and `spread` how
     many pixels the middles of branches lie apart. `separable` is what this depthwise layer and the pointwise one behind
@@ -185,7 +187,7 @@ def _layer(net: nn.Module, last: Operation, *, sight: Sight | None, details: str
         name=last.layer,
         kind=f"{kind} {details}" if details else kind,
         stage=_stage(net, last.layer),
-        shape=_shape(last.outputs[0]),
+        shape=_shape(last.outputs[0], sight),
         parameters=0,
         macs=0,
         window=_window(sight) if sight is not None and sight.local else None,
@@ -200,8 +202,13 @@ def _stage(net: nn.Module, name: str) -> str:
     return rest.partition(".")[0] or first if isinstance(net, ConvNet) and first == "stages" else first
 
 
-def _shape(output: Tensor) -> tuple[int, ...]:
-    """That for one image, where images come first, alone or with what was taken together with them."""
+def _shape(output: Tensor, sight: Sight | None) -> tuple[int, ...]:
+    """That for one image, rows and columns last; images come first, alone or with what was taken together with them."""
+    if sight is not None and len(sight.dims) == 4 and sight.shape[0] == BATCH:
+        axes = [sight.axis_of(dim) for dim in range(4)] if all(len(dim) <= 1 for dim in sight.dims) else []
+        if set(AXES) <= set(axes):
+            channels = next(dim for dim in (1, 2, 3) if axes[dim] is None)
+            return tuple(sight.shape[dim] for dim in (channels, axes.index(ROWS), axes.index(COLUMNS)))
     first, *rest = output.shape
     return tuple(rest) if first == BATCH else (first // BATCH, *rest) if first % BATCH == 0 else (first, *rest)
 

@@ -156,6 +156,8 @@ def _resize(operation: Operation, see: See) -> Sight:
 
 
 def _shuffle(operation: Operation, see: See) -> Sight:
+    if _seen(operation, see).mixture:
+        raise UnknownReceptiveField("it lays channels of branches that were put side by side on the map")
     return _on_map(operation, see, read=lambda axis, before, after: nearest(before, after))
 
 

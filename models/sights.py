@@ -102,10 +102,11 @@ class Sight:
         axis, dims, axes = self.axis_of(dim), list(self.dims), list(self.axes)
         if axis is None and count < self.shape[dim] and self.mixture:
             raise UnknownReceptiveField("it takes some channels of branches that were put side by side")
+        mixture = self.mixture or (axis is None and count > self.shape[dim])  # padded with channels that see nothing
         dims[dim] = (Part(count, axis),)
         if axis is not None:
             axes[axis] = axes[axis].through(reading, count)
-        return replace(self, dims=tuple(dims), axes=(axes[ROWS], axes[COLUMNS]))
+        return Sight(tuple(dims), (axes[ROWS], axes[COLUMNS]), mixture)
 
     def regrouped(self, shape: Sequence[int]) -> Sight:
         """Behind a view of this shape. Raises: UnknownReceptiveField where it cuts rows or columns into pieces."""

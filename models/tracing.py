@@ -130,6 +130,21 @@ def memory_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def stand_ins(net: nn.Module, make: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Other tensors for all of a network's own, for `functional_call` with `tie_weights=False`.
+
+    Each place is named once, also in a module that is registered twice, or its own tensor would not come back; what
+    shares a tensor shares the stand-in.
+    """
+    made: dict[int, Tensor] = {}
+    places, each = {}, {"recurse": False, "remove_duplicate": False}
+    for prefix, layer in net.named_modules():
+        own = [*layer.named_parameters(**each), *layer.named_buffers(**each)]
+        for name, tensor in own:
+            places[f"{prefix}.{name}" if prefix else name] = made.setdefault(id(tensor), make(tensor))
+    return places
+
+
 def trace(net: nn.Module, shape: tuple[int, int, int, int], *, until: str | None = None) -> Trace:
     """Run a network in evaluation on a batch of this shape, (N, C, H, W); its own tensors are neither read nor changed.
 
@@ -137,13 +152,12 @@ def trace(net: nn.Module, shape: tuple[int, int, int, int], *, until: str | None
 
     Raises: Untraceable for a network that needs numbers, or does not take this shape.
     """
-    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    hollow = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    hollow = stand_ins(net, lambda tensor: torch.empty_like(tensor, device="meta"))
     images, recorder = torch.empty(shape, device="meta"), _Recorder()
     outputs = None
     try:
         with in_evaluation(net), _watching(net, recorder, until=until), torch.no_grad(), recorder:
-            outputs = torch.func.functional_call(net, hollow, images)
+            outputs = torch.func.functional_call(net, hollow, images, tie_weights=False)
     except _ReachedError:
         pass
     except (RuntimeError, NotImplementedError) as error:

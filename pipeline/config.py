@@ -30,7 +30,9 @@ TRUSTED = ("models.", "data.", "pipeline.", "torch.", "torchvision.", "torchmetr
 
 
 # Verbs that need a choice which their defaults must not make.
-REQUIRED = {"train": "model"}
+REQUIRED = {"train": "model", "report": "model"}
+# What may stand in its place.
+INSTEAD = {"report": ("models",), "train": ("experiment",)}
 # A value, the groups that could have set it, and the choice that it means when none of them is made.
 IMPLIED = {"data.root": (("data", "experiment"), "data=shards")}
 # What may be typed for a key that is set most.
@@ -95,7 +97,7 @@ def check_command_line(name: str, arguments: list[str]) -> list[str]:
         _check_choice(name, override)
     base = compose(name, [_first(override) for override in choices])
     group = REQUIRED.get(name)
-    if group is not None and group not in base and not _names(overrides, group, "experiment"):
+    if group is not None and group not in base and not _names(overrides, group, *INSTEAD[name]):
         _check_keys(base, [override for override in overrides if not override.key_or_group.startswith(f"{group}.")])
         raise ConfigError(f"no {group}: add +{group}=NAME, one of {', '.join(_options(group))}")
     _check_keys(base, overrides)
@@ -199,7 +201,7 @@ def _check_choice(verb: str, override: Override) -> None:
 def _groups_of(verb: str) -> set[str]:
     """The groups of which a verb's config takes a choice."""
     known = {str(key) for key in compose(verb, [])}
-    return {*known, REQUIRED[verb], "experiment"} if verb in REQUIRED else known
+    return {*known, REQUIRED[verb], *INSTEAD[verb]} if verb in REQUIRED else known
 
 
 def _check_keys(base: DictConfig, overrides: list[Override]) -> None:

@@ -58,6 +58,9 @@ class Tracker(Protocol):
     def keep(self, path: Path, folder: str) -> None:
         """Keep a file with the run's artifacts."""
 
+    def tabulate(self, table: Mapping[str, list[object]], file: str) -> None:
+        """Keep a table, by column, as an artifact of this name that ends in .json."""
+
     def finish(self, *, succeeded: bool) -> str | None:
         """End the run; return what did not arrive and why, None when all did."""
 
@@ -75,6 +78,9 @@ class NoTracker:
         """Nothing."""
 
     def keep(self, path: Path, folder: str) -> None:
+        """Nothing."""
+
+    def tabulate(self, table: Mapping[str, list[object]], file: str) -> None:
         """Nothing."""
 
     def finish(self, *, succeeded: bool) -> str | None:
@@ -120,6 +126,10 @@ class MLflowTracker:
     def keep(self, path: Path, folder: str) -> None:
         """Copy a file to the run's artifacts."""
         self._send(lambda run_id: self._client.log_artifact(run_id, str(path), folder))
+
+    def tabulate(self, table: Mapping[str, list[object]], file: str) -> None:
+        """Keep it where the dashboard shows tables as such."""
+        self._send(lambda run_id: self._client.log_table(run_id, dict(table), file))
 
     def finish(self, *, succeeded: bool) -> str | None:
         """Mark the run FINISHED or FAILED, and wait for what is on its way, a minute at most."""

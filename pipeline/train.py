@@ -15,6 +15,7 @@ def main(config: DictConfig) -> None:
     from data.datamodule import Feeding, ShardData
     from pipeline import training
     from pipeline.datasets import open_or_pack
+    from pipeline.job import Job
     from pipeline.journal import open_run
 
     training.begin(config.seed)
@@ -31,7 +32,7 @@ def main(config: DictConfig) -> None:
     module = instantiate(config.classifier, net=net, num_classes=num_classes, recipe=recipe)
     config.weights.sha256 = training.digest_of_weights(config.weights.file, config.weights.sha256)
     values = flatten(config)
-    job = training.Job(module, data, open_run(values, dataset), instantiate(config.tracking), values)
+    job = Job(module, data, open_run(values, dataset), instantiate(config.tracking), values)
     training.check_image_size(job)
     training.take_weights(job, dict(config.weights))
     text = OmegaConf.to_yaml(config, resolve=True)

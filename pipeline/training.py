@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,16 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from data.datamodule import ShardData
 from data.dataset import Dataset
-from models.classifier import Classifier
 from models.options import SMALL
+from models.tracing import stand_ins
 from models.weights import OURS, load_weights
 from pipeline.chance import SeedEachBatch
 from pipeline.checkpoint import KeepBest, WholeFiles
 from pipeline.config import nearest
 from pipeline.console import is_main_process, main_console, print_facts
-from pipeline.journal import METRICS, Run, Values, fingerprint, saved_step
+from pipeline.job import Job, banner, end, keep_report, places
+from pipeline.journal import METRICS, Run, fingerprint, saved_step
 from pipeline.progress import Record, Reporter
-from pipeline.tracking import Tracker
 
 MakeTrainer = partial[pl.Trainer]  # Lightning's, with what a config says
 # What a shell makes of SIGTERM and of Ctrl-C: by the first, schedulers tell a requeue from success.
@@ -50,22 +49,6 @@ DECIDED = {
     "num_sanity_val_steps": "this project",
     "use_distributed_sampler": "this project",
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training, ready to go: `values` are those of the config, by dotted key."""
-
-    module: Classifier
-    data: ShardData
-    run: Run
-    tracker: Tracker
-    values: Values
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the network."""
-        return sum(parameter.numel() for parameter in self.module.net.parameters())
 
 
 def begin(seed: int) -> None:
@@ -140,11 +123,10 @@ def take_weights(job: Job, told: Mapping[str, Any]) -> None:
 def check_image_size(job: Job) -> None:
     """Raise ValueError unless the network takes images of the sizes that the data shows, by their shapes alone."""
     net, data = job.module.net, job.data
-    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    shapes = stand_ins(net, lambda tensor: torch.empty_like(tensor, device="meta"))
     for size in sorted({data.training_view.image_size, data.evaluation_view.image_size}):
         try:
-            torch.func.functional_call(net, shapes, torch.empty(2, 3, size, size, device="meta"))
+            torch.func.functional_call(net, shapes, torch.empty(2, 3, size, size, device="meta"), tie_weights=False)
         except RuntimeError as error:
             raise ValueError(
                 f"data.image_size={size} is no size for {job.values.get('model.variant', 'this network')}, "
@@ -269,7 +251,7 @@ def followed(job: Job, trainer: pl.Trainer, *, config: str) -> Iterator[None]:
         say_missing(tracker.start(run, job.values, reached=reached), run)
         tracker.keep(run.folder / "config.yaml", "config")
         if not reached:
-            tracker.log({"params_millions": job.num_parameters / 1e6}, 0)
+            keep_report(job, trainer)
         succeeded = False
         try:
             yield
@@ -302,56 +284,10 @@ def fit(trainer: pl.Trainer, job: Job) -> None:
         ) from error
 
 
-def banner(job: Job, trainer: pl.Trainer) -> dict[str, str]:
-    """What is about to run, by name."""
-    dataset, feeding = job.data.dataset, job.data.feeding
-    splits = ", ".join(f"{name} {split.samples:,}" for name, split in dataset.splits.items())
-    device = trainer.strategy.root_device
-    device_name = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        device_name = torch.cuda.get_device_name(device)
-    accumulate = f" x {feeding.accumulate} accumulated" if feeding.accumulate > 1 else ""
-    model = job.values.get("model.variant", job.values["model._target_"])
-    plan, steps = job.data.training_plan(0, trainer.world_size), trainer.max_steps // job.module.recipe.epochs
-    rest = dataset.splits["train"].samples - steps * plan.global_batch_size
-    return {
-        "model": f"{model}, {job.num_parameters:,} parameters",
-        "data": f"{dataset.name}: {splits}, {len(dataset.classes)} classes, {job.data.training_view.image_size} pixels",
-        "evaluation": evaluated(job.data) if job.data.evaluation_split else "none: there is no split val or test",
-        "batch": f"{trainer.world_size} x {feeding.batch_size}{accumulate} on {device_name}",
-        "precision": f"{trainer.precision}, channels_last",
-        "steps": f"{trainer.max_steps:,} in {job.module.recipe.epochs} epochs"
-        f", which leave {rest:,} images out, others each time{rising(job)}",
-    }
-
-
-def rising(job: Job) -> str:
-    """A warning where the learning rate only rises, because the warm-up is as long as the training."""
-    warmup = job.values.get("recipe.schedule.warmup_epochs", 0)
-    if warmup < job.module.recipe.epochs:
-        return ""
-    return f"; the learning rate rises to the end: recipe.schedule.warmup_epochs={warmup}"
-
-
-def places(job: Job) -> dict[str, str]:
-    """Where the run is kept and shown."""
-    run, link = job.run, job.tracker.link
-    resumed = f" (goes on from {run.last_checkpoint.name})" if run.last_checkpoint is not None else ""
-    return {"folder": f"{run.folder}{resumed}", "dashboard": link or "none"}
-
-
 def best_of(checkpoint: KeepBest, run: Run) -> str:
     """The best checkpoint, or the last where none was measured, by its path from here."""
     measured = checkpoint.best_model_score is not None
     return str(run.checkpoints / Path(checkpoint.best_model_path if measured else checkpoint.last_model_path).name)
-
-
-def end(job: Job, result: Mapping[str, Any]) -> dict[str, str]:
-    """The best metric, the checkpoint, and what to type next."""
-    score, link = result["val/top1"], job.tracker.link
-    best = {} if score is None else {"best val/top1": f"{score:.4f} of {evaluated(job.data)}"}
-    following = "make ui" if link is not None and link.endswith("(make ui)") else f"tail {job.run.folder / METRICS}"
-    return {**best, "checkpoint": result["checkpoint"], "next": following}
 
 
 def as_number(score: torch.Tensor | None) -> float | None:
@@ -365,11 +301,6 @@ def plugins(wanted: list[object] | None) -> list[Any]:
     if SLURMEnvironment.detect():
         own.append(SLURMEnvironment(auto_requeue=False))
     return [*(wanted or []), *own]
-
-
-def evaluated(data: ShardData) -> str:
-    """What an evaluation counts."""
-    return f"{data.num_evaluation_images:,} images of split {data.evaluation_split}"
 
 
 def quieten_lightning() -> None:

@@ -35,6 +35,11 @@ settings.load_profile("convoy")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What is typed beside pytest's own."""
+    parser.addoption("--rewrite-golden", action="store_true", help="write tests/golden/ anew; read the diff")
+
+
 def make_jpeg(height: int, width: int, seed: int = 0, **options: object) -> bytes:
     """A JPEG with coarse and fine detail in all three colours."""
     generator = np.random.default_rng(seed)

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torchvision
 
 from data.dataset import Dataset
+from models.residual import resnet
 from tests.conftest import ROOT, make_folder
 
 # What makes a command of the README short without changing what it is.
@@ -25,12 +27,18 @@ SMALL = {
         "+trainer.limit_train_batches=2",
     ],
     "pipeline.pack": [],
+    "pipeline.report": ["effective_images=0", "batch_size=2", "data.image_size=64"],
 }
+
+
+def blocks_of(language: str) -> list[str]:
+    blocks: list[str] = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return blocks
 
 
 def commands() -> list[str]:
     """The lines of the README's bash blocks, without comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = blocks_of("bash")
     lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
@@ -62,3 +70,9 @@ def test_every_command_of_the_readme_works(tmp_path: Path, digits: Dataset) -> N
         ran.append(command)
     assert len(ran) >= 8
     assert len(list((tmp_path / "runs").iterdir())) == sum("pipeline.train" in command for command in ran)
+
+
+def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks_of("python")
+    exec(code, {"net": resnet("resnet18")})
+    assert "stages.stage4.1.conv2.0 Conv2d 3x3 (512, 7, 7)" in capsys.readouterr().out

@@ -56,6 +56,7 @@ def test_what_is_kept_is_each_input_once() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 3, padding=1))
     # ReLU keeps its output, which the second convolution keeps too; the images are not the network's.
     assert kept_for_backward(net, (2, 3, 8, 8), precision="32-true") == 2 * 4 * 8 * 8 * 4
+    assert kept_for_backward(net, (2, 3, 8, 8), precision="64-true") == 2 * 4 * 8 * 8 * 8
     # Mixed: the images cast, the maps between, and both kernels cast.
     kernels = 4 * 3 * 9 + 8 * 4 * 9
     assert kept_for_backward(net, (2, 3, 8, 8), precision="bf16-mixed") == 2 * (2 * 7 * 64 + kernels)
@@ -96,5 +97,5 @@ def test_the_separable_ratio_is_that_of_the_two_costs() -> None:
 
 
 def test_an_unknown_precision_is_named() -> None:
-    with pytest.raises(ValueError, match="precision=8-bit is not one of 32-true, bf16-mixed, 16-mixed"):
+    with pytest.raises(ValueError, match="precision=8-bit is not one of 32-true, bf16-mixed, 16-mixed, "):
         kept_for_backward(nn.Conv2d(3, 4, 3), (1, 3, 8, 8), precision="8-bit")

@@ -130,7 +130,7 @@ EXACT = {
 }
 SLOW = {
     "torchvision": ("densenet121", "inception_v3"),
-    "timm": ("convmixer_768_32", "dpn68", "xception", "inception_next_tiny"),
+    "timm": ("convmixer_768_32", "xception", "inception_next_tiny"),
 }
 # And those that are refused, for the reason that is named.
 REFUSED = {
@@ -142,6 +142,7 @@ REFUSED = {
     "timm": {
         "efficientvit_b0": "split in stages.2.blocks.1.context_module.main: "
         "it takes some channels of branches that were put side by side",
+        "dpn68": "slice in features.conv2_2: it takes some channels of branches that were put side by side",
         "mobilevit_s": "view in stages.2.1: it cuts 32 rows into pieces, windows or patches",
         "tresnet_m": "view in body.s2d: it cuts 224 rows into pieces, windows or patches",
         "davit_tiny": "view in stages.0.blocks.0.0: it cuts 56 rows into pieces, windows or patches",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.complexity import kept_for_backward
 from models.receptive_field import receptive_fields
 from models.sights import Sight, UnknownReceptiveField
 from models.tracing import Operation, Untraceable, trace
@@ -173,6 +174,12 @@ def test_a_gate_along_one_axis_is_not_the_whole() -> None:
     assert field_of(sight) == [(3, 1, 0)] * 2
 
 
+def cat(images: Tensor) -> Tensor:
+    """Eight channels, of which the first see one pixel, the others 3x3."""
+    wide = torch.cat([images] * 2, dim=1)[:, :4]
+    return torch.cat([wide, nn.functional.avg_pool2d(wide, 3, 1, 1)], dim=1)
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
@@ -189,6 +196,9 @@ def test_a_gate_along_one_axis_is_not_the_whole() -> None:
         (lambda x: x[:, :, :4].mean((2, 3)), "mean .*: it takes 4 rows, which do not see all of the image"),
         (lambda x: x + x[:, :, :1], "add .*: it takes 1 rows, which do not see all of the image"),
         (lambda x: x[:, :, ::2, ::2] + x[:, :, :4, :4], "add .*: branches whose positions are 2 and 1 pixels apart"),
+        (lambda x: cat(x)[:, :2], "slice .*: it takes some channels of branches that were put side by side"),
+        (lambda x: nn.functional.pad(x, (0, 0, 0, 0, 0, 3))[:, 3:], "slice .*: it takes some channels of branches"),
+        (lambda x: nn.functional.pixel_shuffle(cat(x)[:, :8], 2), "pixel_shuffle .*: it lays channels of branches"),
         (lambda x: torch.fft.fft(x).real, "fft_r2c .*: there is no rule for it"),
     ],
 )
@@ -210,6 +220,17 @@ def test_what_was_overwritten_under_another_shape_is_refused() -> None:
 def test_a_network_that_needs_numbers_says_so() -> None:
     with pytest.raises(Untraceable, match=r"Calls does not run on shapes \(N, C, H, W\) = \(2, 3, 8, 8\)"):
         trace(Calls(lambda x: x if x.sum() > 0 else -x), (2, 3, 8, 8))
+
+
+def test_what_is_used_twice_or_shared_is_put_back() -> None:
+    conv, other = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+    other.weight = conv.weight
+    net = nn.Sequential(conv, nn.ReLU(), conv, other)
+    assert field_of(last_of(net, 1, 3, 9, 9)) == [(7, 1, 0)] * 2
+    assert kept_for_backward(net, (1, 3, 9, 9), precision="32-true") == 4 * 3 * (7 * 7 + 5 * 5)
+    assert net[0] is net[2]
+    assert net[3].weight is net[0].weight is conv.weight
+    assert {parameter.device.type for parameter in net.parameters()} == {"cpu"}
 
 
 def test_tracing_leaves_a_network_as_it_was() -> None:

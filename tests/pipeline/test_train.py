@@ -91,6 +91,16 @@ def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -
     assert run.info.status == "FINISHED"
     assert run.info.run_name == folder.name
     assert run.data.metrics["params_millions"] == pytest.approx(11.173962)  # torchvision's at 10 classes, small stem
+    # The report, at step 0: every layer in a table that the dashboard shows, and the page.
+    metrics = run.data.metrics
+    assert metrics["receptive_field_px"] == 429  # 435 at 224 pixels: here without pooling, at a stride less
+    assert 0 < metrics["effective_receptive_field_px"] <= 31
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "gmacs")] == [0]
+    artifacts = client.list_artifacts(run.info.run_id, "receptive_field")
+    assert [artifact.path for artifact in artifacts] == ["receptive_field/layers.json", "receptive_field/report.html"]
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "receptive_field/layers.json")).read_text())
+    assert len(table["data"]) == 68
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": artifacts[0].path, "type": "table"}]
     # Parameters can be pasted back: with them as overrides the same run is meant.
     overrides = [f"{key}={value}" for key, value in run.data.params.items() if key.startswith(("recipe.", "data.b"))]
     assert len(overrides) > 8

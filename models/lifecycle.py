@@ -1,0 +1,97 @@
+"""From pixels to class scores: what becomes of an image on its way through a network, stage by stage.
+
+Section 8 of the notes tells this of a sketched network. Here it is told of the network at hand, and where the sketch
+says otherwise of a stage of that name, a footnote says what the sketch is made of.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from models.inspection import Inspection, Layer
+
+MEANINGS = (
+    "edges, colour gradients",
+    "textures, corners, simple patterns",
+    "parts of objects, repeated motifs",
+    "objects as wholes",
+)
+
+
+class Moment(NamedTuple):
+    """A stage's end: the shape for one image, what it stands for, what one unit of it sees, and a footnote."""
+
+    stage: str
+    shape: tuple[int, ...]
+    meaning: str
+    field: str
+    footnote: str | None
+
+
+class Sketched(NamedTuple):
+    """What the notes' table has for a stage at 224 pixels, and where that comes from."""
+
+    shape: tuple[int, int, int]
+    field: int
+    why: str
+
+
+SKETCH = {
+    "stem": Sketched((64, 112, 112), 7, "that is ResNet's first convolution, without the pooling behind it"),
+    "stage2": Sketched(
+        (128, 56, 56),
+        35,
+        "that map and field are those of ResNet-50's first stage, the width that of ResNet-18's second",
+    ),
+    "stage3": Sketched(
+        (256, 28, 28),
+        91,
+        "that map and field are those of ResNet-50's second stage, the width that of ResNet-18's third",
+    ),
+    "stage4": Sketched(
+        (512, 7, 7),
+        224,
+        "224 is the side of the image: ResNet-18 sees 435 pixels here, ResNet-50 427, beyond its borders",
+    ),
+}
+
+
+def lifecycle(inspection: Inspection) -> list[Moment]:
+    """The input, the end of every stage, the pooled features and the logits of a network."""
+    moments = [Moment("input", inspection.image, "raw intensities of pixels", "1x1 px", None)]
+    stages = inspection.stages
+    spatial = [name for name, layers in stages.items() if len(layers[-1].shape) == 3]
+    for place, name in enumerate(spatial):
+        meaning = MEANINGS[place * (len(MEANINGS) - 1) // max(1, len(spatial) - 1)]
+        layer = stages[name][-1]
+        moments.append(Moment(name, layer.shape, meaning, field_of(layer), _footnote(name, layer, inspection.image)))
+    return [*moments, *_end(inspection)]
+
+
+def field_of(layer: Layer) -> str:
+    """What one unit sees, in words: its window, the whole image, or the window and, by another path, the whole."""
+    if layer.window is None:
+        return "whole image" if layer.whole else "unknown"
+    rows, columns = layer.window.size
+    return f"{rows:,.0f}x{columns:,.0f} px" + (" + whole image" if layer.whole else "")
+
+
+def _end(inspection: Inspection) -> list[Moment]:
+    flat = [layer for layer in inspection.layers if len(layer.shape) < 3 or layer.shape[1:] == (1, 1)]
+    last = inspection.layers[-1]
+    head = [layer for layer in flat if layer.stage == last.stage]
+    moments = []
+    if head and head[0] is not last:
+        pooled = head[0]
+        moments.append(Moment("pooled", pooled.shape[:1], "summary of the image", field_of(pooled), None))
+    return [*moments, Moment("logits", last.shape, "scores of the classes, not normalised", field_of(last), None)]
+
+
+def _footnote(stage: str, layer: Layer, image: tuple[int, int, int]) -> str | None:
+    sketched = SKETCH.get(stage)
+    if sketched is None or image != (3, 224, 224) or layer.window is None:
+        return None
+    if (layer.shape, layer.window.size.rows) == (sketched.shape, sketched.field):
+        return None
+    shape = "x".join(map(str, sketched.shape))
+    return f"The notes' sketch has {shape} and {sketched.field}x{sketched.field} px after {stage}: {sketched.why}."

@@ -1,0 +1,112 @@
+"""All that is said of a network, in one place: for a terminal, a page, a table, a dashboard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from models.complexity import PRECISIONS, Memory
+from models.effective_field import EffectiveField
+from models.gradient_extent import Comparison
+from models.inspection import Inspection
+from models.lifecycle import Moment, field_of, lifecycle
+
+EFFECTIVE_SHARE = 0.9  # of the gradient's energy, by whose square the effective field is told in one number
+
+
+class Stage(NamedTuple):
+    """The layers of a stage together."""
+
+    name: str
+    shape: tuple[int, ...]
+    layers: int
+    parameters: int
+    macs: int
+    activations: int  # numbers in the outputs of its layers
+    field: str
+    jump: float | None  # None where no path of windows leads
+
+
+@dataclass(frozen=True)
+class Report:
+    """A network by name, and what was found of it.
+
+    `memory` is that of training on `batch_size` images in a precision. `effective` and `comparisons`, of the fields by
+    propagation with those by gradient, are None where nobody asked.
+    """
+
+    name: str
+    inspection: Inspection
+    memory: Memory
+    batch_size: int
+    precision: str
+    effective: EffectiveField | None = None
+    comparisons: Sequence[Comparison] | None = None
+    warnings: Sequence[str] = ()
+
+    @property
+    def moments(self) -> list[Moment]:
+        """Its lifecycle."""
+        return lifecycle(self.inspection)
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """The numbers that stand for it: of parameters, multiply-adds, the sides of its fields."""
+        facts = {"params_millions": self.inspection.parameters / 1e6, "gmacs": self.inspection.macs / 1e9}
+        last = self.inspection.last_window
+        if last is not None and last.window is not None:
+            facts["receptive_field_px"] = float(max(last.window.size))
+        if self.effective is not None:
+            facts["effective_receptive_field_px"] = float(self.effective.sides[EFFECTIVE_SHARE])
+        return facts
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Its stages in the order of their work."""
+        return [
+            Stage(
+                name=name,
+                shape=layers[-1].shape,
+                layers=len(layers),
+                parameters=sum(layer.parameters for layer in layers),
+                macs=sum(layer.macs for layer in layers),
+                activations=sum(layer.activations for layer in layers),
+                field=field_of(layers[-1]),
+                jump=layers[-1].window and layers[-1].window.jump.rows,
+            )
+            for name, layers in self.inspection.stages.items()
+        ]
+
+    @property
+    def bytes_per_number(self) -> int:
+        """Of the outputs of layers, where the precision lets them."""
+        return PRECISIONS[self.precision].computed.itemsize
+
+    def table(self) -> dict[str, list[object]]:
+        """A row a layer, by column; what does not apply is None."""
+        rows = [self._row(place) for place in range(len(self.inspection.layers))]
+        return {column: [row[column] for row in rows] for column in rows[0]}
+
+    def _row(self, place: int) -> dict[str, object]:
+        layer = self.inspection.layers[place]
+        size, jump, offset = layer.window or (None, None, None)
+        return {
+            "index": place,
+            "layer": layer.name,
+            "kind": layer.kind,
+            "stage": layer.stage,
+            "shape": "x".join(map(str, layer.shape)),
+            "parameters": layer.parameters,
+            "multiply_adds": layer.macs,
+            "activation_bytes": layer.activations * self.bytes_per_number,
+            "receptive_field_rows": size and size.rows,
+            "receptive_field_columns": size and size.columns,
+            "jump_rows": jump and jump.rows,
+            "jump_columns": jump and jump.columns,
+            "offset_rows": offset and offset.rows,
+            "offset_columns": offset and offset.columns,
+            "whole_image": layer.whole,
+            "misaligned_px": layer.spread,
+            "separable_cost": layer.separable,
+        }

@@ -1,0 +1,113 @@
+"""A training, ready to go, and what is said of it before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from data.datamodule import ShardData
+from models.classifier import Classifier
+from pipeline.console import main_console
+from pipeline.journal import METRICS, Run, Values
+from pipeline.reporting import TABLE, Training, report_on, with_effective_field, write
+from pipeline.tracking import Tracker
+
+FIELDS = "receptive_field"  # the folder of the report, in a run's own and among its artifacts
+LOOKED_AT = 4  # photographs over which the effective field is averaged
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training, ready to go: `values` are those of the config, by dotted key."""
+
+    module: Classifier
+    data: ShardData
+    run: Run
+    tracker: Tracker
+    values: Values
+
+    @property
+    def name(self) -> str:
+        """The network's: its variant, or the function that builds it."""
+        return str(self.values.get("model.variant", self.values["model._target_"]))
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the network."""
+        return sum(parameter.numel() for parameter in self.module.net.parameters())
+
+
+def banner(job: Job, trainer: pl.Trainer) -> dict[str, str]:
+    """What is about to run, by name."""
+    dataset, feeding = job.data.dataset, job.data.feeding
+    splits = ", ".join(f"{name} {split.samples:,}" for name, split in dataset.splits.items())
+    device = trainer.strategy.root_device
+    device_name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    accumulate = f" x {feeding.accumulate} accumulated" if feeding.accumulate > 1 else ""
+    plan, steps = job.data.training_plan(0, trainer.world_size), trainer.max_steps // job.module.recipe.epochs
+    rest = dataset.splits["train"].samples - steps * plan.global_batch_size
+    return {
+        "model": f"{job.name}, {job.num_parameters:,} parameters",
+        "data": f"{dataset.name}: {splits}, {len(dataset.classes)} classes, {job.data.training_view.image_size} pixels",
+        "evaluation": evaluated(job.data) if job.data.evaluation_split else "none: there is no split val or test",
+        "batch": f"{trainer.world_size} x {feeding.batch_size}{accumulate} on {device_name}",
+        "precision": f"{trainer.precision}, channels_last",
+        "steps": f"{trainer.max_steps:,} in {job.module.recipe.epochs} epochs"
+        f", which leave {rest:,} images out, others each time{rising(job)}",
+    }
+
+
+def rising(job: Job) -> str:
+    """A warning where the learning rate only rises, because the warm-up is as long as the training."""
+    warmup = job.values.get("recipe.schedule.warmup_epochs", 0)
+    if warmup < job.module.recipe.epochs:
+        return ""
+    return f"; the learning rate rises to the end: recipe.schedule.warmup_epochs={warmup}"
+
+
+def places(job: Job) -> dict[str, str]:
+    """Where the run is kept and shown."""
+    run, link = job.run, job.tracker.link
+    resumed = f" (goes on from {run.last_checkpoint.name})" if run.last_checkpoint is not None else ""
+    return {"folder": f"{run.folder}{resumed}", "dashboard": link or "none"}
+
+
+def end(job: Job, result: Mapping[str, Any]) -> dict[str, str]:
+    """The best metric, the checkpoint, and what to type next."""
+    score, link = result["val/top1"], job.tracker.link
+    best = {} if score is None else {"best val/top1": f"{score:.4f} of {evaluated(job.data)}"}
+    following = "make ui" if link is not None and link.endswith("(make ui)") else f"tail {job.run.folder / METRICS}"
+    return {**best, "checkpoint": result["checkpoint"], "next": following}
+
+
+def evaluated(data: ShardData) -> str:
+    """What an evaluation counts."""
+    return f"{data.num_evaluation_images:,} images of split {data.evaluation_split}"
+
+
+def keep_report(job: Job, trainer: pl.Trainer) -> None:
+    """Show on the dashboard what the network sees and what it costs; one that cannot be told of is trained as well."""
+    if job.tracker.link is None:
+        return
+    size = job.data.training_view.image_size
+    channels, folder = int(job.values.get("model.in_channels", 3)), job.run.folder / FIELDS
+    training = Training(job.data.feeding.batch_size, str(trainer.precision), job.module.recipe.optimizer)
+    photograph = None
+    try:
+        found = report_on(job.module.net, job.name, image=(channels, size, size), training=training)
+        if found.inspection.unknown is None:
+            trained = job.values.get("weights.file") is not None
+            found, photograph = with_effective_field(found, job.module.net, count=LOOKED_AT, trained=trained)
+    except ValueError as error:
+        main_console().print(f"no report: {error}", highlight=False, markup=False, soft_wrap=True)
+        job.tracker.log({"params_millions": job.num_parameters / 1e6}, 0)
+        return
+    job.tracker.log(found.facts, 0)
+    job.tracker.keep(write(found, folder, photograph=photograph)[0], FIELDS)
+    job.tracker.tabulate(found.table(), f"{FIELDS}/{TABLE}")

@@ -1,0 +1,109 @@
+"""The report as it is typed: what it prints, what it writes, and what it answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.photographs import MEAN, STD, as_images, photographs
+from tests.conftest import Run, make_jpeg
+from tests.networks import build
+
+
+def test_a_report_prints_and_writes_the_true_numbers(run_verb: Run, tmp_path: Path) -> None:
+    answer = run_verb("report", "+model=resnet", "effective_images=1", COLUMNS="160")
+    assert answer.returncode == 0, answer.stderr
+    for text in (
+        "11,689,512",
+        "1.814 G an image",
+        "435x435 px at stages.stage4.1.relu",
+        "(B, 256, 14, 14)",
+        "head.pool",
+    ):
+        assert text in answer.stdout
+    folder = tmp_path / "reports" / "resnet18"
+    table = json.loads((folder / "layers.json").read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert len(rows) == 69
+    assert sum(row["parameters"] for row in rows) == 11_689_512
+    assert max(row["receptive_field_rows"] or 0 for row in rows) == 435
+    assert pq.read_table(folder / "layers.parquet").to_pylist() == rows
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "stages.stage4.1.conv2.0" in page
+    assert str(folder.relative_to(tmp_path)) in answer.stdout
+
+
+def test_fields_are_compared_with_gradients_when_asked(run_verb: Run) -> None:
+    answer = run_verb("report", "+model=lenet", "check=true", "effective_images=0", "layers=none", "out=here")
+    assert answer.returncode == 0, answer.stderr
+    assert "10 of 10 fields equal the extent of their gradient" in answer.stdout
+    assert "effective" not in answer.stdout
+    assert "here/report.html" in answer.stdout
+
+
+def test_networks_are_put_side_by_side(run_verb: Run, tmp_path: Path) -> None:
+    words = ("models=[lenet,resnet.resnet34]", "effective_images=1", "batch_size=2", "data.image_size=32")
+    answer = run_verb("report", *words, COLUMNS="160")
+    assert answer.returncode == 0, answer.stderr
+    lines = {line.split()[1]: line for line in answer.stdout.splitlines() if line.startswith("│")}
+    assert lines.keys() == {"lenet5", "resnet34"}
+    assert "0.06" in lines["lenet5"]
+    assert "21.79" in lines["resnet34"]  # a smaller stem
+    page = (tmp_path / "reports" / "comparison" / "comparison.html").read_text(encoding="utf-8")
+    assert "lenet5" in page
+    assert "resnet34" in page
+
+
+def test_weights_are_looked_at(run_verb: Run, tmp_path: Path) -> None:
+    torch.save(build("lenet", "lenet5", image_size=32).state_dict(), tmp_path / "mine.pt")
+    answer = run_verb("report", "+model=lenet", "weights=mine.pt", "layers=none", "effective_images=2")
+    assert answer.returncode == 0, answer.stderr
+    assert "gradient energy of 2 photographs" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "error: no model: add +model=NAME, one of alexnet"),
+        (("+model=resnet", "layers=every"), "error: layers=every is not one of some, all, none"),
+        (("models=[resnet,resnt]",), "error: models: resnt is not one of alexnet, coatnet"),
+        (("models=[resnet.resnet19]", "effective_images=0"), "did you mean resnet18?"),
+        (("+model=resnet", "precision=8"), "error: precision=8 is not one of 32-true, bf16-mixed"),
+        (("+model=lenet", "data.image_size=40"), "error: image_size=40: LeNet-5 takes images of 28 or 32 pixels"),
+        (("+model=lenet", "photographs=nowhere"), "error: photographs=nowhere: there is no image"),
+        (("+model=lenet", "efective_images=1"), "error: there is no efective_images: did you mean effective_images?"),
+    ],
+)
+def test_what_cannot_be_reported_is_answered_in_a_sentence(run_verb: Run, words: tuple[str, ...], said: str) -> None:
+    answer = run_verb("report", *words)
+    assert answer.returncode == 1
+    assert said in answer.stderr
+    assert answer.stderr.count("\n") == 1
+
+
+def test_photographs_are_crops_in_turn_and_the_same_each_time(tmp_path: Path) -> None:
+    for number, shape in enumerate(((60, 80), (90, 50))):
+        (tmp_path / f"{number}.jpg").write_bytes(make_jpeg(*shape, seed=number))
+    pixels = photographs(tmp_path, 4, size=(32, 48))
+    assert pixels.shape == (4, 32, 48, 3)
+    assert np.array_equal(pixels, photographs(tmp_path, 4, size=(32, 48)))
+    assert len({crop.tobytes() for crop in pixels}) == 4
+    whole = np.asarray(Image.open(tmp_path / "0.jpg"))
+    assert abs(pixels[0].mean() - whole.mean()) < 30  # of the first image, and not stretched beyond it
+
+
+def test_photographs_come_as_networks_take_them() -> None:
+    pixels = photographs(None, 2, size=(8, 8))
+    images = as_images(pixels, channels=3)
+    for channel in range(3):
+        expected = (pixels[..., channel] / 255 - MEAN[channel]) / STD[channel]
+        assert np.allclose(images[:, channel].numpy(), expected, atol=1e-6)
+    grey = as_images(pixels, channels=1)
+    assert grey.shape == (2, 1, 8, 8)
+    assert torch.allclose(grey[:, 0], images.mean(1))
