@@ -12,7 +12,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint ui lock clean
+.PHONY: help demo test test-all lint ui browser lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST) | awk '{printf "  %s %-8s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -33,6 +33,13 @@ lint: .venv/ready  ## ruff and mypy strict
 
 ui: .venv/ready  ## the MLflow dashboard on http://127.0.0.1:5000/?workflowType=machine_learning
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+# A test that finds no browser is skipped and says so: without one, nothing fails.
+browser:  ## Chromium, in which a test opens the report
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get -qq update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends chromium > /dev/null; \
+	then command -v chromium; else echo "no browser: install chromium or google-chrome, or go without that test"; fi
 
 lock: .venv/ready  ## resolve pyproject.toml anew into requirements.lock, versions and hashes only
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --upgrade \

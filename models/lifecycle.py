@@ -64,7 +64,7 @@ def lifecycle(inspection: Inspection) -> list[Moment]:
     for place, name in enumerate(spatial):
         meaning = MEANINGS[place * (len(MEANINGS) - 1) // max(1, len(spatial) - 1)]
         layer = stages[name][-1]
-        moments.append(Moment(name, layer.shape, meaning, field_of(layer), _footnote(name, layer, inspection.image)))
+        moments.append(Moment(name, layer.shape, meaning, field_of(layer), _footnote(layer, inspection.image)))
     return [*moments, *_end(inspection)]
 
 
@@ -87,11 +87,13 @@ def _end(inspection: Inspection) -> list[Moment]:
     return [*moments, Moment("logits", last.shape, "scores of the classes, not normalised", field_of(last), None)]
 
 
-def _footnote(stage: str, layer: Layer, image: tuple[int, int, int]) -> str | None:
-    sketched = SKETCH.get(stage)
+def _footnote(layer: Layer, image: tuple[int, int, int]) -> str | None:
+    sketched = SKETCH.get(layer.stage)
     if sketched is None or image != (3, 224, 224) or layer.window is None:
         return None
     if (layer.shape, layer.window.size.rows) == (sketched.shape, sketched.field):
         return None
     shape = "x".join(map(str, sketched.shape))
-    return f"The notes' sketch has {shape} and {sketched.field}x{sketched.field} px after {stage}: {sketched.why}."
+    return (
+        f"The notes' sketch has {shape} and {sketched.field}x{sketched.field} px after {layer.stage}: {sketched.why}."
+    )

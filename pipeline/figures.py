@@ -79,7 +79,7 @@ def fields_along_depth(
         parts.append(f'<text x="-8" y="{y + 4}" text-anchor="end">{2**power:,}</text>')
     y = _down(image_side, top)
     parts.append(f'<line class="side" x1="0" x2="100%" y1="{y}" y2="{y}"/>')
-    parts.append(f'<text x="0" dx="6" y="{y - 7}">image {image_side:,.0f} px</text>')
+    parts.append(f'<text x="0" dx="6" y="{y - 11}">image {image_side:,.0f} px</text>')
     if whole is not None:
         parts.append(f'<line class="whole" x1="{columns[whole][0]}%" x2="100%" y1="{y}" y2="{y}"/>')
     parts += _walk(steps, columns, top=top)
@@ -87,10 +87,10 @@ def fields_along_depth(
         at = _down(steps[covering].side or 1, top)
         parts.append(f'<circle class="open" cx="{columns[covering][0]}%" cy="{at}" r="5"/>')
     if whole is not None:
-        parts.append(_at(columns[whole][0], y, '<path class="full" d="M0 -8 8 0 0 8 -8 0Z"/>'))
+        parts.append(_at(columns[whole][0], y, inside='<path class="full" d="M0 -8 8 0 0 8 -8 0Z"/>'))
     known = [step.side for step in steps if step.side] or [0]
     told = f"Receptive field along {len(steps)} layers, from {known[0]:,g} to {known[-1]:,g} px"
-    return _plot(f"{told}; the image has {image_side:,g}", DEPTH_HEIGHT + 24, parts)
+    return _plot(f"{told}; the image has {image_side:,g}", parts, height=DEPTH_HEIGHT + 24)
 
 
 def bars(rows: Sequence[Bar], *, title: str) -> str:
@@ -103,7 +103,7 @@ def bars(rows: Sequence[Bar], *, title: str) -> str:
         parts.append(f'<rect class="bar" x="0" y="{y + 3}" width="{width}%" height="16" rx="2"/>')
         parts.append(f'<text class="strong" x="{width}%" dx="7" y="{y + 15}">{escape(row.said)}</text>')
     told = "; ".join(f"{row.name} {row.said}" for row in rows)
-    return _plot(f"{title}: {told}", 28 * len(rows), parts)
+    return _plot(f"{title}: {told}", parts, height=28 * len(rows))
 
 
 def stacks(rows: Sequence[Stack], *, names: Sequence[str]) -> str:
@@ -123,7 +123,7 @@ def stacks(rows: Sequence[Stack], *, names: Sequence[str]) -> str:
             )
             x += width
         told.append(f"{row.name} {row.said}")
-    return _plot("; ".join(told), 54 * len(rows) - 10, parts)
+    return _plot("; ".join(told), parts, height=54 * len(rows) - 10)
 
 
 def heat_map(
@@ -194,7 +194,7 @@ def scatter(dots: Sequence[Dot], *, across: str, up: str, reference: tuple[float
     ]
     names = [dot.name for dot in dots]
     parts += map(_labelled, place_labels(names, circles, height=SCATTER_HEIGHT, taken=taken))
-    return _plot(f"{', '.join(names)}: {up} over {across}", SCATTER_HEIGHT + 42, parts)
+    return _plot(f"{', '.join(names)}: {up} over {across}", parts, height=SCATTER_HEIGHT + 42)
 
 
 class _Scale(NamedTuple):
@@ -237,7 +237,7 @@ def _labelled(label: Label) -> str:
     return _at(
         100 * circle.across,
         circle.down,
-        f'{leader}<circle class="dot" r="{circle.radius:.1f}"><title>{name}</title></circle>'
+        inside=f'{leader}<circle class="dot" r="{circle.radius:.1f}"><title>{name}</title></circle>'
         f'<text class="strong" x="{label.dx:.1f}" y="{label.dy:.1f}" text-anchor="{label.anchor}">{name}</text>',
     )
 
@@ -330,10 +330,10 @@ def _short(name: str) -> str:
     return name if len(name) <= 11 else f"{name[:10]}…"
 
 
-def _at(across: float, down: float, inside: str) -> str:
+def _at(across: float, down: float, *, inside: str) -> str:
     """What is drawn in px from a point at a share of the width."""
     return f'<svg x="{across:.3f}%" y="{down:.1f}" overflow="visible">{inside}</svg>'
 
 
-def _plot(told: str, height: float, parts: Sequence[str]) -> str:
+def _plot(told: str, parts: Sequence[str], *, height: float) -> str:
     return f'<svg class="plot" height="{height:g}" role="img" aria-label="{escape(told)}">{"".join(parts)}</svg>'

@@ -9,6 +9,7 @@ from typing import NamedTuple
 LETTER, LINE = 7.2, 15  # px: the width of a letter, generously, and the height of a line
 WIDTHS = (270, 415, 560)  # px: of a figure on a telephone, on a desk, and between
 ROUNDS = 4
+WORSE = 5  # times as bad as to cover a circle is to meet a name or to leave the figure
 
 
 class Circle(NamedTuple):
@@ -74,20 +75,26 @@ def place_labels(
     """
     labels = [_places(name, circle)[0] for name, circle in zip(names, circles, strict=True)]
     for _ in range(ROUNDS):
+        before = list(labels)
         for own, label in enumerate(labels):
-            others = labels[:own] + labels[own + 1 :]
             costs = dict.fromkeys(_places(label.name, label.circle), 0.0)
             for width in WIDTHS:
-                names_there = [other.box(width) for other in others]
-                frame = Box(-20, 0, width + 12, height - 4)
+                others = [other.box(width) for other in labels[:own] + labels[own + 1 :]]
                 covered = [*taken, *(_disc(circle, width) for circle in circles)]
                 for place in costs:
-                    box = place.box(width)
-                    costs[place] += sum(map(box.shared, covered + names_there)) + box.area() - box.shared(frame)
-                    costs[place] += sum(dot.shared(name) for dot in place.leader(width) for name in names_there)
-                    costs[place] += place.away / 50
+                    costs[place] += _cost(place, others, covered=covered, width=width, height=height)
             labels[own] = min(costs, key=costs.__getitem__)
+        if labels == before:
+            break
     return labels
+
+
+def _cost(label: Label, others: Sequence[Box], *, covered: Sequence[Box], width: float, height: float) -> float:
+    """What speaks against a place in a figure of this size, in square px."""
+    box, frame = label.box(width), Box(-20, 0, width + 12, height - 4)
+    worst = sum(map(box.shared, others)) + box.area() - box.shared(frame)
+    crossed = sum(dot.shared(other) for dot in label.leader(width) for other in others)
+    return WORSE * worst + crossed + sum(map(box.shared, covered)) + label.away / 50
 
 
 def _places(name: str, circle: Circle) -> list[Label]:

@@ -200,8 +200,9 @@ def _effective(report: Report, photograph: NDArray[np.uint8] | None) -> str:
         field=tables.window_of(report, field.layer),
     )
     said = f"What moves the middle unit of <code>{escape(field.layer)}</code>, over {many(field.num_images, 'image')}"
-    ramp = "squared gradient, the largest as 1: 0.001 <span class='ramp'></span> 1"
-    figure = f'<figure>{drawing}<p class="said">{ramp}</p></figure>'
+    ramp = "0.001 <span class='ramp'></span> 1"
+    scale = f"<p class='said'>squared gradient, its 99.9th percentile as 1: <span class='scale'>{ramp}</span></p>"
+    figure = f"<figure>{drawing}{scale}</figure>"
     return f'<p class="said">{said}</p><div class="seen">{figure}{tables.squares(report)}</div>'
 
 
@@ -215,9 +216,10 @@ def _check(report: Report) -> str:
         f'<data id="compared" value="{count}">{count:,}</data>'
     )
     shown = " open" if agreeing < count else ""
+    summary = f"<summary><b>{many(count, 'comparison')}</b></summary>"
     return (
         f'<p class="said">{numbers} fields that follow from kernels and strides are where the gradient is.</p>'
-        f"<details{shown}><summary><b>All {count:,}</b></summary>{tables.check(report.comparisons)}</details>"
+        f"<details{shown}>{summary}{tables.check(report.comparisons)}</details>"
     )
 
 
@@ -235,7 +237,8 @@ def _clouds(reports: Sequence[Report], speeds: Sequence[float]) -> str:
     ]
     drawings = {
         "Parameters": scatter(sizes, across="multiply-adds, G", up="parameters, M"),
-        "Receptive field": fields and scatter(fields, across="multiply-adds, G", up="px", reference=image),
+        "Receptive field": fields
+        and scatter(fields, across="multiply-adds, G", up="receptive field, px", reference=image),
     }
     figures = (
         _figure(f"{title} against multiply-adds", f'<div class="scatter">{drawing}</div>', said=said)
@@ -260,7 +263,7 @@ def _key(drawing: str, said: str) -> str:
 def _document(name: str, *, brand: str, said: str, head: str, sections: Mapping[str, str]) -> str:
     """The whole page under a name; sections without content are left out."""
     shown = {title: body for title, body in sections.items() if body}
-    ids = {title: f"section-{title.lower().replace(chr(32), chr(45))}" for title in shown}
+    ids = {title: "-".join(["section", *title.lower().split()]) for title in shown}
     links = "\n".join(f'<a href="#{ids[title]}">{title}</a>' for title in shown)
     body = "\n".join(f'<section id="{ids[title]}">\n<h2>{title}</h2>\n{shown[title]}\n</section>' for title in shown)
     page = Template(TEMPLATE.read_text(encoding="utf-8"))

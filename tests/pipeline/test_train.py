@@ -93,7 +93,8 @@ def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -
     assert run.data.metrics["params_millions"] == pytest.approx(11.173962)  # torchvision's at 10 classes, small stem
     # The report, at step 0: every layer in a table that the dashboard shows, and the page.
     metrics = run.data.metrics
-    assert metrics["receptive_field_px"] == 429  # 435 at 224 pixels: here without pooling, at a stride less
+    # 3x3 kernels alone: one in the stem, four at jump 1, then in each stage one at the old jump and three at the new.
+    assert metrics["receptive_field_px"] == 1 + 2 * (1 + 4 * 1 + (1 + 3 * 2) + (2 + 3 * 4) + (4 + 3 * 8))
     assert 0 < metrics["effective_receptive_field_px"] <= 31
     assert [point.step for point in client.get_metric_history(run.info.run_id, "gmacs")] == [0]
     artifacts = client.list_artifacts(run.info.run_id, "receptive_field")
