@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
-from models.tracing import Operation, memory_of, stand_ins
+from models.tracing import RAISED, Operation, Untraceable, memory_of, stand_ins, why
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # of groups of parameters
 
@@ -93,7 +93,7 @@ def kept_for_backward(net: nn.Module, shape: tuple[int, int, int, int], *, preci
     Counted where it happens, on tensors without memory. Weights that are cast for a mixed precision are counted: they
     are kept too.
 
-    Raises: ValueError for a precision that is none of PRECISIONS.
+    Raises: ValueError for a precision that is none of PRECISIONS, Untraceable for a network that needs numbers.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision} is not one of {', '.join(PRECISIONS)}")
@@ -115,6 +115,8 @@ def kept_for_backward(net: nn.Module, shape: tuple[int, int, int, int], *, preci
                 torch.autocast("cpu", dtype=computed, enabled=computed != stored),
             ):
                 outputs = torch.func.functional_call(net, own, images, tie_weights=False)
+        except RAISED as error:  # it traced in evaluation, but trains by numbers
+            raise Untraceable(why(net, shape, error)) from error
         finally:
             for layer, training in was_training.items():
                 layer.training = training

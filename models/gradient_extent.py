@@ -2,7 +2,8 @@
 
 The network's own operations run on real numbers, with everything made linear and positive, so that no two paths cancel:
 every weight is positive, norms and activations pass on what they get, maxima become sums of their windows. What then
-has a gradient is what the output depends on. Nothing here knows of kernels, strides or offsets but torch itself.
+has a gradient is what the output depends on. Nothing here knows of kernels, strides or offsets but torch itself; only
+where a path sees the whole image, and is left out of the comparison, is taken from the propagated fields.
 """
 
 from __future__ import annotations
@@ -59,13 +60,15 @@ class Comparison(NamedTuple):
 class Linear:
     """A traced network with everything linear and positive, in float64, of whose operations some are to be looked at.
 
-    Without `cut`, the sights of its operations, all paths are followed. With it, those that see the whole image at once
-    (means, gates, attention) are left out, and the paths made of windows remain.
+    Without `cut`, the sights of its operations, all paths are followed. With it, those that see the whole of an axis at
+    once (means, gates, attention) are left out, and the paths made of windows along it remain.
 
     Raises: UnknownReceptiveField for an operation that is not known to keep a gradient positive.
     """
 
-    def __init__(self, traced: Trace, looked_at: Collection[int], *, cut: Sequence[Sight | None] | None = None) -> None:
+    def __init__(
+        self, traced: Trace, looked_at: Collection[int], *, cut: Sequence[Sight | None] | None = None, axis: int = ROWS
+    ) -> None:
         self.images = torch.ones(traced.images.shape, dtype=torch.float64, requires_grad=True)
         self.outputs: dict[int, Tensor] = {}  # of the operations looked at
         self._numbers: dict[int, Tensor] = {id(traced.images): self.images}  # of tensors that depend on the images
@@ -77,10 +80,11 @@ class Linear:
             if not any(key in self._numbers for key in inputs):
                 continue
             sight = cut[position] if cut is not None else None
-            ends = sight is not None and not sight.local and any(key in local for key in inputs)
+            followed = sight is not None and sight.axes[axis].field is not None
+            ends = sight is not None and not followed and any(key in local for key in inputs)
             for output, result in zip(operation.outputs, self._run(operation), strict=True):
                 self._numbers[id(output)] = torch.ones_like(result) if ends else result
-                if sight is not None and sight.local:
+                if followed:
                     local.add(id(output))
             if position in looked_at:
                 self.outputs[position] = self._numbers[id(operation.outputs[0])]
@@ -138,7 +142,7 @@ def _check_along(net: nn.Module, shape: tuple[int, int, int, int], *, axis: int)
     traced = _grown(net, shape, axis=axis)
     sights = receptive_fields(traced)
     ends = _ends_of_resolutions(traced, sights, axis=axis)
-    linear = Linear(traced, ends.keys(), cut=sights)
+    linear = Linear(traced, ends.keys(), cut=sights, axis=axis)
     comparisons = []
     for position, dim in ends.items():
         sight = sights[position]
@@ -178,7 +182,7 @@ def _ends_of_resolutions(traced: Trace, sights: Sequence[Sight | None], *, axis:
     """The last operation on each size of a map that is reached through windows, and its dimension along the axis."""
     ends: dict[int, tuple[int, int]] = {}
     for position, sight in enumerate(sights):
-        if sight is None or not sight.local:
+        if sight is None or sight.axes[axis].field is None:
             continue
         dims = [dim for dim, parts in enumerate(sight.dims) if [part.axis for part in parts] == [axis]]
         if dims:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from models.fields import Reading, adaptive, nearest, steps, transposed, window
@@ -33,6 +34,8 @@ def receptive_fields(trace: Trace) -> list[Sight | None]:
             raise UnknownReceptiveField(f"receptive field unknown: {operation.where}: {error}") from error
         seeing.note(operation, sights)
         found.append(sights[0] if sights else None)
+    if trace.outputs is not None:
+        seeing.see(trace.outputs)
     return found
 
 
@@ -53,42 +56,48 @@ class _Seeing:
 
     def note(self, operation: Operation, sights: Sequence[Sight | None]) -> None:
         """Remember what the outputs of an operation see."""
+        for tensor in operation.tensors:
+            self._sharing.setdefault(memory_of(tensor), set()).add(id(tensor))
         for output, sight in zip(operation.outputs, sights, strict=True):
             sharing = self._sharing.setdefault(memory_of(output), set())
             if operation.in_place and sight != self._sights.get(id(output)):
                 self._stale |= sharing - {id(output)}
             sharing.add(id(output))
             self._sights[id(output)] = sight
+            if sight is None and any(sights):  # statistics of a norm, if anybody reads them
+                self._stale.add(id(output))
         if operation.name == "slice" and sights == [None] and operation.number("step") == 1:
-            whole, starts = self._frames.get(id(operation.tensor(0)), (operation.tensor(0), {}))
-            start = next(iter(operation.numbers("start")), 0)
-            self._frames[id(operation.outputs[0])] = (whole, {**starts, operation.number("dim"): start})
+            self._frame(operation)
         elif operation.name == "copy" and sights[0] is not None and id(operation.tensor(0)) in self._frames:
             self._fill(operation, sights[0])
+
+    def _frame(self, operation: Operation) -> None:
+        """Remember of which constant something is a part, and where in it that begins."""
+        part, output = operation.tensor(0), operation.outputs[0]
+        whole, starts = self._frames.get(id(part), (part, {}))
+        dim = operation.number("dim") % part.ndim
+        start = _start(operation, part.shape[dim])
+        self._frames[id(output)] = (whole, {**starts, dim: starts.get(dim, 0) + start})
 
     def _fill(self, operation: Operation, sight: Sight) -> None:
         """A map that is written into the middle of a constant is padded by the rest of it."""
         whole, starts = self._frames[id(operation.tensor(0))]
         for dim, start in starts.items():
             sight = sight.along(dim, steps(-start), count=whole.shape[dim])
-        self._sights[id(whole)] = sight
-        self._stale.discard(id(whole))
+        if self._sights.get(id(whole)) is None:  # else something has been written into it before
+            self._sights[id(whole)] = sight
+            self._stale.discard(id(whole))
 
 
 def _outputs(operation: Operation, see: See) -> list[Sight | None]:
-    inputs = [sight for tensor in operation.inputs if (sight := see(tensor)) is not None]
-    if not inputs:
+    if not _all_seen(operation.inputs, see):
         return [None] * len(operation.outputs)
     rule = RULES.get(operation.name, _pointwise if operation.pointwise else _nowhere)
     sights = rule(operation, see)
-    if isinstance(sights, Sight):  # means, deviations and indices beside it, if anybody reads them, see the same
-        others = [broadcast([sights], other.shape) for other in operation.outputs[1:] if _same(other, operation)]
-        return [sights, *others, *[None] * (len(operation.outputs) - 1 - len(others))]
+    if isinstance(sights, Sight):  # indices beside it see the same
+        shape = operation.outputs[0].shape
+        return [broadcast([sights], shape) if output.shape == shape else None for output in operation.outputs]
     return list(sights)
-
-
-def _same(other: Tensor, operation: Operation) -> bool:
-    return other.shape == operation.outputs[0].shape
 
 
 def _seen(operation: Operation, see: See) -> Sight:
@@ -123,7 +132,9 @@ def _convolution(operation: Operation, see: See) -> Sight:
     for dim, (stride, padding, dilation) in zip(range(2, len(shape)), options, strict=False):
         reading = reads(kernel.shape[dim], stride=stride, padding=padding, dilation=dilation)
         sight = sight.along(dim, reading, count=shape[dim])
-    behind = meet([sight, *_all_seen([kernel], see)], (sight.dims[0], (Part(shape[1]),), *sight.dims[2:]))
+    made = _all_seen(operation.inputs[1:], see)  # a kernel or bias made of the image, the same for each position
+    others = [one.seeing_all(range(len(one.dims))) for one in made]
+    behind = meet([sight, *others], (sight.dims[0], (Part(shape[1]),), *sight.dims[2:]))
     return behind if operation.number("groups") > 1 else replace(behind, mixture=False)
 
 
@@ -150,8 +161,10 @@ def _adaptive_pool(operation: Operation, see: See) -> Sight:
 def _resize(operation: Operation, see: See) -> Sight:
     before, after = _seen(operation, see).shape[-2:], operation.outputs[0].shape[-2:]
     scales = (operation.given("scales_h"), operation.given("scales_w"))
-    if any(scale not in (None, new / old) for scale, old, new in zip(scales, before, after, strict=True)):
-        raise UnknownReceptiveField(f"from {tuple(before)} to {tuple(after)} by {scales}")
+    for scale, old, new in zip(scales, before, after, strict=True):
+        rows = torch.nn.functional.interpolate(torch.arange(float(old))[None, None], int(new))[0, 0].tolist()
+        if scale not in (None, new / old) or rows != [position * old // new for position in range(new)]:
+            raise UnknownReceptiveField(f"it resizes {old} positions to {new} by rounding")
     return _on_map(operation, see, read=lambda axis, before, after: nearest(before, after))
 
 
@@ -163,7 +176,8 @@ def _shuffle(operation: Operation, see: See) -> Sight:
 
 def _unshuffle(operation: Operation, see: See) -> Sight:
     factor = operation.number("downscale_factor")
-    return _on_map(operation, see, read=lambda axis, before, after: window(factor, stride=factor))
+    behind = _on_map(operation, see, read=lambda axis, before, after: window(factor, stride=factor))
+    return replace(behind, mixture=True)
 
 
 def _on_map(operation: Operation, see: See, *, read: Callable[[int, int, int], Reading]) -> Sight:
@@ -189,7 +203,7 @@ def _unfold(operation: Operation, see: See) -> Sight:
     sight, size = _seen(operation, see), operation.number("size")
     dim = operation.number("dimension") % len(sight.dims)
     windows = sight.along(dim, window(size, stride=operation.number("step")), count=operation.outputs[0].shape[dim])
-    return windows.rearranged([*windows.dims, [Part(size)]])
+    return replace(windows.rearranged([*windows.dims, [Part(size)]]), mixture=windows.mixture or size > 1)
 
 
 def _view(operation: Operation, see: See) -> Sight:
@@ -226,10 +240,14 @@ def _squeeze(operation: Operation, see: See) -> Sight:
 def _slice(operation: Operation, see: See) -> Sight:
     sight = _seen(operation, see)
     dim = operation.number("dim") % len(sight.dims)
-    size, start = sight.shape[dim], next(iter(operation.numbers("start")), 0)
-    start = min(start if start >= 0 else max(0, size + start), size)
-    count = operation.outputs[0].shape[dim]
-    return sight if count == size else sight.along(dim, steps(start, step=operation.number("step")), count=count)
+    size, count, step = sight.shape[dim], operation.outputs[0].shape[dim], operation.number("step")
+    return sight if count == size else sight.along(dim, steps(_start(operation, size), step=step), count=count)
+
+
+def _start(operation: Operation, size: int) -> int:
+    """Where a slice of a dimension of this size begins."""
+    start = next(iter(operation.numbers("start")), 0)
+    return min(start if start >= 0 else max(0, size + start), size)
 
 
 def _select(operation: Operation, see: See) -> Sight:
@@ -271,7 +289,11 @@ def _join(operation: Operation, see: See) -> Sight:
             raise UnknownReceptiveField("it puts maps side by side")
         dims[dim] = (Part(shape[dim]),)
         sights.append(sight.rearranged(dims))
-    return broadcast(sights, shape, side_by_side=True)
+    behind = broadcast(sights, shape, side_by_side=True)
+    if dim == 0 and behind.mixture:
+        raise UnknownReceptiveField("it puts images beside others that see more or less")
+    constants = len(operation.inputs) > len(sights)
+    return replace(behind, mixture=behind.mixture or constants)
 
 
 def _reduction(operation: Operation, see: See) -> Sight:
@@ -284,19 +306,25 @@ def _softmax(operation: Operation, see: See) -> Sight:
 
 
 def _batch_norm(operation: Operation, see: See) -> Sight:
-    sight = _seen(operation, see)
+    sight = _scaled(operation, see)
     own = operation.given("training") or operation.given("running_mean") is None
-    return sight.shadowed() if own else sight
+    return sight.normalized([dim for dim in range(len(sight.dims)) if dim != 1]) if own else sight
 
 
 def _layer_norm(operation: Operation, see: See) -> Sight:
-    sight = _seen(operation, see)
-    normed = sight.dims[-len(operation.numbers("normalized_shape")) :]
-    return sight.shadowed() if any(part.axis is not None for dim in normed for part in dim) else sight
+    sight = _scaled(operation, see)
+    return sight.normalized(range(-len(operation.numbers("normalized_shape")), 0))
 
 
 def _group_norm(operation: Operation, see: See) -> Sight:
-    return _seen(operation, see).shadowed()
+    sight = _scaled(operation, see)
+    return sight.normalized(range(1, len(sight.dims)))
+
+
+def _scaled(operation: Operation, see: See) -> Sight:
+    """What a norm is applied to, with scales and shifts that are made of the image."""
+    sight = _seen(operation, see)
+    return meet([sight, *_all_seen(operation.inputs[1:], see)], sight.dims)
 
 
 def _product(operation: Operation, see: See) -> Sight:
@@ -309,9 +337,15 @@ def _product(operation: Operation, see: See) -> Sight:
     rows = left.dims[-2] if left else (Part(shape[-2]),)
     columns = right.dims[-1] if right else (Part(shape[-1]),)
     factors = [sight for sight in (left, right) if sight]
+    batches = {sight.dims[:-2] for sight in factors if any(map(_on_a_map, sight.dims[:-2]))}
+    if len(batches) > 1 or (batches and len(factors) > 1 and factors[0].dims[:-2] != factors[1].dims[:-2]):
+        raise UnknownReceptiveField("it multiplies maps whose positions are not the same")
     added = [broadcast([sight], shape) for sight in _all_seen(biases, see)]
     behind = meet([*factors, *added], (*factors[0].dims[:-2], rows, columns))
-    return behind if operation.name in ("bmm", "baddbmm") else replace(behind, mixture=False)
+    # Channels are summed, and those that remain are new ones, unless there are several more beside them, as heads are.
+    others = [part for dim in (*behind.dims[:-2], rows if left else columns) for part in dim if part.axis is None]
+    summed = len(factors) == 1 and sum(part.size > 1 for part in others) <= 1
+    return replace(behind, mixture=False) if summed else behind
 
 
 def _on_a_map(parts: Sequence[Part]) -> bool:
@@ -320,8 +354,8 @@ def _on_a_map(parts: Sequence[Part]) -> bool:
 
 def _along_others(operation: Operation, see: See) -> Sight:
     """Turning and rolling, of channels or images but not of the map."""
-    sight = _seen(operation, see)
-    if any(sight.axis_of(dim) is not None for dim in operation.numbers("dims")):
+    sight, dims = _seen(operation, see), operation.numbers("dims")
+    if not dims or any(sight.axis_of(dim) is not None for dim in dims):
         raise UnknownReceptiveField("it moves the map")
     return sight
 
@@ -345,7 +379,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["split", "split_with_sizes"], _split),
     "unbind": _unbind,
     **dict.fromkeys(["cat", "stack"], _join),
-    **dict.fromkeys(["mean", "sum", "max", "amax", "amin", "var", "std", "linalg_vector_norm"], _reduction),
+    **dict.fromkeys(["mean", "sum", "max", "min", "amax", "amin", "var", "std", "linalg_vector_norm"], _reduction),
     **dict.fromkeys(["softmax", "safe_softmax", "log_softmax"], _softmax),
     **dict.fromkeys(["native_batch_norm", "native_batch_norm_legit_no_training"], _batch_norm),
     "native_layer_norm": _layer_norm,

@@ -6,6 +6,7 @@ as long as it is known which dimension is which. So each dimension is a product 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -139,10 +140,20 @@ class Sight:
                 axes[part.axis] = _all_of(axes[part.axis], NAMES[part.axis])
         return replace(self, axes=(axes[ROWS], axes[COLUMNS]))
 
-    def shadowed(self) -> Sight:
-        """The same for somebody who keeps the windows but sees the whole, as behind the statistics of a group norm."""
-        axes = tuple(replace(axis, whole=axis.whole or axis.count > 1) for axis in self.axes)
-        return replace(self, axes=(axes[ROWS], axes[COLUMNS]))
+    def normalized(self, dims: Iterable[int]) -> Sight:
+        """Behind a norm whose statistics are taken along some dimensions: each position sees all, by way of them.
+
+        The windows remain. Raises: UnknownReceptiveField where those are many positions, but not all of the map.
+        """
+        all_seen = self.seeing_all(dims)
+        rows, columns = (
+            replace(before, whole=after.whole) for before, after in zip(self.axes, all_seen.axes, strict=True)
+        )
+        return replace(self, axes=(rows, columns))
+
+    def held(self) -> set[int]:
+        """The axes of which it has more than one position."""
+        return {part.axis for dim in self.dims for part in dim if part.axis is not None and part.size > 1}
 
 
 def images_of(shape: Sequence[int]) -> Sight:
@@ -155,20 +166,18 @@ def images_of(shape: Sequence[int]) -> Sight:
 def meet(sights: Sequence[Sight], dims: Dims, *, side_by_side: bool = False) -> Sight:
     """What several tensors see that become one with these dimensions, each entry of all of them or of one.
 
-    Paths that lead through windows alone are joined; of the others remains that they see the whole.
+    Along each axis the windows are joined; of what sees all of it remains that it does. What has one position where
+    others have many is the same for all of them, so it must see the whole axis.
     Raises: UnknownReceptiveField where branches do not fit together.
     """
-    local = [sight for sight in sights if sight.local]
-    axes = []
-    for axis in AXES:
-        told = [sight.axes[axis] for sight in local or sights]
-        joined = told[0]
-        for other in told[1:]:
-            joined = _joined(joined, other)
-        whole = any(sight.axes[axis].whole for sight in sights)
-        axes.append(replace(joined, whole=whole))
+    held = [part.axis for dim in dims for part in dim if part.axis is not None and part.size > 1]
+    if len(held) > len(set(held)):
+        raise UnknownReceptiveField(
+            "it lays " + " beside ".join(_words(dim) for dim in dims if dim and dim[0].axis in held)
+        )
+    rows, columns = (_meeting(sights, axis, held=axis in held) for axis in AXES)
     differ = side_by_side and any(sight.axes != sights[0].axes for sight in sights)
-    return Sight(dims, (axes[ROWS], axes[COLUMNS]), differ or any(sight.mixture for sight in sights))
+    return Sight(dims, (rows, columns), differ or any(sight.mixture for sight in sights))
 
 
 def broadcast(sights: Sequence[Sight], shape: Sequence[int], *, side_by_side: bool = False) -> Sight:
@@ -176,7 +185,6 @@ def broadcast(sights: Sequence[Sight], shape: Sequence[int], *, side_by_side: bo
 
     Raises: UnknownReceptiveField where rows of one lie beside something else of another.
     """
-    stretched = [_stretched(sight, shape) for sight in sights]
     dims: list[tuple[Part, ...]] = []
     for position, size in enumerate(shape):
         groups = [sight.dims[position - len(shape)] for sight in sights if position >= len(shape) - len(sight.dims)]
@@ -186,21 +194,21 @@ def broadcast(sights: Sequence[Sight], shape: Sequence[int], *, side_by_side: bo
             raise UnknownReceptiveField("it lays " + " beside ".join(sorted(map(_words, on_map))))
         fitting = [group for group in groups if math.prod(part.size for part in group) == size]
         dims.append(max(fitting, key=lambda group: sum(part.axis is not None for part in group), default=(Part(size),)))
-    return meet(stretched, tuple(dims), side_by_side=side_by_side)
+    return meet(sights, tuple(dims), side_by_side=side_by_side)
 
 
-def _stretched(sight: Sight, shape: Sequence[int]) -> Sight:
-    """What is seen where a single row or column is repeated: it is the same for every position, so it must be all."""
-    axes = list(sight.axes)
-    for dim, size in zip(reversed(sight.dims), reversed(shape), strict=False):
-        for part in dim:
-            if part.axis is not None and math.prod(one.size for one in dim) == 1 < size:
-                axes[part.axis] = _all_of(axes[part.axis], NAMES[part.axis])
-    return replace(sight, axes=(axes[ROWS], axes[COLUMNS]))
+def _meeting(sights: Sequence[Sight], axis: int, *, held: bool) -> Axis:
+    """One axis of several tensors that meet where it has many positions, or one."""
+    told = [
+        _all_of(sight.axes[axis], NAMES[axis]) if held and axis not in sight.held() else sight.axes[axis]
+        for sight in sights
+    ]
+    joined = functools.reduce(_joined, [one for one in told if one.field is not None] or told)
+    return replace(joined, whole=any(one.whole for one in told))
 
 
 def _all_of(axis: Axis, name: str) -> Axis:
-    if not axis.reads_all():
+    if axis.field is not None and not axis.reads_all():
         raise UnknownReceptiveField(f"it takes {axis.count} {name}, which do not see all of the image, for the whole")
     return replace(axis, field=None, whole=True)
 

@@ -25,7 +25,7 @@ POINTWISE = {
 
 # Of the shape of another tensor, but not of its numbers.
 CONSTANT = {f"{kind}_like" for kind in ("zeros", "ones", "full", "empty")}
-CONSTANT |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty")}
+CONSTANT |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty")} | {"zero", "fill"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,11 @@ class Operation:
         """The tensors whose numbers it reads."""
         if self.name in CONSTANT:
             return []
+        return self.tensors[1:] if self.name == "copy" else self.tensors
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among its arguments."""
         return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
     @property
@@ -125,6 +130,16 @@ class Untraceable(ValueError):
     """Why a network does not run on shapes alone."""
 
 
+# By what somebody's forward does on shapes alone.
+RAISED = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
+
+
+def why(net: nn.Module, shape: tuple[int, ...], error: Exception) -> str:
+    """That a network does not run on shapes alone, and the first line of the reason."""
+    reason = str(error).partition("\n")[0]
+    return f"{type(net).__name__} does not run on shapes (N, C, H, W) = {shape}: {reason}"
+
+
 def memory_of(tensor: Tensor) -> int:
     """What tells the memory of a tensor, which its views share, from that of others."""
     return int(tensor.untyped_storage()._cdata)
@@ -160,9 +175,8 @@ def trace(net: nn.Module, shape: tuple[int, int, int, int], *, until: str | None
             outputs = torch.func.functional_call(net, hollow, images, tie_weights=False)
     except _ReachedError:
         pass
-    except (RuntimeError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise Untraceable(f"{type(net).__name__} does not run on shapes (N, C, H, W) = {shape}: {reason}") from error
+    except RAISED as error:
+        raise Untraceable(why(net, shape, error)) from error
     parameters = {name: hollow[name] for name, _ in net.named_parameters()}
     return Trace(images, parameters, recorder.operations, outputs if isinstance(outputs, Tensor) else None)
 
