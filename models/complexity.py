@@ -116,7 +116,7 @@ def kept_for_backward(net: nn.Module, shape: tuple[int, int, int, int], *, preci
             ):
                 outputs = torch.func.functional_call(net, own, images, tie_weights=False)
         except RAISED as error:  # it traced in evaluation, but trains by numbers
-            raise Untraceable(why(net, shape, error)) from error
+            raise Untraceable(why(net, error, shape=shape)) from error
         finally:
             for layer, training in was_training.items():
                 layer.training = training

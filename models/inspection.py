@@ -15,7 +15,7 @@ from models.fields import Field
 from models.layers import ConvNet
 from models.receptive_field import receptive_fields
 from models.sights import AXES, COLUMNS, ROWS, Sight, UnknownReceptiveField
-from models.tracing import Operation, Trace, trace
+from models.tracing import Operation, Trace, memory_of, trace
 
 BATCH = 2  # images that are run together, so that their dimension is told from others
 # What only lays numbers out anew, or brings numbers in, is no layer of its own.
@@ -98,6 +98,11 @@ class Inspection:
     unknown: str | None
 
     @property
+    def unused(self) -> int:
+        """Parameters that an evaluation does not use."""
+        return self.parameters - sum(layer.parameters for layer in self.layers)
+
+    @property
     def macs(self) -> int:
         """Multiply-adds."""
         return sum(layer.macs for layer in self.layers)
@@ -140,7 +145,7 @@ def inspect(net: nn.Module, image: tuple[int, int, int]) -> Inspection:
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in net.parameters()]
     return Inspection(
         image=image,
-        layers=[replace(one.layer, separable=_separable(one, work[place + 1 :])) for place, one in enumerate(work)],
+        layers=[replace(one.layer, separable=_separable(traced, one.operation)) for one in work],
         parameters=sum(count for count, _ in counts),
         trainable=sum(count for count, trained in counts if trained),
         unknown=unknown,
@@ -244,21 +249,28 @@ def _single(pair: list[int]) -> str:
 
 
 def _is_depthwise(operation: Operation) -> bool:
+    """One filter a channel, or several that each see one."""
     return operation.name == "convolution" and operation.number("groups") == operation.tensor(0).shape[1] > 1
 
 
-def _separable(one: _Work, following: Sequence[_Work]) -> float | None:
-    """What a depthwise layer and the pointwise one that comes next on the same map cost of a standard convolution."""
-    if not _is_depthwise(one.operation) or one.operation.given("transposed"):
+def _separable(traced: Trace, depthwise: Operation) -> float | None:
+    """What a depthwise layer and the pointwise one that comes next on its map cost of a standard convolution."""
+    if not _is_depthwise(depthwise):
         return None
-    kernel, maps = one.operation.tensor(1).shape[2:], one.operation.outputs[0]
-    positions = maps.numel() // maps.shape[1]
-    for work in following:
-        operation = work.operation
+    maps, kernel = depthwise.outputs[0], depthwise.tensor(1)
+    if depthwise.given("transposed") or kernel.shape[0] != depthwise.tensor(0).shape[1]:
+        return None
+    size = (kernel.shape[2], kernel.shape[3])
+    positions, made = maps.numel() // maps.shape[1], {memory_of(maps)}
+    for operation in traced.operations[traced.operations.index(depthwise) + 1 :]:
+        if not any(memory_of(tensor) in made for tensor in operation.inputs):
+            continue
+        made.update(map(memory_of, operation.outputs))
+        output = operation.outputs[0] if operation.outputs else maps
         if operation.name == "convolution" and operation.tensor(0).shape[2:] == maps.shape[2:]:
             weight = operation.tensor(1)
             pointwise = weight.shape[1:] == (maps.shape[1], 1, 1)
-            return float(separable_ratio((kernel[0], kernel[1]), weight.shape[0])) if pointwise else None
-        if operation.name in ("addmm", "mm") and math.prod(operation.outputs[0].shape[:-1]) == positions:
-            return float(separable_ratio((kernel[0], kernel[1]), operation.outputs[0].shape[-1]))
+            return float(separable_ratio(size, weight.shape[0])) if pointwise else None
+        if operation.name in ("addmm", "mm") and math.prod(output.shape[:-1]) == positions:
+            return float(separable_ratio(size, output.shape[-1]))
     return None

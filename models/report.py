@@ -12,6 +12,7 @@ from models.gradient_extent import Comparison
 from models.inspection import Inspection
 from models.lifecycle import Moment, field_of, lifecycle
 
+FACTS = ("params_millions", "gmacs", "receptive_field_px", "effective_receptive_field_px")
 EFFECTIVE_SHARE = 0.9  # of the gradient's energy, by whose square the effective field is told in one number
 
 
@@ -83,10 +84,27 @@ class Report:
         """Of the outputs of layers, where the precision lets them."""
         return PRECISIONS[self.precision].computed.itemsize
 
+    def numbers(self) -> dict[str, object]:
+        """All but the layers, for machines: bytes, pixels, shares; what was not asked for is None."""
+        whole, last = self.inspection.first_whole, self.inspection.last_window
+        return {
+            "name": self.name,
+            "image": self.inspection.image,
+            **{fact: self.facts.get(fact) for fact in FACTS},
+            "receptive_field_at": last and last.name,
+            "whole_image_from": whole and whole.name,
+            "memory_bytes": {**self.memory._asdict(), "batch_size": self.batch_size, "precision": self.precision},
+            "effective_sides_px": self.effective and {str(share): side for share, side in self.effective.sides.items()},
+            "stages": [stage._asdict() for stage in self.stages],
+            "check": self.comparisons and [{**one._asdict(), "agrees": one.agrees} for one in self.comparisons],
+            "warnings": list(self.warnings),
+            "unknown": self.inspection.unknown,
+        }
+
     def table(self) -> dict[str, list[object]]:
         """A row a layer, by column; what does not apply is None."""
         rows = [self._row(place) for place in range(len(self.inspection.layers))]
-        return {column: [row[column] for row in rows] for column in rows[0]}
+        return {column: [row[column] for row in rows] for column in rows[0]} if rows else {}
 
     def _row(self, place: int) -> dict[str, object]:
         layer = self.inspection.layers[place]

@@ -134,7 +134,7 @@ class Untraceable(ValueError):
 RAISED = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
 
 
-def why(net: nn.Module, shape: tuple[int, ...], error: Exception) -> str:
+def why(net: nn.Module, error: Exception, *, shape: tuple[int, ...]) -> str:
     """That a network does not run on shapes alone, and the first line of the reason."""
     reason = str(error).partition("\n")[0]
     return f"{type(net).__name__} does not run on shapes (N, C, H, W) = {shape}: {reason}"
@@ -176,7 +176,7 @@ def trace(net: nn.Module, shape: tuple[int, int, int, int], *, until: str | None
     except _ReachedError:
         pass
     except RAISED as error:
-        raise Untraceable(why(net, shape, error)) from error
+        raise Untraceable(why(net, error, shape=shape)) from error
     parameters = {name: hollow[name] for name, _ in net.named_parameters()}
     return Trace(images, parameters, recorder.operations, outputs if isinstance(outputs, Tensor) else None)
 

@@ -11,13 +11,14 @@ import torch
 
 from data.datamodule import ShardData
 from models.classifier import Classifier
-from pipeline.console import main_console
+from pipeline.console import main_console, print_facts
 from pipeline.journal import METRICS, Run, Values
 from pipeline.reporting import TABLE, Training, report_on, with_effective_field, write
 from pipeline.tracking import Tracker
 
 FIELDS = "receptive_field"  # the folder of the report, in a run's own and among its artifacts
 LOOKED_AT = 4  # photographs over which the effective field is averaged
+LARGEST = 2 * 2**30  # bytes of activations of one image up to which a training measures it first
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def evaluated(data: ShardData) -> str:
 
 
 def keep_report(job: Job, trainer: pl.Trainer) -> None:
-    """Show on the dashboard what the network sees and what it costs; one that cannot be told of is trained as well."""
+    """Show on the dashboard what the network sees and costs; one that cannot be followed is trained all the same."""
     if job.tracker.link is None:
         return
     size = job.data.training_view.image_size
@@ -101,7 +102,9 @@ def keep_report(job: Job, trainer: pl.Trainer) -> None:
     photograph = None
     try:
         found = report_on(job.module.net, job.name, image=(channels, size, size), training=training)
-        if found.inspection.unknown is None:
+        if found.memory.activations > LARGEST * found.batch_size:
+            print_facts(main_console(), {"report": "without the effective field, which would take gigabytes here"})
+        else:
             trained = job.values.get("weights.file") is not None
             found, photograph = with_effective_field(found, job.module.net, count=LOOKED_AT, trained=trained)
     except ValueError as error:

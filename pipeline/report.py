@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from pipeline.config import CONF, compose, nearest, run_verb
 
@@ -46,26 +46,26 @@ def report_one(config: DictConfig) -> None:
 
 def compare(config: DictConfig) -> None:
     """Several networks side by side, with how fast they are on this machine."""
+    from hydra.core.hydra_config import HydraConfig
     from rich.console import Console
 
-    from pipeline.page import render_comparison
+    from pipeline import reporting
     from pipeline.speed import images_per_second
     from pipeline.terminal import print_comparison
 
-    configs = [config_of(str(name), config) for name in config.models]
+    typed = [word for word in HydraConfig.get().overrides.task if not word.startswith("models=")]
+    configs = [config_of(str(name), typed) for name in config.models]
     reports = [find_out(one)[0] for one in configs]
     sizes = [report.inspection.image for report in reports]
     speeds = images_per_second([build(one) for one in configs], sizes, batch_size=int(config.batch_size))
     console = Console()
     print_comparison(console, reports, images_per_second=speeds)
-    page = folder_for(config, "comparison") / "comparison.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(render_comparison(reports, images_per_second=speeds), encoding="utf-8")
-    console.print(f"wrote {page}", highlight=False, soft_wrap=True)
+    files = reporting.write_comparison(reports, folder_for(config, "comparison"), images_per_second=speeds)
+    console.print(f"wrote {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
 
-def config_of(name: str, config: DictConfig) -> DictConfig:
-    """The config of one network of a comparison, by architecture or ARCHITECTURE.VARIANT, with the values of all.
+def config_of(name: str, typed: list[str]) -> DictConfig:
+    """The config of one network of a comparison, by architecture or ARCHITECTURE.VARIANT, with all else that was typed.
 
     Raises: ValueError for an architecture that does not exist.
     """
@@ -73,13 +73,7 @@ def config_of(name: str, config: DictConfig) -> DictConfig:
     known = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
     if architecture not in known:
         raise ValueError(f"models: {name} is not one of {', '.join(known)}{nearest(architecture, known)}")
-    one = compose("report", [f"+model={architecture}", *([f"model.variant={variant}"] if variant else [])])
-    shared = {key: value for key, value in config.items() if key not in ("models", "recipe", "data")}
-    OmegaConf.set_struct(one, False)
-    one.merge_with(shared)
-    if config.data.image_size is not None:
-        one.data.image_size = config.data.image_size
-    return one
+    return compose("report", [f"+model={architecture}", *([f"model.variant={variant}"] if variant else []), *typed])
 
 
 def find_out(config: DictConfig) -> tuple[Report, NDArray[np.uint8] | None]:
@@ -96,7 +90,8 @@ def find_out(config: DictConfig) -> tuple[Report, NDArray[np.uint8] | None]:
         raise ValueError("this network is for images of no size in particular: add data.image_size=PIXELS")
     training = reporting.Training(config.batch_size, config.precision, instantiate(config.recipe).optimizer)
     image = (int(config.model.get("in_channels", 3)), size, size)
-    report = reporting.report_on(net, str(config.model.variant), image=image, training=training)
+    name = str(config.model.get("variant", config.model._target_))
+    report = reporting.report_on(net, name, image=image, training=training)
     if config.check:
         report = reporting.with_check(report, net)
     if not config.effective_images:

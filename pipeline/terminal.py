@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from models.gradient_extent import Comparison
 from models.inspection import Layer
 from models.lifecycle import field_of
 from models.report import EFFECTIVE_SHARE, Report
 from pipeline.console import print_facts
+from pipeline.tables import mebibytes, short
 
-MIB = 2**20
+WIDE = 120  # columns of a terminal that has room for all
+# Whether a small one has room for it.
+STAGE_COLUMNS = {
+    "stage": True,
+    "output": True,
+    "layers": False,
+    "parameters": True,
+    "MACs": True,
+    "activations": False,
+    "a unit sees": True,
+    "jump px": False,
+}
+LAYER_COLUMNS = {
+    "layer": True,
+    "kind": True,
+    "output": True,
+    "parameters": True,
+    "MACs": False,
+    "activations": False,
+    "a unit sees": True,
+    "jump px": False,
+    "offset px": False,
+}
+WORDS = ("stage", "layer", "kind", "a unit sees")
 
 
 def print_report(console: Console, report: Report, *, layers: str) -> None:
     """Print all that was found; `layers` is some, those that multiply or read neighbours, all, or none."""
     print_facts(console, facts_of(report))
+    for one in report.comparisons or []:
+        if not one.agrees:
+            text = (
+                f"differs: {one.layer} along {one.axis}: pixels {one.field} by propagation, {one.gradient} by gradient"
+            )
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
     for warning in report.warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     console.print(lifecycle_table(report))
     footnotes = [moment.footnote for moment in report.moments if moment.footnote]
     for number, footnote in enumerate(footnotes, start=1):
         console.print(f"{number} {footnote}", highlight=False, markup=False)
-    console.print(stage_table(report))
+    wide = console.width >= WIDE
+    console.print(stage_table(report, wide=wide))
     if layers != "none":
-        console.print(layer_table(report, every=layers == "all"))
+        console.print(layer_table(report, every=layers == "all", wide=wide))
 
 
 def facts_of(report: Report) -> dict[str, str]:
@@ -34,7 +66,6 @@ def facts_of(report: Report) -> dict[str, str]:
     found, last, whole = report.inspection, report.inspection.last_window, report.inspection.first_whole
     channels, height, width = found.image
     frozen = f", {found.trainable:,} of them trainable" if found.trainable < found.parameters else ""
-    memory = {name: getattr(report.memory, name) / MIB for name in report.memory._fields}
     facts = {
         "model": f"{report.name} for images of {channels}x{height}x{width}",
         "parameters": f"{found.parameters:,}{frozen}",
@@ -53,15 +84,27 @@ def facts_of(report: Report) -> dict[str, str]:
         squares = ", ".join(f"{share:.0%} in {side} px" for share, side in report.effective.sides.items())
         facts["effective"] = f"{squares} (squares, gradient energy of {report.effective.num_images} photographs)"
     facts["memory"] = (
-        f"{report.memory.total / MIB:,.0f} MiB to train on {report.batch_size} images in {report.precision}: "
-        + ", ".join(f"{name} {size:,.0f}" for name, size in memory.items())
+        f"{mebibytes(report.memory.total)} to train on {report.batch_size} images in {report.precision}: "
+        + ", ".join(f"{name} {mebibytes(size)}" for name, size in report.memory._asdict().items())
     )
     if saving := separable_saving(report):
         facts["separable"] = saving
     if report.comparisons is not None:
-        agreeing = sum(comparison.agrees for comparison in report.comparisons)
-        facts["check"] = f"{agreeing} of {len(report.comparisons)} fields equal the extent of their gradient"
+        facts["check"] = checked(report.comparisons)
     return facts
+
+
+def checked(comparisons: Sequence[Comparison]) -> str:
+    """How many fields two ways agree on."""
+    if not comparisons:
+        return "no unit is reached through windows alone"
+    inside = [one for one in comparisons if one.inside]
+    cut = len(comparisons) - len(inside)
+    rest = f", {sum(one.agrees for one in comparisons) - sum(one.agrees for one in inside)} of {cut} hold it, cut"
+    return (
+        f"{sum(one.agrees for one in inside)} of {len(inside)} fields equal the extent of their gradient"
+        f"{rest + ' by the border of the image' if cut else ''}"
+    )
 
 
 def separable_saving(report: Report) -> str:
@@ -85,60 +128,60 @@ def lifecycle_table(report: Report) -> Table:
     return table
 
 
-def stage_table(report: Report) -> Table:
-    """A row a stage, and their sum."""
-    table = Table(title="stages", title_justify="left")
-    table.add_column("stage")
-    for name in ("output", "layers", "parameters", "M multiply-adds", "activations MiB", "a unit sees", "jump px"):
-        table.add_column(name, justify="right")
-    stages = report.stages
-    for stage in stages:
-        table.add_row(
-            stage.name,
-            "x".join(map(str, stage.shape)),
-            str(stage.layers),
-            f"{stage.parameters:,}",
-            f"{stage.macs / 1e6:,.1f}",
-            f"{stage.activations * report.bytes_per_number / MIB:.2f}",
-            stage.field,
-            "" if stage.jump is None else f"{stage.jump:g}",
+def stage_table(report: Report, *, wide: bool) -> Table:
+    """A row a stage, and their sum; not `wide`, without the columns that a small terminal has no room for."""
+    table = _table("stages", STAGE_COLUMNS, wide=wide)
+    found, bytes_each = report.inspection, report.bytes_per_number
+    for stage in report.stages:
+        _add_row(
+            table,
+            {
+                "stage": stage.name,
+                "output": "x".join(map(str, stage.shape)),
+                "layers": str(stage.layers),
+                "parameters": short(stage.parameters),
+                "MACs": short(stage.macs),
+                "activations": mebibytes(stage.activations * bytes_each),
+                "a unit sees": stage.field,
+                "jump px": "" if stage.jump is None else f"{stage.jump:g}",
+            },
         )
+    if found.unused:
+        _add_row(table, {"stage": "unused", "parameters": short(found.unused), "a unit sees": "not in evaluation"})
     table.add_section()
-    total = report.inspection
-    table.add_row(
-        "all",
-        "",
-        str(len(total.layers)),
-        f"{sum(stage.parameters for stage in stages):,}",
-        f"{total.macs / 1e6:,.1f}",
-        f"{total.activations * report.bytes_per_number / MIB:.2f}",
-    )
+    all_of_it = {
+        "stage": "all",
+        "layers": str(len(found.layers)),
+        "parameters": short(found.parameters),
+        "MACs": short(found.macs),
+        "activations": mebibytes(found.activations * bytes_each),
+    }
+    _add_row(table, all_of_it)
     return table
 
 
-def layer_table(report: Report, *, every: bool) -> Table:
-    """A row a layer; unless `every`, those that multiply or read neighbours."""
+def layer_table(report: Report, *, every: bool, wide: bool) -> Table:
+    """A row a layer; unless `every`, those that multiply or read neighbours; `wide` as of stages."""
     layers = report.inspection.layers
     shown = [layer for layer, before in zip(layers, [None, *layers], strict=False) if every or _matters(layer, before)]
     rest = len(layers) - len(shown)
-    caption = f"and {rest} norms, activations and sums: layers=all shows them" if rest else None
-    table = Table(title="layers", title_justify="left", caption=caption, caption_justify="left")
-    for name in ("layer", "kind"):
-        table.add_column(name, overflow="fold")
-    for name in ("output", "parameters", "M multiply-adds", "MiB", "a unit sees", "jump px", "offset px"):
-        table.add_column(name, justify="right")
+    table = _table("layers", LAYER_COLUMNS, wide=wide)
+    table.caption = f"and {rest} norms, activations and sums: layers=all shows them" if rest else None
     for layer in shown:
         window = layer.window
-        table.add_row(
-            layer.name,
-            layer.kind,
-            "x".join(map(str, layer.shape)),
-            f"{layer.parameters:,}" if layer.parameters else "",
-            f"{layer.macs / 1e6:,.1f}" if layer.macs else "",
-            f"{layer.activations * report.bytes_per_number / MIB:.2f}",
-            field_of(layer),
-            f"{window.jump.rows:g}" if window else "",
-            f"{window.offset.rows:g}" if window else "",
+        _add_row(
+            table,
+            {
+                "layer": layer.name.removeprefix("stages."),
+                "kind": layer.kind,
+                "output": "x".join(map(str, layer.shape)),
+                "parameters": short(layer.parameters) if layer.parameters else "",
+                "MACs": short(layer.macs) if layer.macs else "",
+                "activations": mebibytes(layer.activations * report.bytes_per_number),
+                "a unit sees": field_of(layer),
+                "jump px": f"{window.jump.rows:g}" if window else "",
+                "offset px": f"{window.offset.rows:g}" if window else "",
+            },
         )
     return table
 
@@ -171,6 +214,19 @@ def print_comparison(console: Console, reports: Sequence[Report], *, images_per_
             f"{speed:,.1f}",
         )
     console.print(table)
+
+
+def _table(title: str, columns: Mapping[str, bool], *, wide: bool) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for name, always in columns.items():
+        if wide or always:
+            words = name in WORDS
+            table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    return table
+
+
+def _add_row(table: Table, cells: Mapping[str, str]) -> None:
+    table.add_row(*(cells.get(str(column.header), "") for column in table.columns))
 
 
 def _matters(layer: Layer, before: Layer | None) -> bool:

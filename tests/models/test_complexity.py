@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models.complexity import kept_for_backward, separable_ratio, state_per_weight, training_memory
+from models.tracing import Untraceable
 from tests.conftest import ROOT
 from tests.networks import build
 
@@ -94,6 +95,35 @@ def test_the_separable_ratio_is_that_of_the_two_costs() -> None:
     for kernel, channels, filters in ((3, 32, 64), (5, 7, 11)):
         separable, standard = kernel**2 * channels + channels * filters, kernel**2 * channels * filters
         assert separable_ratio((kernel, kernel), filters) * standard == separable
+
+
+def test_a_network_that_trains_by_numbers_says_so() -> None:
+    class Chance(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images * 2 if self.training and torch.rand(1).item() < 0.5 else images
+
+    with pytest.raises(Untraceable, match="Chance does not run on shapes"):
+        kept_for_backward(Chance(), (1, 3, 8, 8), precision="32-true")
+
+
+# Torch alone holds more than half of this before anything is built.
+LARGEST = """
+import re, torch
+from functools import partial
+from models.complexity import training_memory
+from models.inspection import inspect
+from tests.networks import build
+with torch.device("meta"):
+    net = build("coatnet", "coatnet_4")
+inspect(net, (3, 224, 224))
+training_memory(net, (32, 3, 224, 224), precision="32-true", optimizer=partial(torch.optim.AdamW, lr=0.1))
+print(re.search(r"RssAnon:\\s*(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+def test_the_largest_network_is_looked_at_without_its_weights() -> None:
+    result = subprocess.run([sys.executable, "-c", LARGEST], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(result.stdout) * 1024 < 500e6  # its weights and gradients alone would be 2.2e9
 
 
 def test_an_unknown_precision_is_named() -> None:

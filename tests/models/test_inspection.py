@@ -72,6 +72,20 @@ def test_depthwise_layers_say_what_separating_saves() -> None:
     assert ratios == pytest.approx([1 / count + 1 / 9 for count in filters])
 
 
+def test_what_only_looks_separable_is_not_called_so() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depthwise, self.pointwise = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.depthwise(images) + self.pointwise(images)
+
+    twice = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=4), nn.Conv2d(8, 8, 1))
+    for net in (Beside(), twice):
+        assert [layer.separable for layer in inspect(net, (4, 8, 8)).layers] in ([None] * 2, [None] * 3)
+
+
 def test_depthwise_layers_in_front_of_a_gate_or_a_linear_layer_count_too() -> None:
     for variant, depthwise in {"mobilenet_v3_small": 11, "convnext_tiny": 18, "efficientnet_b0": 16}.items():
         row = next(row for row in PUBLISHED if row.variant == variant)

@@ -34,6 +34,9 @@ def test_a_report_prints_and_writes_the_true_numbers(run_verb: Run, tmp_path: Pa
     assert sum(row["parameters"] for row in rows) == 11_689_512
     assert max(row["receptive_field_rows"] or 0 for row in rows) == 435
     assert pq.read_table(folder / "layers.parquet").to_pylist() == rows
+    numbers = json.loads((folder / "report.json").read_text())
+    assert (numbers["gmacs"], numbers["receptive_field_px"]) == (1.814073344, 435.0)
+    assert numbers["stages"][3]["shape"] == [256, 14, 14]
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "stages.stage4.1.conv2.0" in page
     assert str(folder.relative_to(tmp_path)) in answer.stdout
@@ -55,6 +58,9 @@ def test_networks_are_put_side_by_side(run_verb: Run, tmp_path: Path) -> None:
     assert lines.keys() == {"lenet5", "resnet34"}
     assert "0.06" in lines["lenet5"]
     assert "21.79" in lines["resnet34"]  # a smaller stem
+    table = pq.read_table(tmp_path / "reports" / "comparison" / "comparison.parquet").to_pylist()
+    assert [row["network"] for row in table] == ["lenet5", "resnet34"]
+    assert all(row["images_per_second"] > 0 for row in table)
     page = (tmp_path / "reports" / "comparison" / "comparison.html").read_text(encoding="utf-8")
     assert "lenet5" in page
     assert "resnet34" in page
