@@ -23,6 +23,9 @@ def main(config: DictConfig) -> None:
     """Print what was found of one network or of several, and write it as a page and as tables."""
     if config.layers not in LAYERS:
         raise ValueError(f"layers={config.layers} is not one of {', '.join(LAYERS)}")
+    for name, least in {"batch_size": 1, "effective_images": 0}.items():
+        if config[name] < least:
+            raise ValueError(f"{name}={config[name]} must be at least {least}")
     if config.models:
         compare(config)
     else:

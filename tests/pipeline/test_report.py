@@ -80,6 +80,8 @@ def test_weights_are_looked_at(run_verb: Run, tmp_path: Path) -> None:
         (("+model=resnet", "layers=every"), "error: layers=every is not one of some, all, none"),
         (("models=[resnet,resnt]",), "error: models: resnt is not one of alexnet, coatnet"),
         (("models=[resnet.resnet19]", "effective_images=0"), "did you mean resnet18?"),
+        (("+model=resnet", "batch_size=0"), "error: batch_size=0 must be at least 1"),
+        (("+model=resnet", "effective_images=-1"), "error: effective_images=-1 must be at least 0"),
         (("+model=resnet", "precision=8"), "error: precision=8 is not one of 32-true, bf16-mixed"),
         (("+model=lenet", "data.image_size=40"), "error: image_size=40: LeNet-5 takes images of 28 or 32 pixels"),
         (("+model=lenet", "photographs=nowhere"), "error: photographs=nowhere: there is no image"),
