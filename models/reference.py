@@ -7,7 +7,6 @@ For training they are slow: `models.layers` and torch's own layers are what the 
 The names are the notes': B images, C channels, H and W rows and columns; X goes in, Y comes out, W are kernels, beta
 biases or shifts, K the side of a kernel, S the stride, P the padding of each border, L the loss and delta_Y = dL/dY.
 """
-# ruff: noqa: N802, N803, N806
 
 from __future__ import annotations
 

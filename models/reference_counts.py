@@ -3,7 +3,6 @@
 The notes ("Comprehensive Master Notes: CNN", sections 3, 6 and 7) name what they count, and so does this file:
 B images, C channels, H and W rows and columns, K the side of a kernel, S the stride, P the padding of each border.
 """
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ class ReferenceBatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         wide = x.to(self.weight.dtype)  # statistics in bfloat16 would be too coarse
         if not self.training:
-            X_hat = reference.normalized(wide, self.running_mean, variance=self.running_var, eps=self.eps)  # noqa: N806
-            return reference.scaled(X_hat, self.weight, beta=self.bias).to(x.dtype)
+            normed = reference.normalized(wide, self.running_mean, variance=self.running_var, eps=self.eps)
+            return reference.scaled(normed, self.weight, beta=self.bias).to(x.dtype)
         self._average(wide.detach())
         return reference.batch_norm(wide, self.weight, beta=self.bias, eps=self.eps).to(x.dtype)
 

@@ -19,6 +19,7 @@ from models.effective_field import calibrated, effective_field, warnings_about
 from models.gradient_extent import check
 from models.inspection import BATCH, inspect
 from models.report import FACTS, Report
+from models.sights import UnknownReceptiveField
 from pipeline.page import render, render_comparison
 from pipeline.photographs import as_images, photographs
 
@@ -51,10 +52,13 @@ def report_on(net: nn.Module, name: str, *, image: tuple[int, int, int], trainin
 
 
 def with_check(report: Report, net: nn.Module) -> Report:
-    """The same with its receptive fields compared with the extents of gradients; as it was, where there are none."""
+    """The same with its receptive fields compared with the extents of gradients, or a warning why they are not."""
     if report.inspection.last_window is None:
         return report
-    return replace(report, comparisons=check(net, (BATCH, *report.inspection.image)))
+    try:
+        return replace(report, comparisons=check(net, (BATCH, *report.inspection.image)))
+    except UnknownReceptiveField as error:
+        return replace(report, warnings=[*report.warnings, f"not checked: {error}"])
 
 
 def with_effective_field(
@@ -74,7 +78,8 @@ def with_effective_field(
     at_once = max(1, min(count, AT_ONCE // max(1, report.memory.activations // report.batch_size)))
     with nullcontext() if trained else calibrated(net, images):
         field = effective_field(net, images, images_at_once=at_once)
-    return replace(report, effective=field, warnings=warnings_about(field, report.inspection)), pixels[0]
+    warnings = [*report.warnings, *warnings_about(field, report.inspection)]
+    return replace(report, effective=field, warnings=warnings), pixels[0]
 
 
 def write(report: Report, folder: Path, *, photograph: NDArray[np.uint8] | None = None) -> list[Path]:

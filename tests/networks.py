@@ -83,3 +83,14 @@ def plain(variant: str = "plain", **options: Unpack[Options]) -> ConvNet:
         "stage2": nn.Sequential(nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.ReLU()),
     }
     return ConvNet(stem, stages, head=PooledLinear(32, settings.num_classes))
+
+
+class Calls(nn.Module):
+    """A network from a function."""
+
+    def __init__(self, function: object, *layers: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList(layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images, *self.layers)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.effective_field import SHARES, EffectiveField, calibrated, effective_field, warnings_about
 from models.inspection import Layer, Pixels, inspect
 from models.layers import SqueezeExcite, StochasticDepth, conv_norm
-from tests.networks import build
+from tests.networks import Calls, build
 from tests.published import PUBLISHED, SMALLEST
 
 SMALLEST_ROWS = [row for row in PUBLISHED if SMALLEST[row.architecture] == row.variant]
@@ -105,17 +105,6 @@ def test_a_pointwise_network_sees_one_pixel() -> None:
     assert field.center == (5, 3)
     assert field.energy[5, 3] == field.energy.sum() == 1
     assert field.area(0.5) == 1 / 70
-
-
-class Calls(nn.Module):
-    """A network from a function."""
-
-    def __init__(self, function: object, *layers: nn.Module) -> None:
-        super().__init__()
-        self.function, self.layers = function, nn.ModuleList(layers)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.function(images, *self.layers)
 
 
 def test_a_mean_in_front_spreads_over_the_image() -> None:

@@ -12,7 +12,7 @@ from models.complexity import kept_for_backward
 from models.receptive_field import receptive_fields
 from models.sights import Sight, UnknownReceptiveField
 from models.tracing import Operation, Untraceable, trace
-from tests.networks import on_meta
+from tests.networks import Calls, on_meta
 from tests.published import PUBLISHED
 
 
@@ -117,17 +117,6 @@ def test_coatnet_sees_the_whole_in_the_gates_in_front_of_its_attention() -> None
 )
 def test_fields_of_layers_are_those_of_their_arithmetic(layer: nn.Module, shape: tuple[int, ...], fields: list) -> None:
     assert field_of(last_of(layer, *shape)) == fields
-
-
-class Calls(nn.Module):
-    """A network from a function."""
-
-    def __init__(self, function: object, *layers: nn.Module) -> None:
-        super().__init__()
-        self.function, self.layers = function, nn.ModuleList(layers)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.function(images, *self.layers)
 
 
 def test_layouts_are_followed() -> None:

@@ -1,5 +1,4 @@
 """The notes' equations: against torch's layers, finite differences, brute force, and a training with each."""
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 
@@ -271,7 +270,7 @@ def test_a_shortcut_adds_one_to_the_gradient() -> None:
     """Section 9: y = F(x) + x has dL/dx = dL/dy (1 + dF/dx)."""
     x, W, delta_y = normal(1, 2, 3, 3), normal(2, 2, 3, 3), normal(1, 2, 3, 3, seed=1)
 
-    def F(x: Tensor) -> Tensor:  # noqa: N802
+    def F(x: Tensor) -> Tensor:
         return reference.relu(reference.convolution(x, W, P=1))
 
     jacobian = torch.autograd.functional.jacobian(F, x).view(18, 18)  # dF/dx
@@ -309,7 +308,9 @@ class Called(TorchDispatchMode):
         super().__init__()
         self.names: set[str] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         self.names.add(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 

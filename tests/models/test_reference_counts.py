@@ -1,5 +1,4 @@
 """What the notes work out in numbers, quantity by quantity in their words; and where a number of theirs is wrong."""
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 

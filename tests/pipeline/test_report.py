@@ -50,6 +50,15 @@ def test_fields_are_compared_with_gradients_when_asked(run_verb: Run) -> None:
     assert "here/report.html" in answer.stdout
 
 
+def test_a_network_that_cannot_be_checked_is_reported_all_the_same(run_verb: Run) -> None:
+    answer = run_verb(
+        "report", "+model=lenet", "model.ops=reference", "check=true", "effective_images=0", "layers=none"
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "32x32 px" in answer.stdout
+    assert "warning: not checked: gradient unknown: " in answer.stdout
+
+
 def test_networks_are_put_side_by_side(run_verb: Run, tmp_path: Path) -> None:
     words = ("models=[lenet,resnet.resnet34]", "effective_images=1", "batch_size=2", "data.image_size=32")
     answer = run_verb("report", *words, COLUMNS="160")

@@ -16,6 +16,7 @@ import torch
 import yaml
 from hydra.errors import HydraException
 from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
 from rich.console import Console
 
 from data.augment import EvaluationView
@@ -79,6 +80,20 @@ def assert_printed(printed: str, folder: str, run_id: str) -> None:
         assert re.search(wanted, printed), wanted
 
 
+def assert_reported(client: MlflowClient, run: MlflowRun) -> None:
+    """The report, at step 0: every layer in a table that the dashboard shows, and the page."""
+    metrics = run.data.metrics
+    # 3x3 kernels alone: one in the stem, four at jump 1, then in each stage one at the old jump and three at the new.
+    assert metrics["receptive_field_px"] == 1 + 2 * (1 + 4 * 1 + (1 + 3 * 2) + (2 + 3 * 4) + (4 + 3 * 8))
+    assert 0 < metrics["effective_receptive_field_px"] <= 31
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "gmacs")] == [0]
+    artifacts = client.list_artifacts(run.info.run_id, "receptive_field")
+    assert [artifact.path for artifact in artifacts] == ["receptive_field/layers.json", "receptive_field/report.html"]
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "receptive_field/layers.json")).read_text())
+    assert len(table["data"]) == 68
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": artifacts[0].path, "type": "table"}]
+
+
 def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -> None:
     short = ("recipe.epochs=2", "+trainer.limit_train_batches=5", "log_every=2")
     answer = run_verb("train", "+model=resnet", *short)
@@ -91,17 +106,7 @@ def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -
     assert run.info.status == "FINISHED"
     assert run.info.run_name == folder.name
     assert run.data.metrics["params_millions"] == pytest.approx(11.173962)  # torchvision's at 10 classes, small stem
-    # The report, at step 0: every layer in a table that the dashboard shows, and the page.
-    metrics = run.data.metrics
-    # 3x3 kernels alone: one in the stem, four at jump 1, then in each stage one at the old jump and three at the new.
-    assert metrics["receptive_field_px"] == 1 + 2 * (1 + 4 * 1 + (1 + 3 * 2) + (2 + 3 * 4) + (4 + 3 * 8))
-    assert 0 < metrics["effective_receptive_field_px"] <= 31
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "gmacs")] == [0]
-    artifacts = client.list_artifacts(run.info.run_id, "receptive_field")
-    assert [artifact.path for artifact in artifacts] == ["receptive_field/layers.json", "receptive_field/report.html"]
-    table = json.loads(Path(client.download_artifacts(run.info.run_id, "receptive_field/layers.json")).read_text())
-    assert len(table["data"]) == 68
-    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": artifacts[0].path, "type": "table"}]
+    assert_reported(client, run)
     # Parameters can be pasted back: with them as overrides the same run is meant.
     overrides = [f"{key}={value}" for key, value in run.data.params.items() if key.startswith(("recipe.", "data.b"))]
     assert len(overrides) > 8
