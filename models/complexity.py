@@ -62,7 +62,7 @@ def multiply_adds(operation: Operation) -> int:
     return int(count(*operation.args, **operation.kwargs, out_val=operation.outputs[0])) // 2
 
 
-def separable_ratio(kernel_size: tuple[int, int], out_channels: int) -> Fraction:
+def cost_of_separating(kernel_size: tuple[int, int], out_channels: int) -> Fraction:
     """What a depthwise and a pointwise convolution cost of the standard one: 1 / C_out + 1 / K^2, K^2 its pixels.
 
     Howard et al. 2017, section 3.1.
@@ -90,8 +90,8 @@ def training_memory(
 def kept_for_backward(net: nn.Module, shape: tuple[int, int, int, int], *, precision: str) -> int:
     """Bytes that autograd keeps from the forward of a batch in training, each piece of memory once; no weights.
 
-    Counted where it happens, on tensors without memory. Weights that are cast for a mixed precision are counted: they
-    are kept too.
+    Counted where it happens, on tensors without memory, and without the images themselves. Weights and images that are
+    cast for a mixed precision are counted, as autocast on a CPU casts them: they are kept too.
 
     Raises: ValueError for a precision that is none of PRECISIONS, Untraceable for a network that needs numbers.
     """

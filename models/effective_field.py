@@ -15,17 +15,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.inspection import BATCH, Inspection, Pixels
-from models.layers import batch_norms
 from models.receptive_field import receptive_fields
 from models.sights import AXES, COLUMNS, NAMES, ROWS, Sight
-from models.tracing import in_evaluation, trace
+from models.tracing import ITSELF, in_evaluation, trace
 
 SHARES = (0.2, 0.5, 0.9, 0.99)  # of the energy, for which sides are told
 MOST = 0.9  # of the energy: the square that is compared with the image
-ITSELF = "the network itself"  # whose name is empty among its modules
 SMALL = 1 / 3  # of the image's side; a smaller square is warned of
 
 
@@ -115,27 +112,6 @@ def effective_field(
     return EffectiveField(unit.layer, energy / total, unit.center, len(images))
 
 
-@contextmanager
-def calibrated(net: nn.Module, images: Tensor) -> Iterator[None]:
-    """Inside the block batch norms have the statistics of these images (N, C, H, W); after it, bit for bit, their own.
-
-    Those of a fresh network are 0 and 1 and fit no image. In one run in evaluation every norm takes on mean and
-    variance, over all images and positions, of what comes to it, so that a later run in evaluation normalises as one
-    in training would; a norm that is used twice keeps the last. Other ranks are not asked, and a network without such
-    norms is not run. All images are run at once: give as few as memory allows and as many as a variance needs.
-    """
-    norms = batch_norms(net)
-    statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
-    before = [tensor.clone() for tensor in statistics]
-    try:
-        if statistics:
-            _run_taking_statistics(net, images, norms=norms)
-        yield
-    finally:
-        for tensor, numbers in zip(statistics, before, strict=True):
-            tensor.copy_(numbers)
-
-
 def warnings_about(field: EffectiveField, inspection: Inspection) -> list[str]:
     """A sentence for each reason to fear that the network sees too little of its images; `inspection` is of the same.
 
@@ -148,10 +124,11 @@ def warnings_about(field: EffectiveField, inspection: Inspection) -> list[str]:
     if last is not None and last.window is not None:
         rows, columns = last.window.size
         if rows < height or columns < width:
+            beyond = "objects larger than it are seen only in parts"
+            if last.whole and whole is not None:
+                beyond = f"the rest comes only by means, gates or attention, first in {whole.place}"
             said.append(
-                f"the receptive field of {rows:g} x {columns:g} px at {last.name or ITSELF} is smaller than {image}: "
-                "objects larger than it are seen only in parts"
-                + (f"; {whole.name} is the first to see all of it, otherwise" if last.whole and whole else "")
+                f"the receptive field of {rows:g} x {columns:g} px at {last.place} is smaller than {image}: {beyond}"
             )
     side = field.side(MOST)
     if side < SMALL * min(height, width):
@@ -229,24 +206,6 @@ def _values(net: nn.Module, pixels: Tensor, *, unit: _Unit) -> Tensor:
     with _watching(net, [unit.layer], note=note):
         net(pixels.clone())  # which the first layer may overwrite, unlike what gradients are asked for
     return values[0]
-
-
-@torch.no_grad()
-def _run_taking_statistics(net: nn.Module, images: Tensor, *, norms: Iterable[nn.Module]) -> None:
-    def take(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(norm, _BatchNorm)
-        if norm.running_mean is not None and norm.running_var is not None:
-            numbers = inputs[0].to(norm.running_mean.dtype)
-            dims = [dim for dim in range(numbers.ndim) if dim != 1]
-            variance, mean = torch.var_mean(numbers, dims, correction=0)  # (N, C, ...) -> (C,), as training divides by
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
-
-    like = next(net.parameters(), images)
-    with ExitStack() as hooks, in_evaluation(net):
-        for norm in norms:
-            hooks.callback(norm.register_forward_pre_hook(take).remove)
-        net(images.to(like.device, like.dtype))
 
 
 @contextmanager

@@ -131,6 +131,18 @@ def nearest(before: int, after: int) -> Reading:
     return Reading(lambda output: [output * before // after], after // common, before // common)
 
 
+def linear(before: int, after: int, *, corners: bool) -> Reading:
+    """Resizing's by weights of two neighbours; `corners` lays the first and last positions of both on each other."""
+    inputs, outputs = (before - 1, after - 1) if corners else (before, after)
+    common, edge = math.gcd(inputs, outputs), Fraction(0) if corners else Fraction(1, 2)  # from border to middle
+
+    def taps(output: int) -> Iterable[int]:
+        place = (output + edge) * inputs / outputs - edge
+        return range(math.floor(place), math.ceil(place) + 1)
+
+    return Reading(taps, outputs // common, inputs // common)
+
+
 def steps(start: int, *, step: int = 1) -> Reading:
     """A slice's from `start` on, or, where that is negative, a padding's."""
     return Reading(lambda output: [start + output * step], 1, step)

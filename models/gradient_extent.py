@@ -252,22 +252,12 @@ def _same(operation: Operation, images: Tensor) -> Tensor:
 
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 # Linear as they are.
-LINEAR = {
-    *PRODUCTS,
-    *("convolution", "avg_pool2d", "adaptive_avg_pool2d", "mean", "sum", "cat", "stack"),
-    *("permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "split"),
-    *(
-        "split_with_sizes",
-        "unbind",
-        "unfold",
-        "constant_pad_nd",
-        "reflection_pad2d",
-        "replication_pad2d",
-        "roll",
-        "flip",
-    ),
-    *("upsample_nearest2d", "pixel_shuffle", "pixel_unshuffle"),
-}
+LINEAR = PRODUCTS | {
+    "convolution", "avg_pool2d", "adaptive_avg_pool2d", "mean", "sum", "cat", "stack", "permute", "transpose", "t",
+    "unsqueeze", "squeeze", "slice", "select", "split", "split_with_sizes", "unbind", "unfold", "roll", "flip",
+    "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "upsample_nearest2d", "upsample_bilinear2d",
+    "pixel_shuffle", "pixel_unshuffle",
+}  # fmt: skip
 # What stands for those that are not.
 SUBSTITUTES: Mapping[str, Callable[[Operation, Tensor], Tensor]] = {
     "max_pool2d_with_indices": _window_sums,

@@ -10,31 +10,19 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from models.complexity import multiply_adds, separable_ratio
-from models.fields import Field
+from models.complexity import cost_of_separating, multiply_adds
 from models.layers import ConvNet
-from models.receptive_field import receptive_fields
-from models.sights import AXES, COLUMNS, ROWS, Sight, UnknownReceptiveField
-from models.tracing import Operation, Trace, memory_of, trace
+from models.receptive_field import known_fields
+from models.sights import AXES, COLUMNS, ROWS, Axis, Sight
+from models.tracing import ITSELF, Operation, Trace, memory_of, trace
 
 BATCH = 2  # images that are run together, so that their dimension is told from others
 # What only lays numbers out anew, or brings numbers in, is no layer of its own.
 LAYOUT = {
-    *("view", "unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "alias", "detach", "clone"),
-    *(
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "unfold",
-        "empty",
-        "zeros",
-        "as_strided",
-        "to_copy",
-        "copy",
-    ),
-}
+    "view", "unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "alias", "detach", "clone",
+    "slice", "select", "split", "split_with_sizes", "unbind", "unfold", "empty", "zeros", "as_strided", "to_copy",
+    "copy",
+}  # fmt: skip
 
 
 class Pixels(NamedTuple):
@@ -45,14 +33,24 @@ class Pixels(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What one unit sees through convolutions and poolings alone, in pixels of the image.
-
-    `offset` is the first pixel that the first unit sees; negative ones lie in the padding.
-    """
+    """What one unit sees through convolutions and poolings alone, in pixels of the image."""
 
     size: Pixels
     jump: Pixels
     offset: Pixels
+
+
+class Seen(NamedTuple):
+    """What one unit sees along rows or along columns, in pixels of the image.
+
+    `size`, `jump` and `offset`, the first pixel that the first unit sees, are those of paths made of windows, None
+    where there are none; negative pixels lie in the padding. `whole` says that another path sees all of the image.
+    """
+
+    size: int | None = None
+    jump: float | None = None
+    offset: int | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,8 @@ class Layer:
 
     `shape` is that of its output, (C, H, W) where that is a map, however it lies in memory.
 
-    `window` is None where no path of windows leads; `whole` says that each unit sees the whole image, and `spread` how
-    many pixels the middles of branches lie apart. `separable` is what this depthwise layer and the pointwise one behind
-    it cost of a standard convolution, None for any other.
+    `spread` says how many pixels the middles of branches lie apart. `separable` is what this depthwise layer and the
+    pointwise one behind it cost of a standard convolution, None for any other.
     """
 
     name: str
@@ -72,10 +69,31 @@ class Layer:
     shape: tuple[int, ...]
     parameters: int
     macs: int
-    window: Window | None
-    whole: bool
+    rows: Seen
+    columns: Seen
     spread: float
     separable: float | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is: its name, or that the network itself does it."""
+        return self.name or ITSELF
+
+    @property
+    def window(self) -> Window | None:
+        """What it sees through windows along both axes; None where, along one of them, no such path leads."""
+        rows, columns = self.rows, self.columns
+        if rows.size is None or rows.jump is None or rows.offset is None:
+            return None
+        if columns.size is None or columns.jump is None or columns.offset is None:
+            return None
+        sides = Pixels(rows.size, columns.size), Pixels(rows.jump, columns.jump), Pixels(rows.offset, columns.offset)
+        return Window(*sides)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it sees all of the image at once."""
+        return self.rows.whole and self.columns.whole
 
     @property
     def activations(self) -> int:
@@ -87,8 +105,8 @@ class Layer:
 class Inspection:
     """All layers in the order of their work, for an image of shape (C, H, W).
 
-    `parameters` counts all, in layers that an evaluation does not use too. `unknown` says why there are no receptive
-    fields, None where there are.
+    `parameters` counts all, in layers that an evaluation does not use too. `unknown` names the operation behind which
+    there are no receptive fields, and why; None where all are known.
     """
 
     image: tuple[int, int, int]
@@ -114,7 +132,12 @@ class Inspection:
 
     @property
     def last_window(self) -> Layer | None:
-        """The last layer that is reached through windows: where the receptive field is that of the network."""
+        """The last layer that is reached through windows: where the receptive field is that of the network.
+
+        None where there is none, or where behind an operation fields are unknown.
+        """
+        if self.unknown is not None:
+            return None
         return next((layer for layer in reversed(self.layers) if layer.window is not None), None)
 
     @property
@@ -134,13 +157,12 @@ class Inspection:
 def inspect(net: nn.Module, image: tuple[int, int, int]) -> Inspection:
     """Run a network on shapes alone and read off all that is known of it; `image` is (C, H, W).
 
-    Raises: Untraceable for a network that does not run so, or not on such images.
+    Raises: Untraceable for a network that does not run so, or not on such images; ValueError for what is no image.
     """
+    if len(image) != 3 or not all(isinstance(side, int) and side > 0 for side in image):
+        raise ValueError(f"{image} is no image: give (C, H, W), three whole numbers above 0")
     traced = trace(net, (BATCH, *image))
-    try:
-        sights, unknown = receptive_fields(traced), None
-    except UnknownReceptiveField as error:
-        sights, unknown = [None] * len(traced.operations), str(error)
+    sights, unknown = known_fields(traced)
     work = list(_work(net, traced, sights=sights))
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in net.parameters()]
     return Inspection(
@@ -167,9 +189,8 @@ def _work(net: nn.Module, traced: Trace, *, sights: Sequence[Sight | None]) -> I
     leaves = {name for name, layer in net.named_modules() if not any(layer.children())}
     unused = {id(tensor): tensor.numel() for tensor in traced.parameters.values()}
     fed, parameters = traced.fed_by_images(), 0
-    calls = itertools.groupby(
-        enumerate(traced.operations), key=lambda pair: (pair[1].call, pair[1].layer in leaves or pair[0])
-    )
+    numbered = enumerate(traced.operations)
+    calls = itertools.groupby(numbered, key=lambda one: (one[1].call, None if one[1].layer in leaves else one[0]))
     for _, call in calls:
         operations = dict(call)
         parameters += sum(unused.pop(id(tensor), 0) for one in operations.values() for tensor in one.inputs)
@@ -179,7 +200,8 @@ def _work(net: nn.Module, traced: Trace, *, sights: Sequence[Sight | None]) -> I
             continue
         busiest = max(working.values(), key=lambda one: (multiply_adds(one), one is working[last]))
         macs = sum(map(multiply_adds, working.values())) // BATCH
-        layer = _layer(net, working[last], sight=sights[last], details=_details(busiest))
+        details = _details(busiest, net.get_submodule(busiest.layer))
+        layer = _layer(net, working[last], sight=sights[last], details=details)
         yield _Work(replace(layer, parameters=parameters, macs=macs), busiest)
         parameters = 0
 
@@ -195,8 +217,8 @@ def _layer(net: nn.Module, last: Operation, *, sight: Sight | None, details: str
         shape=_shape(last.outputs[0], sight),
         parameters=0,
         macs=0,
-        window=_window(sight) if sight is not None and sight.local else None,
-        whole=sight is not None and sight.whole,
+        rows=_seen(sight.axes[ROWS]) if sight is not None else Seen(),
+        columns=_seen(sight.axes[COLUMNS]) if sight is not None else Seen(),
         spread=float(max(axis.spread for axis in sight.axes)) if sight is not None else 0.0,
     )
 
@@ -214,33 +236,36 @@ def _shape(output: Tensor, sight: Sight | None) -> tuple[int, ...]:
         if set(AXES) <= set(axes):
             channels = next(dim for dim in (1, 2, 3) if axes[dim] is None)
             return tuple(sight.shape[dim] for dim in (channels, axes.index(ROWS), axes.index(COLUMNS)))
+    if not output.ndim:
+        return ()
     first, *rest = output.shape
     return tuple(rest) if first == BATCH else (first // BATCH, *rest) if first % BATCH == 0 else (first, *rest)
 
 
-def _window(sight: Sight) -> Window:
-    rows, columns = (axis.field or Field() for axis in sight.axes)
-    return Window(
-        Pixels(rows.size, columns.size),
-        Pixels(float(rows.jump), float(columns.jump)),
-        Pixels(rows.offset, columns.offset),
-    )
+def _seen(axis: Axis) -> Seen:
+    field = axis.field
+    return Seen(whole=axis.whole) if field is None else Seen(field.size, float(field.jump), field.offset, axis.whole)
 
 
-def _details(operation: Operation) -> str:
-    """What a kind leaves open: kernel, stride, dilation, groups."""
+def _details(operation: Operation, module: nn.Module) -> str:
+    """What a kind leaves open: kernel, stride, dilation, groups, of the operation or of a layer without one."""
     if operation.name == "convolution":
         kernel, groups = list(operation.tensor(1).shape[2:]), operation.number("groups")
+        stride, dilation = operation.pair("stride"), operation.pair("dilation")
     elif "pool2d" in operation.name and operation.given("kernel_size"):
         kernel, groups = operation.pair("kernel_size"), 1
+        stride, dilation = operation.pair("stride", kernel), operation.pair("dilation")
+    elif isinstance(module, nn.Conv2d):
+        kernel, groups = list(module.kernel_size), module.groups
+        stride, dilation = list(module.stride), list(module.dilation)
     else:
         return ""
-    stride, dilation = operation.pair("stride", kernel), operation.pair("dilation")
+    depthwise = _is_depthwise(operation) or (isinstance(module, nn.Conv2d) and groups == module.in_channels)
     said = ["x".join(map(str, kernel))]
     said += [f"stride {_single(stride)}"] if set(stride) != {1} else []
     said += [f"dilation {_single(dilation)}"] if set(dilation) != {1} else []
     said += ["transposed"] if operation.given("transposed") else []
-    said += ["depthwise" if _is_depthwise(operation) else f"{groups} groups"] if groups > 1 else []
+    said += ["depthwise" if depthwise else f"{groups} groups"] if groups > 1 else []
     return ", ".join(said)
 
 
@@ -270,7 +295,7 @@ def _separable(traced: Trace, depthwise: Operation) -> float | None:
         if operation.name == "convolution" and operation.tensor(0).shape[2:] == maps.shape[2:]:
             weight = operation.tensor(1)
             pointwise = weight.shape[1:] == (maps.shape[1], 1, 1)
-            return float(separable_ratio(size, weight.shape[0])) if pointwise else None
+            return float(cost_of_separating(size, weight.shape[0])) if pointwise else None
         if operation.name in ("addmm", "mm") and math.prod(output.shape[:-1]) == positions:
-            return float(separable_ratio(size, output.shape[-1]))
+            return float(cost_of_separating(size, output.shape[-1]))
     return None

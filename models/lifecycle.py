@@ -69,11 +69,27 @@ def lifecycle(inspection: Inspection) -> list[Moment]:
 
 
 def field_of(layer: Layer) -> str:
-    """What one unit sees, in words: its window, the whole image, or the window and, by another path, the whole."""
-    if layer.window is None:
-        return "whole image" if layer.whole else "unknown"
-    rows, columns = layer.window.size
-    return f"{rows:,.0f}x{columns:,.0f} px" + (" + whole image" if layer.whole else "")
+    """What one unit sees, in words: its window, and what it sees of the image at once by another path.
+
+    Along an axis without windows the second is all there is: `5 px x all`.
+    """
+    rows, columns = layer.rows, layer.columns
+    if layer.window is not None:
+        whole = {(True, True): " + whole image", (True, False): " + all rows", (False, True): " + all columns"}
+        return f"{rows.size:,}x{columns.size:,} px" + whole.get((rows.whole, columns.whole), "")
+    if layer.whole:
+        return "whole image"
+    if not rows.whole and not columns.whole:
+        return "unknown"
+    return " x ".join("all" if seen.size is None else f"{seen.size:,} px" for seen in (rows, columns))
+
+
+def both_ways(rows: float | None, columns: float | None) -> str:
+    """A number along rows and along columns in words: one where both are equal, `-` for none, '' for two of none."""
+    if rows is None and columns is None:
+        return ""
+    along_rows, along_columns = ("-" if number is None else f"{number:,g}" for number in (rows, columns))
+    return along_rows if rows == columns else f"{along_rows}x{along_columns}"
 
 
 def _end(inspection: Inspection) -> list[Moment]:
@@ -95,5 +111,6 @@ def _footnote(layer: Layer, image: tuple[int, int, int]) -> str | None:
         return None
     shape = "x".join(map(str, sketched.shape))
     return (
-        f"The notes' sketch has {shape} and {sketched.field}x{sketched.field} px after {layer.stage}: {sketched.why}."
+        f"The sketch that this table follows has {shape} and {sketched.field}x{sketched.field} px after {layer.stage}: "
+        f"{sketched.why}."
     )

@@ -13,6 +13,28 @@ from models.inspection import Inspection
 from models.lifecycle import Moment, field_of, lifecycle
 
 FACTS = ("params_millions", "gmacs", "receptive_field_px", "effective_receptive_field_px")
+# Of the table of layers, and what they hold where they hold something; pixels are those of the image.
+COLUMNS: dict[str, type] = {
+    "index": int,
+    "layer": str,
+    "kind": str,
+    "stage": str,
+    "shape": str,
+    "parameters": int,
+    "multiply_adds": int,
+    "activation_bytes": int,
+    "receptive_field_rows": int,
+    "receptive_field_columns": int,
+    "jump_rows": float,
+    "jump_columns": float,
+    "offset_rows": int,
+    "offset_columns": int,
+    "all_rows": bool,
+    "all_columns": bool,
+    "whole_image": bool,
+    "misaligned_px": float,
+    "separable_cost": float,
+}
 EFFECTIVE_SHARE = 0.9  # of the gradient's energy, by whose square the effective field is told in one number
 
 
@@ -26,7 +48,8 @@ class Stage(NamedTuple):
     macs: int
     activations: int  # numbers in the outputs of its layers
     field: str
-    jump: float | None  # None where no path of windows leads
+    jump_rows: float | None  # in pixels, None where no path of windows leads
+    jump_columns: float | None
 
 
 @dataclass(frozen=True)
@@ -34,7 +57,8 @@ class Report:
     """A network by name, and what was found of it.
 
     `memory` is that of training on `batch_size` images in a precision. `effective` and `comparisons`, of the fields by
-    propagation with those by gradient, are None where nobody asked.
+    propagation with those by gradient, are None where nobody asked. `measured` says with which weights, over which
+    images, the effective field was.
     """
 
     name: str
@@ -43,6 +67,7 @@ class Report:
     batch_size: int
     precision: str
     effective: EffectiveField | None = None
+    measured: str = ""
     comparisons: Sequence[Comparison] | None = None
     warnings: Sequence[str] = ()
 
@@ -74,7 +99,8 @@ class Report:
                 macs=sum(layer.macs for layer in layers),
                 activations=sum(layer.activations for layer in layers),
                 field=field_of(layers[-1]),
-                jump=layers[-1].window and layers[-1].window.jump.rows,
+                jump_rows=layers[-1].rows.jump,
+                jump_columns=layers[-1].columns.jump,
             )
             for name, layers in self.inspection.stages.items()
         ]
@@ -91,10 +117,11 @@ class Report:
             "name": self.name,
             "image": self.inspection.image,
             **{fact: self.facts.get(fact) for fact in FACTS},
-            "receptive_field_at": last and last.name,
-            "whole_image_from": whole and whole.name,
+            "receptive_field_at": last and last.place,
+            "whole_image_from": whole and whole.place,
             "memory_bytes": {**self.memory._asdict(), "batch_size": self.batch_size, "precision": self.precision},
             "effective_sides_px": self.effective and {str(share): side for share, side in self.effective.sides.items()},
+            "effective_measured_with": self.measured or None,
             "stages": [stage._asdict() for stage in self.stages],
             "check": self.comparisons and [{**one._asdict(), "agrees": one.agrees} for one in self.comparisons],
             "warnings": list(self.warnings),
@@ -104,11 +131,11 @@ class Report:
     def table(self) -> dict[str, list[object]]:
         """A row a layer, by column; what does not apply is None."""
         rows = [self._row(place) for place in range(len(self.inspection.layers))]
-        return {column: [row[column] for row in rows] for column in rows[0]} if rows else {}
+        return {column: [row[column] for row in rows] for column in COLUMNS}
 
     def _row(self, place: int) -> dict[str, object]:
         layer = self.inspection.layers[place]
-        size, jump, offset = layer.window or (None, None, None)
+        rows, columns = layer.rows, layer.columns
         return {
             "index": place,
             "layer": layer.name,
@@ -118,12 +145,14 @@ class Report:
             "parameters": layer.parameters,
             "multiply_adds": layer.macs,
             "activation_bytes": layer.activations * self.bytes_per_number,
-            "receptive_field_rows": size and size.rows,
-            "receptive_field_columns": size and size.columns,
-            "jump_rows": jump and jump.rows,
-            "jump_columns": jump and jump.columns,
-            "offset_rows": offset and offset.rows,
-            "offset_columns": offset and offset.columns,
+            "receptive_field_rows": rows.size,
+            "receptive_field_columns": columns.size,
+            "jump_rows": rows.jump,
+            "jump_columns": columns.jump,
+            "offset_rows": rows.offset,
+            "offset_columns": columns.offset,
+            "all_rows": rows.whole,
+            "all_columns": columns.whole,
             "whole_image": layer.whole,
             "misaligned_px": layer.spread,
             "separable_cost": layer.separable,

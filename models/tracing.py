@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+ITSELF = "the network itself"  # whose name is empty among its modules
 # Entry by entry, though torch does not say so of them.
 POINTWISE = {
-    *("hardswish", "to_copy", "alias", "detach", "copy", "prelu_kernel", "lift_fresh", "native_dropout", "expand"),
-    *("floor_divide", "remainder"),
-}
+    "hardswish", "to_copy", "alias", "detach", "copy", "prelu_kernel", "lift_fresh", "native_dropout", "expand",
+    "floor_divide", "remainder",
+}  # fmt: skip
 
 # Of the shape of another tensor, but not of its numbers.
 CONSTANT = {f"{kind}_like" for kind in ("zeros", "ones", "full", "empty")}
@@ -50,7 +51,7 @@ class Operation:
     @property
     def where(self) -> str:
         """The operation and its layer, for people."""
-        return f"{self.name} in {self.layer or 'the network itself'}"
+        return f"{self.name} in {self.layer or ITSELF}"
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -167,10 +168,10 @@ def trace(net: nn.Module, shape: tuple[int, int, int, int], *, until: str | None
 
     Raises: Untraceable for a network that needs numbers, or does not take this shape.
     """
-    hollow = stand_ins(net, lambda tensor: torch.empty_like(tensor, device="meta"))
     images, recorder = torch.empty(shape, device="meta"), _Recorder()
     outputs = None
     try:
+        hollow = stand_ins(net, lambda tensor: torch.empty_like(tensor, device="meta"))
         with in_evaluation(net), _watching(net, recorder, until=until), torch.no_grad(), recorder:
             outputs = torch.func.functional_call(net, hollow, images, tie_weights=False)
     except _ReachedError:

@@ -32,7 +32,7 @@ TRUSTED = ("models.", "data.", "pipeline.", "torch.", "torchvision.", "torchmetr
 # Verbs that need a choice which their defaults must not make.
 REQUIRED = {"train": "model", "report": "model"}
 # What may stand in its place.
-INSTEAD = {"report": ("models",), "train": ("experiment",)}
+INSTEAD = {"report": ("models", "run"), "train": ("experiment",)}
 # A value, the groups that could have set it, and the choice that it means when none of them is made.
 IMPLIED = {"data.root": (("data", "experiment"), "data=shards")}
 # What may be typed for a key that is set most.
@@ -57,6 +57,7 @@ def run_verb(name: str, main: Callable[[DictConfig], None]) -> None:
             check_targets(config)
             main(config)
 
+    OmegaConf.register_new_resolver("choices", _choices, replace=True)
     with failing_plainly():
         sys.argv[1:] = check_command_line(name, sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(guarded)()
@@ -107,13 +108,13 @@ def check_command_line(name: str, arguments: list[str]) -> list[str]:
     return arguments
 
 
-def compose(name: str, overrides: list[str]) -> DictConfig:
-    """The config of a verb with these overrides, without starting it."""
+def compose(name: str, overrides: list[str], *, whole: bool = False) -> DictConfig:
+    """The config of a verb with these overrides, without starting it; `whole` with what Hydra says of itself."""
     running = GlobalHydra.instance().hydra  # inside a verb Hydra is at work, and begins nothing else meanwhile
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose(name, overrides)
+            return hydra.compose(name, overrides, return_hydra_config=whole)
     finally:
         GlobalHydra.instance().hydra = running
 
@@ -200,8 +201,16 @@ def _check_choice(verb: str, override: Override) -> None:
 
 def _groups_of(verb: str) -> set[str]:
     """The groups of which a verb's config takes a choice."""
-    known = {str(key) for key in compose(verb, [])}
-    return {*known, REQUIRED[verb], *INSTEAD[verb]} if verb in REQUIRED else known
+    made = {str(group).partition("@")[0] for group in compose(verb, [], whole=True).hydra.runtime.choices}
+    added = {REQUIRED[verb], *INSTEAD[verb]} if verb in REQUIRED else set()
+    return (made | added) & _groups()
+
+
+def _choices(verb: str) -> str:
+    """What a verb takes choices of, a line a group: for its help."""
+    plus = {REQUIRED[verb], *INSTEAD[verb]} if verb in REQUIRED else set()
+    groups = sorted(_groups_of(verb), key=lambda group: (group not in plus, group not in REQUIRED.values(), group))
+    return "\n".join(f"  {'+' * (group in plus)}{group}= {', '.join(_options(group))}" for group in groups)
 
 
 def _check_keys(base: DictConfig, overrides: list[Override]) -> None:

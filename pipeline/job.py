@@ -13,6 +13,7 @@ from data.datamodule import ShardData
 from models.classifier import Classifier
 from pipeline.console import main_console, print_facts
 from pipeline.journal import METRICS, Run, Values
+from pipeline.photographs import photographs
 from pipeline.reporting import TABLE, Training, report_on, with_effective_field, write
 from pipeline.tracking import Tracker
 
@@ -105,8 +106,12 @@ def keep_report(job: Job, trainer: pl.Trainer) -> None:
         if found.memory.activations > LARGEST * found.batch_size:
             print_facts(main_console(), {"report": "without the effective field, which would take gigabytes here"})
         else:
-            trained = job.values.get("weights.file") is not None
-            found, photograph = with_effective_field(found, job.module.net, count=LOOKED_AT, trained=trained)
+            shown, file = photographs(None, LOOKED_AT, size=(size, size)), job.values.get("weights.file")
+            weights = None if file is None else f"weights of {file}"
+            found, photograph = (
+                with_effective_field(found, job.module.net, shown=shown, weights=weights),
+                shown.pixels[0],
+            )
     except ValueError as error:
         main_console().print(f"no report: {error}", highlight=False, markup=False, soft_wrap=True)
         job.tracker.log({"params_millions": job.num_parameters / 1e6}, 0)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from models.complexity import Memory
 from models.inspection import Inspection
 from models.report import EFFECTIVE_SHARE, Report
+from models.tracing import ITSELF
 from pipeline import tables
 from pipeline.figures import Bar, Dot, Stack, Step, bars, fields_along_depth, heat_map, scatter, stacks
 from pipeline.tables import called, many, mebibytes, percent, pixels, rate, shape, short
@@ -104,8 +105,10 @@ def _facts(report: Report) -> list[_Fact]:
 def _receptive_field(report: Report) -> _Fact:
     found, side = report.inspection, report.facts.get("receptive_field_px")
     last, whole = found.last_window, found.first_whole
-    said, note = "unknown", "for the reason below"
-    if last is not None and last.window is not None and side is not None:
+    said, note = "none", "there are no windows along rows and columns"
+    if found.unknown is not None:
+        said, note = "unknown", "for the reason below"
+    elif last is not None and last.window is not None and side is not None:
         said, note = f"{pixels(last.window.size)} px", f"{side / max(found.image[1:]):.2g} × the image’s side"
         note += "; by other paths all of it" if last.whole else ""
     elif whole is not None:
@@ -154,7 +157,7 @@ def _depth(found: Inspection) -> str:
         if layer.window and layer.window.size.rows >= height and layer.window.size.columns >= width
     ]
     whole = [place for place, layer in enumerate(layers) if layer.whole]
-    if found.last_window is None and not whole:
+    if not whole and not any(layer.window for layer in layers):
         return ""
     keys = [_key('<path class="line" d="M0 9H7V3H16"/>', "field through convolutions and poolings")]
     if covering:
@@ -199,7 +202,8 @@ def _effective(report: Report, photograph: NDArray[np.uint8] | None) -> str:
         squares=list(field.sides.values()),
         field=tables.window_of(report, field.layer),
     )
-    said = f"What moves the middle unit of <code>{escape(field.layer)}</code>, over {many(field.num_images, 'image')}"
+    with_what = f", with {escape(report.measured)}" if report.measured else ""
+    said = f"What moves the middle unit of <code>{escape(field.layer or ITSELF)}</code>{with_what}"
     ramp = "0.001 <span class='ramp'></span> 1"
     scale = f"<p class='said'>squared gradient, its 99.9th percentile as 1: <span class='scale'>{ramp}</span></p>"
     figure = f"<figure>{drawing}{scale}</figure>"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import pyarrow as pa
@@ -14,16 +15,19 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch import nn
 
+from models.calibration import calibrated
 from models.complexity import MakeOptimizer, training_memory
-from models.effective_field import calibrated, effective_field, warnings_about
+from models.effective_field import effective_field, warnings_about
 from models.gradient_extent import check
 from models.inspection import BATCH, inspect
-from models.report import FACTS, Report
+from models.lifecycle import field_of
+from models.report import COLUMNS, FACTS, Report
 from models.sights import UnknownReceptiveField
 from pipeline.page import render, render_comparison
-from pipeline.photographs import as_images, photographs
+from pipeline.photographs import Photographs, as_images
 
 AT_ONCE = 2**30  # bytes of activations that the effective field is measured with, unless one image needs more
+ARROW = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
 PAGE, NUMBERS, TABLE = "report.html", "report.json", "layers.json"
 
 
@@ -61,25 +65,32 @@ def with_check(report: Report, net: nn.Module) -> Report:
         return replace(report, warnings=[*report.warnings, f"not checked: {error}"])
 
 
-def with_effective_field(
-    report: Report, net: nn.Module, *, count: int, folder: Path | None = None, trained: bool = False
-) -> tuple[Report, NDArray[np.uint8] | None]:
-    """The same with its effective field over so many photographs, and the first of those, uint8 (H, W, 3).
+def with_effective_field(report: Report, net: nn.Module, *, shown: Photographs, weights: str | None) -> Report:
+    """The same with its effective field over photographs of the size of its images.
 
-    Batch norms of a network that is not `trained` are given the statistics of the photographs meanwhile. A network in
-    which no unit is reached through windows alone is reported as it was, with None.
-    Raises: FileNotFoundError; ValueError for a network whose field cannot be measured.
+    `weights` says in words what the network was given, None that it is fresh: then its norms have the statistics of the
+    photographs, and its blocks are open, meanwhile. One without units that windows reach is reported as it was.
+    Raises: ValueError for a network whose field cannot be measured.
     """
     if report.inspection.last_window is None:
-        return report, None
-    channels, height, width = report.inspection.image
-    pixels = photographs(folder, count, size=(height, width))
-    images = as_images(pixels, channels=channels)
-    at_once = max(1, min(count, AT_ONCE // max(1, report.memory.activations // report.batch_size)))
-    with nullcontext() if trained else calibrated(net, images):
+        return report
+    images = as_images(shown.pixels, channels=report.inspection.image[0])
+    at_once = max(1, AT_ONCE // max(1, report.memory.activations // report.batch_size))
+    with calibrated(net, images) if weights is None else nullcontext():
         field = effective_field(net, images, images_at_once=at_once)
     warnings = [*report.warnings, *warnings_about(field, report.inspection)]
-    return replace(report, effective=field, warnings=warnings), pixels[0]
+    measured = f"{weights or 'fresh weights'}, over {shown.said}"
+    return replace(report, effective=field, measured=measured, warnings=warnings)
+
+
+def made(folder: Path) -> Path:
+    """The folder, made where it is not there yet. Raises: ValueError where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(f"out={folder} is no folder to write to: {error.strerror}") from error
 
 
 def write(report: Report, folder: Path, *, photograph: NDArray[np.uint8] | None = None) -> list[Path]:
@@ -88,7 +99,7 @@ def write(report: Report, folder: Path, *, photograph: NDArray[np.uint8] | None 
     page, numbers = folder / PAGE, folder / NUMBERS
     page.write_text(render(report, photograph=photograph), encoding="utf-8")
     numbers.write_text(json.dumps(report.numbers(), indent=1), encoding="utf-8")
-    return [page, numbers, *_write_table(report.table(), folder / TABLE)]
+    return [page, numbers, *_write_table(report.table(), folder / TABLE, kinds=COLUMNS)]
 
 
 def write_comparison(reports: Sequence[Report], folder: Path, *, images_per_second: Sequence[float]) -> list[Path]:
@@ -98,14 +109,18 @@ def write_comparison(reports: Sequence[Report], folder: Path, *, images_per_seco
     page.write_text(render_comparison(reports, images_per_second=images_per_second), encoding="utf-8")
     facts: dict[str, list[object]] = {fact: [report.facts.get(fact) for report in reports] for fact in FACTS}
     names = [report.name for report in reports]
-    table: dict[str, list[object]] = {"network": [*names], **facts, "images_per_second": [*images_per_second]}
-    return [page, *_write_table(table, folder / "comparison.json")]
+    fields: list[object] = [last and field_of(last) for last in (report.inspection.last_window for report in reports)]
+    table: dict[str, list[object]] = {"network": [*names], **facts, "field": fields}
+    table["images_per_second"] = [*images_per_second]
+    kinds = {name: str if name in ("network", "field") else float for name in table}
+    return [page, *_write_table(table, folder / "comparison.json", kinds=kinds)]
 
 
-def _write_table(table: Mapping[str, Sequence[object]], as_json: Path) -> list[Path]:
-    """A table by column as JSON, columns and rows as pandas splits them, and as Parquet beside it."""
+def _write_table(table: Mapping[str, Sequence[object]], as_json: Path, *, kinds: Mapping[str, type]) -> list[Path]:
+    """A table by column as JSON, columns and rows as pandas splits them, and as Parquet of these kinds beside it."""
     rows = [list(row) for row in zip(*table.values(), strict=True)]
     as_json.write_text(json.dumps({"columns": list(table), "data": rows}), encoding="utf-8")
     as_parquet = as_json.with_suffix(".parquet")
-    pq.write_table(pa.table(dict(table)), as_parquet)
+    schema = pa.schema([(name, ARROW[kind]) for name, kind in kinds.items()])
+    pq.write_table(pa.table(dict(table), schema=schema), as_parquet)
     return [as_json, as_parquet]

@@ -12,9 +12,12 @@ from html import escape
 from models.fields import Interval
 from models.gradient_extent import Comparison
 from models.inspection import Layer, Pixels
+from models.lifecycle import both_ways
 from models.report import Report
+from models.tracing import ITSELF
 from pipeline.figures import DASHES
 
+WHOLE = {(True, True): "image", (True, False): "rows", (False, True): "columns", (False, False): ""}
 FEW = 30  # layers that are shown without a click
 
 
@@ -63,7 +66,7 @@ def stages(report: Report) -> str:
         row = [escape(stage.name), shape(stage.shape), f"{stage.layers:,}"]
         for count, total in zip((stage.parameters, stage.macs, stage.activations), sums, strict=True):
             row += [f"{count:,}", f"{count / max(1, total):.1%}"]
-        rows.append([*row, seen(stage.field), "" if stage.jump is None else f"{stage.jump:g}"])
+        rows.append([*row, seen(stage.field), _number(both_ways(stage.jump_rows, stage.jump_columns))])
     foot = ["all", "", f"{len(found.layers):,}"]
     for total in sums:
         foot += [f"{total:,}", "100%"]
@@ -109,7 +112,7 @@ def layers(report: Report) -> str:
     """A table for each stage, which a click opens; columns that say nothing of this network are left out."""
     found = report.inspection.layers
     extras = {
-        "whole image": ["yes" if layer.whole else "" for layer in found],
+        "sees all of": [WHOLE[layer.rows.whole, layer.columns.whole] for layer in found],
         "misaligned, px": [f"{layer.spread:g}" if layer.spread else "" for layer in found],
         "separable": ["" if layer.separable is None else f"{layer.separable:.3f}" for layer in found],
     }
@@ -166,7 +169,7 @@ def window_of(report: Report, name: str) -> Pixels | None:
 
 def called(layer: Layer) -> str:
     """A layer's name, or what it is where the network itself does it; not escaped."""
-    return layer.name or layer.kind
+    return layer.name or f"{layer.kind} of {ITSELF}"
 
 
 def seen(field: str) -> str:
@@ -181,8 +184,7 @@ def shape(sides: Sequence[int]) -> str:
 
 def pixels(sides: Pixels) -> str:
     """One number where rows and columns are alike, else both."""
-    rows, columns = (f"{number:,g}".replace("-", "−") for number in sides)
-    return rows if rows == columns else f"{rows}×{columns}"
+    return _number(both_ways(*sides))
 
 
 def many(count: int, thing: str) -> str:
@@ -218,7 +220,9 @@ def rate(images: float) -> str:
 
 
 def _row(layer: Layer) -> list[str]:
-    size, jump, offset = map(pixels, layer.window) if layer.window else ("", "", "")
+    rows, columns = layer.rows, layer.columns
+    pairs = ((rows.size, columns.size), (rows.jump, columns.jump), (rows.offset, columns.offset))
+    size, jump, offset = (_number(both_ways(*pair)) for pair in pairs)
     counts = (f"{count:,}" for count in (layer.parameters, layer.macs, layer.activations))
     return [escape(called(layer)), escape(layer.kind), shape(layer.shape), *counts, size, jump, offset]
 
@@ -235,6 +239,11 @@ def _interval(pixels: Interval | None) -> str:
     return "none" if pixels is None else f"{pixels[0]:,} to {pixels[1]:,}".replace("-", "−")
 
 
+def _number(said: str) -> str:
+    """The same as it is printed, with signs for times and minus."""
+    return said.replace("x", "×").replace("-", "−")
+
+
 def _times(said: str) -> str:
     """The same with multiplication signs between numbers."""
-    return re.sub(r"(?<=\d)x(?=\d)", "×", said)
+    return re.sub(r"(?<=\d)x(?=\d)|(?<= )x(?= )", "×", said)

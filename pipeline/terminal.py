@@ -9,7 +9,7 @@ from rich.table import Table
 
 from models.gradient_extent import Comparison
 from models.inspection import Layer
-from models.lifecycle import field_of
+from models.lifecycle import both_ways, field_of
 from models.report import EFFECTIVE_SHARE, Report
 from pipeline.console import print_facts
 from pipeline.tables import mebibytes, short
@@ -74,15 +74,16 @@ def facts_of(report: Report) -> dict[str, str]:
     if found.unknown is not None:
         facts["fields"] = found.unknown
     elif last is not None and last.window is not None:
-        jump = last.window.jump.rows
-        facts["field"] = f"{field_of(last)} at {last.name or last.kind}, {jump:g} px from unit to unit"
-        facts["whole image"] = "by its windows alone" if whole is None else f"first in {whole.name} ({whole.kind})"
+        jump = both_ways(*last.window.jump)
+        facts["field"] = f"{field_of(last)} at {last.place}, {jump} px from unit to unit"
+        facts["whole image"] = "by its windows alone" if whole is None else f"first in {whole.place} ({whole.kind})"
         misaligned = max(layer.spread for layer in found.layers)
         if misaligned:
             facts["misaligned"] = f"branches that meet have their middles up to {misaligned:g} px apart"
     if report.effective is not None:
         squares = ", ".join(f"{share:.0%} in {side} px" for share, side in report.effective.sides.items())
-        facts["effective"] = f"{squares} (squares, gradient energy of {report.effective.num_images} photographs)"
+        facts["effective"] = f"{squares}: squares that hold so much of the gradient's energy"
+        facts["measured"] = f"with {report.measured}"
     facts["memory"] = (
         f"{mebibytes(report.memory.total)} to train on {report.batch_size} images in {report.precision}: "
         + ", ".join(f"{name} {mebibytes(size)}" for name, size in report.memory._asdict().items())
@@ -143,7 +144,7 @@ def stage_table(report: Report, *, wide: bool) -> Table:
                 "MACs": short(stage.macs),
                 "activations": mebibytes(stage.activations * bytes_each),
                 "a unit sees": stage.field,
-                "jump px": "" if stage.jump is None else f"{stage.jump:g}",
+                "jump px": both_ways(stage.jump_rows, stage.jump_columns),
             },
         )
     if found.unused:
@@ -168,19 +169,18 @@ def layer_table(report: Report, *, every: bool, wide: bool) -> Table:
     table = _table("layers", LAYER_COLUMNS, wide=wide)
     table.caption = f"and {rest} norms, activations and sums: layers=all shows them" if rest else None
     for layer in shown:
-        window = layer.window
         _add_row(
             table,
             {
-                "layer": layer.name.removeprefix("stages."),
+                "layer": layer.place.removeprefix("stages."),
                 "kind": layer.kind,
                 "output": "x".join(map(str, layer.shape)),
                 "parameters": short(layer.parameters) if layer.parameters else "",
                 "MACs": short(layer.macs) if layer.macs else "",
                 "activations": mebibytes(layer.activations * report.bytes_per_number),
                 "a unit sees": field_of(layer),
-                "jump px": f"{window.jump.rows:g}" if window else "",
-                "offset px": f"{window.offset.rows:g}" if window else "",
+                "jump px": both_ways(layer.rows.jump, layer.columns.jump),
+                "offset px": both_ways(layer.rows.offset, layer.columns.offset),
             },
         )
     return table
@@ -210,7 +210,7 @@ def print_comparison(console: Console, reports: Sequence[Report], *, images_per_
             f"{facts['gmacs']:.3f}",
             _number(facts.get("receptive_field_px")),
             _number(facts.get("effective_receptive_field_px")),
-            whole.name if whole is not None else "",
+            whole.place if whole is not None else "",
             f"{speed:,.1f}",
         )
     console.print(table)
@@ -230,7 +230,7 @@ def _add_row(table: Table, cells: Mapping[str, str]) -> None:
 
 
 def _matters(layer: Layer, before: Layer | None) -> bool:
-    return bool(layer.macs) or before is None or layer.window != before.window
+    return bool(layer.macs) or before is None or (layer.rows, layer.columns) != (before.rows, before.columns)
 
 
 def _number(value: float | None) -> str:

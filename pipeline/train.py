@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pipeline.config import flatten, run_verb
 
@@ -35,6 +35,8 @@ def main(config: DictConfig) -> None:
     job = Job(module, data, open_run(values, dataset), instantiate(config.tracking), values)
     training.check_image_size(job)
     training.take_weights(job, dict(config.weights))
+    with open_dict(config):
+        config.model.num_classes = num_classes  # for those who build it again without the data set
     text = OmegaConf.to_yaml(config, resolve=True)
     training.train(job, instantiate(config.trainer, _partial_=True), config=text)
 

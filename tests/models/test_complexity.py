@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.complexity import kept_for_backward, separable_ratio, state_per_weight, training_memory
+from models.complexity import cost_of_separating, kept_for_backward, state_per_weight, training_memory
 from models.tracing import Untraceable
 from tests.conftest import ROOT
 from tests.networks import build
@@ -91,10 +91,10 @@ def test_memory_of_training_is_the_sum_of_its_parts() -> None:
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_the_separable_ratio_is_that_of_the_two_costs() -> None:
+def test_the_cost_of_separating_is_that_of_the_two_costs() -> None:
     for kernel, channels, filters in ((3, 32, 64), (5, 7, 11)):
         separable, standard = kernel**2 * channels + channels * filters, kernel**2 * channels * filters
-        assert separable_ratio((kernel, kernel), filters) * standard == separable
+        assert cost_of_separating((kernel, kernel), filters) * standard == separable
 
 
 def test_a_network_that_trains_by_numbers_says_so() -> None:

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models.effective_field import SHARES, EffectiveField, calibrated, effective_field, warnings_about
+from models.calibration import calibrated
+from models.effective_field import SHARES, EffectiveField, effective_field, warnings_about
 from models.inspection import Layer, Pixels, inspect
-from models.layers import SqueezeExcite, StochasticDepth, conv_norm
+from models.layers import SqueezeExcite
 from tests.networks import Calls, build
 from tests.published import PUBLISHED, SMALLEST
 
@@ -259,67 +260,6 @@ def test_sides_are_those_found_by_counting(field: EffectiveField) -> None:
         assert field.area(share) == pytest.approx((apart <= (side - 1) / 2).mean())
 
 
-def chancy() -> nn.Sequential:
-    """Norms, dropout and blocks that are left out, some of it in evaluation and some of it not trained."""
-    torch.manual_seed(3)
-    block = nn.Sequential(conv_norm(8, 8, kernel_size=3, activation=nn.ReLU), nn.Dropout(0.5), StochasticDepth())
-    block[2].rate = 0.5
-    net = nn.Sequential(conv_norm(3, 8, kernel_size=3, stride=2), block, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
-    net[0].eval()
-    net[2].requires_grad_(False)
-    return net
-
-
-def condition(net: nn.Module) -> tuple[list[bytes], list[object], bytes]:
-    """All that a measurement could change."""
-    tensors = [tensor.numpy().tobytes() for tensor in net.state_dict().values()]
-    flags = [(layer.training, len(layer._forward_hooks), len(layer._forward_pre_hooks)) for layer in net.modules()]
-    options = [(parameter.grad, parameter.requires_grad) for parameter in net.parameters()]
-    return tensors, [flags, options, torch.is_grad_enabled()], torch.get_rng_state().numpy().tobytes()
-
-
-def test_a_measurement_leaves_nothing_behind() -> None:
-    net, images = chancy(), images_of(6, 3, 16, 16)
-    before = condition(net)
-    plain = effective_field(net, images)
-    with torch.no_grad(), calibrated(net, images):
-        inside = net.state_dict()["0.1.running_var"].clone()
-        field = effective_field(net, images)
-    assert condition(net) == before
-    assert not torch.equal(inside, torch.ones(8))
-    assert not torch.allclose(field.energy, plain.energy)
-    assert not images.requires_grad
-    with pytest.raises(KeyError), calibrated(net, images):
-        raise KeyError
-    with pytest.raises(RuntimeError), calibrated(net, images[:, :2]):
-        pass
-    assert condition(net) == before
-
-
-@pytest.mark.parametrize("row", [row for row in SMALLEST_ROWS if row.architecture in ("resnet", "mobilenet")])
-def test_a_calibrated_network_does_in_evaluation_what_torch_does_in_training(row: object) -> None:
-    torch.manual_seed(0)
-    net = build(row.architecture, row.variant, num_classes=10, image_size=32).double()
-    images = images_of(4, 3, 32, 32).double()
-    with calibrated(net, images):
-        found = net.eval()(images)
-    uncalibrated = net(images)
-    net.train()
-    for layer in net.modules():
-        if isinstance(layer, nn.Dropout | StochasticDepth):
-            layer.eval()
-    torch.testing.assert_close(found, net(images))
-    assert not torch.allclose(found, uncalibrated)
-
-
-def test_a_network_without_batch_norm_is_not_run_to_calibrate_it() -> None:
-    def fails(images: Tensor) -> Tensor:
-        raise AssertionError("was run")
-
-    with calibrated(Calls(fails, nn.LayerNorm(3), nn.BatchNorm2d(3, track_running_stats=False)), images_of(2, 3, 4, 4)):
-        pass
-
-
 @pytest.mark.parametrize("row", SMALLEST_ROWS, ids=lambda row: row.variant)
 def test_every_architecture_has_an_effective_field_inside_its_windows(row: object) -> None:
     size = 32 if row.architecture == "lenet" else 64
@@ -371,4 +311,4 @@ def test_a_wide_field_is_not_warned_of_and_a_gate_is_mentioned() -> None:
     gated = nn.Sequential(SqueezeExcite(3, 4), nn.Conv2d(3, 1, 7, padding=3))
     nn.init.ones_(gated[1].weight)
     (said,) = warnings_about(effective_field(gated, images), inspect(gated, (3, 9, 9)))
-    assert said.endswith("seen only in parts; 0.pool is the first to see all of it, otherwise")
+    assert said.endswith("9 x 9 px: the rest comes only by means, gates or attention, first in 0.pool")

@@ -36,6 +36,8 @@ READINGS = st.one_of(
     TRANSPOSED,
     SIZES.map(lambda sizes: fields.adaptive(*sizes)),
     SIZES.map(lambda sizes: fields.nearest(*sizes)),
+    SIZES.map(lambda sizes: fields.linear(*sizes, corners=False)),
+    SIZES.map(lambda sizes: fields.linear(*(size + 1 for size in sizes), corners=True)),
     st.builds(lambda start, step: fields.steps(start, step=step), st.integers(-3, 5), st.integers(1, 3)),
 )
 

@@ -99,7 +99,8 @@ def layers(draw: st.DrawFn, stride: int = 0, depth: int = 2) -> nn.Module:
     if kind == "upwards":
         kernel, padding = draw(KERNELS), draw(st.integers(0, 1))
         up = nn.ConvTranspose2d(CHANNELS, CHANNELS, kernel + 2 * padding, stride=stride, padding=padding)
-        return draw(st.sampled_from([up, nn.UpsamplingNearest2d(scale_factor=stride)]))
+        resized = [nn.Upsample(scale_factor=stride, mode=mode) for mode in ("nearest", "bilinear")]
+        return draw(st.sampled_from([up, *resized, nn.UpsamplingBilinear2d(scale_factor=stride)]))
     if kind == "pointwise":
         after = [nn.BatchNorm2d(CHANNELS), nn.ReLU(inplace=True), nn.Hardswish(), nn.Conv2d(CHANNELS, CHANNELS, 1)]
         layer = draw(st.sampled_from(after))
@@ -193,9 +194,9 @@ def test_other_networks_are_refused_by_name(library: str, name: str) -> None:
 
 
 def test_a_wrong_field_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from models import receptive_field
+    from models import rules
 
-    monkeypatch.setattr(receptive_field, "window", lambda kernel, **options: wrong(kernel + 1, **options))
+    monkeypatch.setattr(rules, "window", lambda kernel, **options: wrong(kernel + 1, **options))
     net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3))
     assert not any(comparison.agrees for comparison in check(net, (1, 3, 32, 32)))
 

@@ -9,8 +9,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.inspection import Pixels, Window, inspect
+from models.lifecycle import field_of
 from models.reference_layers import with_reference_ops
-from tests.networks import build, on_meta
+from models.tracing import Untraceable
+from tests.networks import Calls, build, on_meta
 from tests.published import PUBLISHED, SMALLEST, TIMM, Published
 
 
@@ -112,13 +114,52 @@ def test_a_network_without_known_fields_is_counted_all_the_same() -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.unused = nn.Conv2d(3, 4, 3), nn.Linear(2, 2)
+            self.first, self.second, self.unused = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 4, 3), nn.Linear(2, 2)
             self.unused.requires_grad_(False)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.conv(images.flip(2))
+            return self.second(self.first(images).flip(2))
 
     inspection = inspect(Turned(), (3, 8, 8))
     assert inspection.unknown == "receptive field unknown: flip in the network itself: it moves the map"
-    assert [layer.window for layer in inspection.layers] == [None, None]
-    assert (inspection.macs, inspection.parameters, inspection.trainable) == (6 * 6 * 9 * 12, 118, 112)
+    assert [(layer.name, layer.kind, field_of(layer)) for layer in inspection.layers] == [
+        ("first", "Conv2d 3x3", "3x3 px"),
+        ("", "flip", "unknown"),
+        ("second", "Conv2d 3x3", "unknown"),
+    ]
+    assert inspection.last_window is None
+    counts = (inspection.macs, inspection.parameters, inspection.trainable)
+    assert counts == (6 * 6 * 9 * 9 + 4 * 4 * 9 * 12, 84 + 112 + 6, 84 + 112)
+
+
+def test_what_sees_one_axis_whole_is_told_axis_by_axis() -> None:
+    def strips(images: torch.Tensor, conv: nn.Module, along: nn.Module) -> torch.Tensor:
+        maps = conv(images)
+        across = maps.mean(3, keepdim=True)  # strip pooling, Hou et al. 2020
+        return along((maps * across).softmax(1).mean(2)) + along(maps.mean(2))  # (N, C, H, W) -> (N, C, W)
+
+    layers = inspect(Calls(strips, nn.Conv2d(3, 4, (3, 5)), nn.Conv1d(4, 4, 3)), (3, 16, 16)).layers
+    assert [(layer.kind, field_of(layer)) for layer in layers] == [
+        ("Conv2d 3x5", "3x5 px"),
+        ("mean", "3 px x all"),
+        ("mul", "3x5 px + all columns"),
+        ("softmax", "3x5 px + all columns"),
+        ("mean", "whole image"),
+        ("Conv1d 3", "whole image"),
+        ("mean", "all x 5 px"),
+        ("Conv1d 3", "all x 7 px"),
+        ("add", "whole image"),
+    ]
+
+
+@pytest.mark.parametrize("image", [(3, 32), (3, 32.0, 32), (3, 0, 32)])
+def test_what_is_no_image_is_refused(image: tuple) -> None:
+    with pytest.raises(ValueError, match=r"is no image: give \(C, H, W\), three whole numbers above 0"):
+        inspect(nn.Conv2d(3, 4, 3), image)
+
+
+def test_networks_without_their_weights_and_with_a_single_number_are_answered() -> None:
+    with pytest.raises(Untraceable, match="uninitialized parameter"):
+        inspect(nn.LazyConv2d(4, 3), (3, 8, 8))
+    loss = inspect(Calls(lambda x, conv: conv(x).mean(), nn.Conv2d(3, 4, 3)), (3, 8, 8)).layers[-1]
+    assert (loss.kind, loss.shape, loss.whole) == ("mean", (), True)

@@ -110,6 +110,9 @@ def test_coatnet_sees_the_whole_in_the_gates_in_front_of_its_attention() -> None
         (nn.PixelShuffle(2), (1, 8, 9, 9), [(1, 0.5, 0)] * 2),
         (nn.PixelUnshuffle(2), (1, 3, 8, 8), [(2, 2, 0)] * 2),
         (nn.UpsamplingNearest2d(scale_factor=2), (1, 3, 9, 9), [(1, 0.5, 0)] * 2),
+        (nn.Upsample(scale_factor=2, mode="bilinear"), (1, 3, 9, 9), [(2, 0.5, -1)] * 2),
+        (nn.Upsample((27, 9), mode="bilinear"), (1, 3, 9, 9), [(2, 1 / 3, -1), (1, 1, 0)]),
+        (nn.Upsample((17, 5), mode="bilinear", align_corners=True), (1, 3, 9, 9), [(2, 0.5, 0), (1, 2, 0)]),
         (nn.Sequential(*[nn.Conv2d(3, 3, 3)] * 3), (1, 3, 9, 9), [(7, 1, 0)] * 2),
         (nn.Sequential(nn.BatchNorm2d(3), nn.PReLU(), nn.Dropout()), (1, 3, 9, 9), [(1, 1, 0)] * 2),
     ],
@@ -163,6 +166,10 @@ def test_a_gate_along_one_axis_is_not_the_whole() -> None:
     assert field_of(sight) == [(3, 1, 0)] * 2
 
 
+def resized(images: Tensor, scale_factor: float) -> Tensor:
+    return nn.functional.interpolate(images, scale_factor=scale_factor, mode="bilinear")
+
+
 def cat(images: Tensor) -> Tensor:
     """Eight channels, of which the first see one pixel, the others 3x3."""
     wide = torch.cat([images] * 2, dim=1)[:, :4]
@@ -175,10 +182,8 @@ def cat(images: Tensor) -> Tensor:
         (lambda x: x.flip(3), "flip .*: it moves the map"),
         (lambda x: x.roll(1, 2), "roll .*: it moves the map"),
         (lambda x: x.cumsum(2), "cumsum .*: there is no rule for it"),
-        (
-            lambda x: nn.functional.interpolate(x, 12, mode="bilinear"),
-            "upsample_bilinear2d .*: there is no rule for it",
-        ),
+        (lambda x: nn.functional.interpolate(x, 12, mode="bicubic"), "upsample_bicubic2d .*: there is no rule for it"),
+        (lambda x: resized(x, scale_factor=1.3), "upsample_bilinear2d .*: it resizes 8 positions to 10 by a factor of"),
         (lambda x: x.reshape(2, 3, 2, 4, 8), "view .*: it cuts 8 rows into pieces"),
         (lambda x: torch.cat([x, x], dim=2), "cat .*: it puts maps side by side"),
         (lambda x: x + x.transpose(2, 3), "add .*: it lays 8 columns beside 8 rows"),

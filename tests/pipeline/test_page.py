@@ -21,7 +21,7 @@ from PIL import Image
 from models.complexity import Memory
 from models.effective_field import EffectiveField
 from models.gradient_extent import Comparison
-from models.inspection import Pixels, inspect
+from models.inspection import Pixels, Seen, inspect
 from models.report import Report
 from pipeline.labels import WIDTHS, Circle, place_labels
 from pipeline.page import render, render_comparison
@@ -227,7 +227,9 @@ def test_footnotes_are_numbered_and_lead_back() -> None:
 
 def test_what_is_not_known_has_no_number() -> None:
     found = report("resnet18").inspection
-    blind = replace(found, unknown="no rule", layers=[replace(one, window=None, whole=False) for one in found.layers])
+    blind = replace(
+        found, unknown="no rule", layers=[replace(one, rows=Seen(), columns=Seen()) for one in found.layers]
+    )
     page = Page(render(replace(report("resnet18"), inspection=blind, effective=None, comparisons=None)))
     assert page.numbers().keys() == {"parameters", "gmacs", "training-memory"}
     assert "no rule" in page.source

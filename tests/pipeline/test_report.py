@@ -27,7 +27,7 @@ def test_a_report_prints_and_writes_the_true_numbers(run_verb: Run, tmp_path: Pa
         "head.pool",
     ):
         assert text in answer.stdout
-    folder = tmp_path / "reports" / "resnet18"
+    folder = tmp_path / "reports" / "resnet18-224"
     table = json.loads((folder / "layers.json").read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert len(rows) == 69
@@ -79,13 +79,21 @@ def test_weights_are_looked_at(run_verb: Run, tmp_path: Path) -> None:
     torch.save(build("lenet", "lenet5", image_size=32).state_dict(), tmp_path / "mine.pt")
     answer = run_verb("report", "+model=lenet", "weights=mine.pt", "layers=none", "effective_images=2")
     assert answer.returncode == 0, answer.stderr
-    assert "gradient energy of 2 photographs" in answer.stdout
+    assert "measured       with weights of mine.pt, over 2 crops of china.jpg, flower.jpg" in answer.stdout
+    assert (tmp_path / "reports" / "lenet5-32-mine" / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ((), "error: no model: add +model=NAME, one of alexnet"),
+        (("models=[]",), "error: a report is of one of these: +model=NAME, run=FOLDER, models=[NAME,...]"),
+        (("models=[lenet]", "run=runs/mine"), "error: a report is of one of these: +model=NAME, run=FOLDER"),
+        (("models=[lenet]", "check=true"), "error: check=true is for the report of one network"),
+        (("run=nowhere",), "error: run=nowhere: there is no run, which would have a config.yaml"),
+        (("+model=lenet", "out=broken.jpg/here"), "error: out=broken.jpg/here is no folder to write to: Not a dir"),
+        (("+model=lenet", "photographs=broken.jpg"), "error: photographs: broken.jpg cannot be read: cannot identify"),
+        (("+model=lenet", "data=digits"), "error: report has no data to choose, train has"),
         (("+model=resnet", "layers=every"), "error: layers=every is not one of some, all, none"),
         (("models=[resnet,resnt]",), "error: models: resnt is not one of alexnet, coatnet"),
         (("models=[resnet.resnet19]", "effective_images=0"), "did you mean resnet18?"),
@@ -97,7 +105,10 @@ def test_weights_are_looked_at(run_verb: Run, tmp_path: Path) -> None:
         (("+model=lenet", "efective_images=1"), "error: there is no efective_images: did you mean effective_images?"),
     ],
 )
-def test_what_cannot_be_reported_is_answered_in_a_sentence(run_verb: Run, words: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_reported_is_answered_in_a_sentence(
+    run_verb: Run, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
     answer = run_verb("report", *words)
     assert answer.returncode == 1
     assert said in answer.stderr
@@ -107,16 +118,17 @@ def test_what_cannot_be_reported_is_answered_in_a_sentence(run_verb: Run, words:
 def test_photographs_are_crops_in_turn_and_the_same_each_time(tmp_path: Path) -> None:
     for number, shape in enumerate(((60, 80), (90, 50))):
         (tmp_path / f"{number}.jpg").write_bytes(make_jpeg(*shape, seed=number))
-    pixels = photographs(tmp_path, 4, size=(32, 48))
-    assert pixels.shape == (4, 32, 48, 3)
-    assert np.array_equal(pixels, photographs(tmp_path, 4, size=(32, 48)))
+    pixels, said = photographs(tmp_path, 4, size=(32, 48))
+    assert (pixels.shape, said) == ((4, 32, 48, 3), "4 crops of 0.jpg, 1.jpg")
+    assert np.array_equal(pixels, photographs(tmp_path, 4, size=(32, 48)).pixels)
+    assert photographs(tmp_path / "1.jpg", 1, size=(8, 8)).said == "1 crop of 1.jpg"
     assert len({crop.tobytes() for crop in pixels}) == 4
     whole = np.asarray(Image.open(tmp_path / "0.jpg"))
     assert abs(pixels[0].mean() - whole.mean()) < 30  # of the first image, and not stretched beyond it
 
 
 def test_photographs_come_as_networks_take_them() -> None:
-    pixels = photographs(None, 2, size=(8, 8))
+    pixels = photographs(None, 2, size=(8, 8)).pixels
     images = as_images(pixels, channels=3)
     for channel in range(3):
         expected = (pixels[..., channel] / 255 - MEAN[channel]) / STD[channel]

@@ -94,6 +94,22 @@ def assert_reported(client: MlflowClient, run: MlflowRun) -> None:
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": artifacts[0].path, "type": "table"}]
 
 
+def assert_reports_agree(run_verb: Run, folder: Path) -> None:
+    """A report of its own has the first weights of the training, and one of the run those that came of it."""
+    begun = json.loads((folder / "receptive_field" / "report.json").read_text())
+    same = ("+model=resnet", "+model.num_classes=10", "data.image_size=16", "out=fresh")
+    for words, out in ((same, Path("fresh")), ([f"run=runs/{folder.name}"], Path("runs", folder.name, "report"))):
+        answer = run_verb("report", *words, "layers=none")
+        assert answer.returncode == 0, answer.stderr
+        found = json.loads((folder.parent.parent / out / "report.json").read_text())
+        assert (found["name"], found["image"]) == ("resnet18", [3, 16, 16])
+        assert found["params_millions"] == begun["params_millions"]
+        measured, equal = found["effective_measured_with"], found["effective_sides_px"] == begun["effective_sides_px"]
+        weights = "fresh weights" if out == Path("fresh") else f"weights of runs/{folder.name}/checkpoints/best.ckpt"
+        assert measured == f"{weights}, over 4 crops of china.jpg, flower.jpg"
+        assert equal == (out == Path("fresh"))
+
+
 def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -> None:
     short = ("recipe.epochs=2", "+trainer.limit_train_batches=5", "log_every=2")
     answer = run_verb("train", "+model=resnet", *short)
@@ -107,6 +123,7 @@ def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -
     assert run.info.run_name == folder.name
     assert run.data.metrics["params_millions"] == pytest.approx(11.173962)  # torchvision's at 10 classes, small stem
     assert_reported(client, run)
+    assert_reports_agree(run_verb, folder)
     # Parameters can be pasted back: with them as overrides the same run is meant.
     overrides = [f"{key}={value}" for key, value in run.data.params.items() if key.startswith(("recipe.", "data.b"))]
     assert len(overrides) > 8
