@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 
 from data.datamodule import ShardData
 from models.classifier import Classifier
+from models.report import Report
 from pipeline.console import main_console, print_facts
 from pipeline.journal import METRICS, Run, Values
 from pipeline.photographs import photographs
@@ -97,25 +100,28 @@ def keep_report(job: Job, trainer: pl.Trainer) -> None:
     """Show on the dashboard what the network sees and costs; one that cannot be followed is trained all the same."""
     if job.tracker.link is None:
         return
-    size = job.data.training_view.image_size
-    channels, folder = int(job.values.get("model.in_channels", 3)), job.run.folder / FIELDS
-    training = Training(job.data.feeding.batch_size, str(trainer.precision), job.module.recipe.optimizer)
-    photograph = None
     try:
-        found = report_on(job.module.net, job.name, image=(channels, size, size), training=training)
-        if found.memory.activations > LARGEST * found.batch_size:
-            print_facts(main_console(), {"report": "without the effective field, which would take gigabytes here"})
-        else:
-            shown, file = photographs(None, LOOKED_AT, size=(size, size)), job.values.get("weights.file")
-            weights = None if file is None else f"weights of {file}"
-            found, photograph = (
-                with_effective_field(found, job.module.net, shown=shown, weights=weights),
-                shown.pixels[0],
-            )
+        found, photograph = look_at(job, precision=str(trainer.precision))
     except ValueError as error:
         main_console().print(f"no report: {error}", highlight=False, markup=False, soft_wrap=True)
         job.tracker.log({"params_millions": job.num_parameters / 1e6}, 0)
         return
     job.tracker.log(found.facts, 0)
-    job.tracker.keep(write(found, folder, photograph=photograph)[0], FIELDS)
+    job.tracker.keep(write(found, job.run.folder / FIELDS, photograph=photograph)[0], FIELDS)
     job.tracker.tabulate(found.table(), f"{FIELDS}/{TABLE}")
+
+
+def look_at(job: Job, *, precision: str) -> tuple[Report, NDArray[np.uint8] | None]:
+    """The report of the network with the weights that the training begins with, and a photograph that it was shown.
+
+    Raises: ValueError for a network that cannot be followed.
+    """
+    net, size, file = job.module.net, job.data.training_view.image_size, job.values.get("weights.file")
+    training = Training(job.data.feeding.batch_size, precision, job.module.recipe.optimizer)
+    found = report_on(net, job.name, image=(3, size, size), training=training)
+    if found.memory.activations > LARGEST * found.batch_size:
+        print_facts(main_console(), {"report": "without the effective field, which would take gigabytes here"})
+        return found, None
+    shown = photographs(None, LOOKED_AT, size=(size, size))
+    weights = None if file is None else f"weights of {file}"
+    return with_effective_field(found, net, shown=shown, weights=weights), shown.pixels[0]

@@ -57,9 +57,9 @@ def report_one(config: DictConfig) -> None:
     out = reporting.made(folder_for(config, f"{subject.name}-{subject.image[-1]}"))
     shown = photographs_for(config, subject.image)
     report = find_out(config, subject, shown=shown)
+    files = reporting.write(report, out, photograph=None if shown is None else shown.pixels[0])
     console = Console()
     print_report(console, report, layers=config.layers)
-    files = reporting.write(report, out, photograph=None if shown is None else shown.pixels[0])
     console.print(f"wrote {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
 
@@ -84,9 +84,9 @@ def compare(config: DictConfig) -> None:
     with working(f"images/s of {len(reports)} networks"):
         sizes = [report.inspection.image for report in reports]
         speeds = images_per_second([with_weights(one) for one in configs], sizes, batch_size=int(config.batch_size))
+    files = reporting.write_comparison(reports, out, images_per_second=speeds)
     console = Console()
     print_comparison(console, reports, images_per_second=speeds)
-    files = reporting.write_comparison(reports, out, images_per_second=speeds)
     console.print(f"wrote {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
 

@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from data.datamodule import ShardData
 from data.dataset import Dataset
 from models.options import SMALL
-from models.tracing import stand_ins
+from models.tracing import Untraceable, in_evaluation, trace
 from models.weights import OURS, load_weights
 from pipeline.chance import SeedEachBatch
 from pipeline.checkpoint import KeepBest, WholeFiles
@@ -121,12 +121,18 @@ def take_weights(job: Job, told: Mapping[str, Any]) -> None:
 
 
 def check_image_size(job: Job) -> None:
-    """Raise ValueError unless the network takes images of the sizes that the data shows, by their shapes alone."""
+    """Raise ValueError unless the network takes images of the sizes that the data shows.
+
+    Shapes alone tell of nearly every network; of one that looks at numbers, a run on two empty images.
+    """
     net, data = job.module.net, job.data
-    shapes = stand_ins(net, lambda tensor: torch.empty_like(tensor, device="meta"))
     for size in sorted({data.training_view.image_size, data.evaluation_view.image_size}):
         try:
-            torch.func.functional_call(net, shapes, torch.empty(2, 3, size, size, device="meta"), tie_weights=False)
+            try:
+                trace(net, (2, 3, size, size))
+            except Untraceable:
+                with in_evaluation(net), torch.no_grad():
+                    net(torch.zeros(2, 3, size, size))
         except RuntimeError as error:
             raise ValueError(
                 f"data.image_size={size} is no size for {job.values.get('model.variant', 'this network')}, "

@@ -16,7 +16,6 @@ import torch
 import yaml
 from hydra.errors import HydraException
 from mlflow import MlflowClient
-from mlflow.entities import Run as MlflowRun
 from rich.console import Console
 
 from data.augment import EvaluationView
@@ -32,6 +31,7 @@ from pipeline.config import check_command_line
 from tests.conftest import ROOT, Run
 from tests.data.test_indexing import make_samples, write_tar
 from tests.pipeline.conftest import Train, journal
+from tests.pipeline.test_train_report import assert_reported, assert_reports_agree
 
 TINY = ("recipe.epochs=2", "data.batch_size=256", "log_every=2")
 # A network without batch norm in float64: what a sum in another order changes stays far below what a wrong batch would.
@@ -78,36 +78,6 @@ def assert_printed(printed: str, folder: str, run_id: str) -> None:
         r"next +make ui",
     ):
         assert re.search(wanted, printed), wanted
-
-
-def assert_reported(client: MlflowClient, run: MlflowRun) -> None:
-    """The report, at step 0: every layer in a table that the dashboard shows, and the page."""
-    metrics = run.data.metrics
-    # 3x3 kernels alone: one in the stem, four at jump 1, then in each stage one at the old jump and three at the new.
-    assert metrics["receptive_field_px"] == 1 + 2 * (1 + 4 * 1 + (1 + 3 * 2) + (2 + 3 * 4) + (4 + 3 * 8))
-    assert 0 < metrics["effective_receptive_field_px"] <= 31
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "gmacs")] == [0]
-    artifacts = client.list_artifacts(run.info.run_id, "receptive_field")
-    assert [artifact.path for artifact in artifacts] == ["receptive_field/layers.json", "receptive_field/report.html"]
-    table = json.loads(Path(client.download_artifacts(run.info.run_id, "receptive_field/layers.json")).read_text())
-    assert len(table["data"]) == 68
-    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": artifacts[0].path, "type": "table"}]
-
-
-def assert_reports_agree(run_verb: Run, folder: Path) -> None:
-    """A report of its own has the first weights of the training, and one of the run those that came of it."""
-    begun = json.loads((folder / "receptive_field" / "report.json").read_text())
-    same = ("+model=resnet", "+model.num_classes=10", "data.image_size=16", "out=fresh")
-    for words, out in ((same, Path("fresh")), ([f"run=runs/{folder.name}"], Path("runs", folder.name, "report"))):
-        answer = run_verb("report", *words, "layers=none")
-        assert answer.returncode == 0, answer.stderr
-        found = json.loads((folder.parent.parent / out / "report.json").read_text())
-        assert (found["name"], found["image"]) == ("resnet18", [3, 16, 16])
-        assert found["params_millions"] == begun["params_millions"]
-        measured, equal = found["effective_measured_with"], found["effective_sides_px"] == begun["effective_sides_px"]
-        weights = "fresh weights" if out == Path("fresh") else f"weights of runs/{folder.name}/checkpoints/best.ckpt"
-        assert measured == f"{weights}, over 4 crops of china.jpg, flower.jpg"
-        assert equal == (out == Path("fresh"))
 
 
 def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -> None:
@@ -209,7 +179,9 @@ def test_two_ranks_train_and_evaluate_as_one_with_twice_the_batch(
         assert printed.count("images 359") == 2
     assert "batch       2 x 16" in two.stdout
     client = MlflowClient(f"sqlite:///{with_digits / 'mlflow.db'}")
-    assert len(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])) == 1
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "receptive_field_px")] == [0]
+    assert (with_digits / "runs" / "two" / "receptive_field" / "report.html").is_file()
 
 
 def test_accumulated_batches_train_as_one_large_batch(train: Train, with_digits: Path) -> None:
