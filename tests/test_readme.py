@@ -29,6 +29,7 @@ SMALL = {
     "pipeline.pack": [],
     "pipeline.report": ["effective_images=0", "batch_size=2", "data.image_size=64"],
 }
+MAIN_JOB, NAMED = "python -m pipeline.train +model=resnet", "mine"  # the run that a reader gives a name
 
 
 def blocks_of(language: str) -> list[str]:
@@ -57,7 +58,8 @@ def test_every_command_of_the_readme_works(tmp_path: Path, digits: Dataset) -> N
             )
             assert re.search(r"-m (pipeline\.train|pytest)", recipe.stdout), command
         elif words[:2] == ["python", "-m"]:
-            small = [*words[3:], *SMALL[words[2]]]
+            named = [word.replace("runs/NAME", f"runs/{NAMED}") for word in words[3:]]
+            small = [*named, *SMALL[words[2]], *(["name=" + NAMED] if command == MAIN_JOB else [])]
             if "weights=resnet50.pth" in words:  # whose stem is that for large images
                 small.append("data.image_size=65")
             answer = subprocess.run(
