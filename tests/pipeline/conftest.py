@@ -1,4 +1,4 @@
-"""What tests of `train` need: the digits packed, the command in this process, the points of a run."""
+"""What tests of verbs need: the digits packed, commands in this process, the points of a run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from data.dataset import Dataset
+from pipeline import report as reports
+from pipeline import train as trainings
 from pipeline.config import check_command_line, check_targets, compose
-from pipeline.train import main
 
 COMPUTED = ("step", "train/loss", "train/top1", "train/top5", "train/lr", "val/loss", "val/top1", "val/top5")
 
 Train = Callable[..., str]
+Report = Callable[..., str]
 
 
 @pytest.fixture
@@ -32,10 +34,24 @@ def train(with_digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     def typed(*words: str) -> str:
         config = compose("train", check_command_line("train", list(words)))
         check_targets(config)
-        main(config)
+        trainings.main(config)
         return capsys.readouterr().out
 
     monkeypatch.chdir(with_digits)
+    return typed
+
+
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Report:
+    """Type `python -m pipeline.report ...` of one network in this process; returns what it printed."""
+
+    def typed(*words: str) -> str:
+        config = compose("report", check_command_line("report", list(words)))
+        check_targets(config)
+        reports.main(config)
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
     return typed
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hydra.errors import HydraException
 from PIL import Image
 
 from pipeline.photographs import MEAN, STD, as_images, photographs
 from tests.conftest import Run, make_jpeg
 from tests.networks import build
+from tests.pipeline.conftest import Report
 
 
 def test_a_report_prints_and_writes_the_true_numbers(run_verb: Run, tmp_path: Path) -> None:
@@ -42,21 +45,17 @@ def test_a_report_prints_and_writes_the_true_numbers(run_verb: Run, tmp_path: Pa
     assert str(folder.relative_to(tmp_path)) in answer.stdout
 
 
-def test_fields_are_compared_with_gradients_when_asked(run_verb: Run) -> None:
-    answer = run_verb("report", "+model=lenet", "check=true", "effective_images=0", "layers=none", "out=here")
-    assert answer.returncode == 0, answer.stderr
-    assert "10 of 10 fields equal the extent of their gradient" in answer.stdout
-    assert "effective" not in answer.stdout
-    assert "here/report.html" in answer.stdout
+def test_fields_are_compared_with_gradients_when_asked(report: Report) -> None:
+    said = report("+model=lenet", "check=true", "effective_images=0", "layers=none", "out=here")
+    assert "10 of 10 fields equal the extent of their gradient" in said
+    assert "effective" not in said
+    assert "here/report.html" in said
 
 
-def test_a_network_that_cannot_be_checked_is_reported_all_the_same(run_verb: Run) -> None:
-    answer = run_verb(
-        "report", "+model=lenet", "model.ops=reference", "check=true", "effective_images=0", "layers=none"
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert "32x32 px" in answer.stdout
-    assert "warning: not checked: gradient unknown: " in answer.stdout
+def test_a_network_that_cannot_be_checked_is_reported_all_the_same(report: Report) -> None:
+    said = report("+model=lenet", "model.ops=reference", "check=true", "effective_images=0", "layers=none")
+    assert "32x32 px" in said
+    assert "warning: not checked: gradient unknown: " in said
 
 
 def test_networks_are_put_side_by_side(run_verb: Run, tmp_path: Path) -> None:
@@ -75,40 +74,48 @@ def test_networks_are_put_side_by_side(run_verb: Run, tmp_path: Path) -> None:
     assert "resnet34" in page
 
 
-def test_weights_are_looked_at(run_verb: Run, tmp_path: Path) -> None:
+def test_weights_are_looked_at(report: Report, tmp_path: Path) -> None:
     torch.save(build("lenet", "lenet5", image_size=32).state_dict(), tmp_path / "mine.pt")
-    answer = run_verb("report", "+model=lenet", "weights=mine.pt", "layers=none", "effective_images=2")
-    assert answer.returncode == 0, answer.stderr
-    assert "measured       with weights of mine.pt, over 2 crops of china.jpg, flower.jpg" in answer.stdout
+    said = report("+model=lenet", "weights=mine.pt", "layers=none", "effective_images=2")
+    assert "measured       with weights of mine.pt, over 2 crops of china.jpg, flower.jpg" in said
     assert (tmp_path / "reports" / "lenet5-32-mine" / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "error: no model: add +model=NAME, one of alexnet"),
-        (("models=[]",), "error: a report is of one of these: +model=NAME, run=FOLDER, models=[NAME,...]"),
-        (("models=[lenet]", "run=runs/mine"), "error: a report is of one of these: +model=NAME, run=FOLDER"),
-        (("models=[lenet]", "check=true"), "error: check=true is for the report of one network"),
-        (("run=nowhere",), "error: run=nowhere: there is no run, which would have a config.yaml"),
-        (("+model=lenet", "out=broken.jpg/here"), "error: out=broken.jpg/here is no folder to write to: Not a dir"),
-        (("+model=lenet", "photographs=broken.jpg"), "error: photographs: broken.jpg cannot be read: cannot identify"),
-        (("+model=lenet", "data=digits"), "error: report has no data to choose, train has"),
-        (("+model=resnet", "layers=every"), "error: layers=every is not one of some, all, none"),
-        (("models=[resnet,resnt]",), "error: models: resnt is not one of alexnet, coatnet"),
-        (("models=[resnet.resnet19]", "effective_images=0"), "did you mean resnet18?"),
-        (("+model=resnet", "batch_size=0"), "error: batch_size=0 must be at least 1"),
-        (("+model=resnet", "effective_images=-1"), "error: effective_images=-1 must be at least 0"),
-        (("+model=resnet", "precision=8"), "error: precision=8 is not one of 32-true, bf16-mixed"),
-        (("+model=lenet", "data.image_size=40"), "error: image_size=40: LeNet-5 takes images of 28 or 32 pixels"),
-        (("+model=lenet", "photographs=nowhere"), "error: photographs=nowhere: there is no image"),
-        (("+model=lenet", "efective_images=1"), "error: there is no efective_images: did you mean effective_images?"),
+        ((), "no model: add +model=NAME, one of alexnet"),
+        (("models=[]",), "a report is of one of these: +model=NAME, run=FOLDER, models=[NAME,...]"),
+        (("models=[lenet]", "run=runs/mine"), "a report is of one of these: +model=NAME, run=FOLDER"),
+        (("models=[lenet]", "check=true"), "check=true is for the report of one network"),
+        (("run=nowhere",), "run=nowhere: there is no run, which would have a config.yaml"),
+        (("+model=lenet", "out=broken.jpg/here"), "out=broken.jpg/here is no folder to write to: Not a directory"),
+        (("+model=lenet", "photographs=broken.jpg"), "photographs: broken.jpg cannot be read: cannot identify"),
+        (("+model=lenet", "photographs=nowhere"), "photographs=nowhere: there is no image"),
+        (("+model=lenet", "data=digits"), "report has no data to choose, train has"),
+        (("+model=resnet", "layers=every"), "layers=every is not one of some, all, none"),
+        (("+model=resnet", "batch_size=0"), "batch_size=0 must be at least 1"),
+        (("+model=resnet", "effective_images=-1"), "effective_images=-1 must be at least 0"),
+        (("+model=resnet", "precision=8"), "precision=8 is not one of 32-true, bf16-mixed"),
+        (("+model=lenet", "data.image_size=40"), "image_size=40: LeNet-5 takes images of 28 or 32 pixels"),
+        (("+model=lenet", "efective_images=1"), "there is no efective_images: did you mean effective_images?"),
     ],
 )
-def test_what_cannot_be_reported_is_answered_in_a_sentence(
-    run_verb: Run, tmp_path: Path, words: tuple[str, ...], said: str
-) -> None:
+def test_what_cannot_be_reported_is_refused(report: Report, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises((ValueError, OSError, HydraException), match=re.escape(said)):
+        report(*words)
+    assert not list(tmp_path.glob("**/*.html"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("models=[resnet,resnt]",), "error: models: resnt is not one of alexnet, coatnet"),
+        (("models=[resnet.resnet19]", "effective_images=0"), "did you mean resnet18?"),
+    ],
+)
+def test_what_cannot_be_compared_is_answered_in_a_sentence(run_verb: Run, words: tuple[str, ...], said: str) -> None:
     answer = run_verb("report", *words)
     assert answer.returncode == 1
     assert said in answer.stderr

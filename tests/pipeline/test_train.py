@@ -30,7 +30,7 @@ from pipeline import training
 from pipeline.config import check_command_line
 from tests.conftest import ROOT, Run
 from tests.data.test_indexing import make_samples, write_tar
-from tests.pipeline.conftest import Train, journal
+from tests.pipeline.conftest import Report, Train, journal
 from tests.pipeline.test_train_report import assert_reported, assert_reports_agree
 
 TINY = ("recipe.epochs=2", "data.batch_size=256", "log_every=2")
@@ -80,7 +80,7 @@ def assert_printed(printed: str, folder: str, run_id: str) -> None:
         assert re.search(wanted, printed), wanted
 
 
-def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -> None:
+def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, report: Report, with_digits: Path) -> None:
     short = ("recipe.epochs=2", "+trainer.limit_train_batches=5", "log_every=2")
     answer = run_verb("train", "+model=resnet", *short)
     assert answer.returncode == 0, answer.stderr
@@ -93,7 +93,7 @@ def test_the_main_job_leaves_a_run_in_mlflow(run_verb: Run, with_digits: Path) -
     assert run.info.run_name == folder.name
     assert run.data.metrics["params_millions"] == pytest.approx(11.173962)  # torchvision's at 10 classes, small stem
     assert_reported(client, run)
-    assert_reports_agree(run_verb, folder)
+    assert_reports_agree(report, folder)
     # Parameters can be pasted back: with them as overrides the same run is meant.
     overrides = [f"{key}={value}" for key, value in run.data.params.items() if key.startswith(("recipe.", "data.b"))]
     assert len(overrides) > 8

@@ -9,8 +9,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 
-from tests.conftest import Run
-from tests.pipeline.conftest import Train
+from tests.pipeline.conftest import Report, Train
 
 
 def assert_reported(client: MlflowClient, run: MlflowRun) -> None:
@@ -27,13 +26,12 @@ def assert_reported(client: MlflowClient, run: MlflowRun) -> None:
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": artifacts[0].path, "type": "table"}]
 
 
-def assert_reports_agree(run_verb: Run, folder: Path) -> None:
+def assert_reports_agree(report: Report, folder: Path) -> None:
     """A report of its own has the first weights of the training, and one of the run those that came of it."""
     begun = json.loads((folder / "receptive_field" / "report.json").read_text())
     same = ("+model=resnet", "+model.num_classes=10", "data.image_size=16", "out=fresh")
     for words, out in ((same, Path("fresh")), ([f"run=runs/{folder.name}"], Path("runs", folder.name, "report"))):
-        answer = run_verb("report", *words, "layers=none")
-        assert answer.returncode == 0, answer.stderr
+        report(*words, "layers=none")
         found = json.loads((folder.parent.parent / out / "report.json").read_text())
         assert (found["name"], found["image"]) == ("resnet18", [3, 16, 16])
         assert found["params_millions"] == begun["params_millions"]
