@@ -108,13 +108,13 @@ def check_command_line(name: str, arguments: list[str]) -> list[str]:
     return arguments
 
 
-def compose(name: str, overrides: list[str], *, whole: bool = False) -> DictConfig:
-    """The config of a verb with these overrides, without starting it; `whole` with what Hydra says of itself."""
+def compose(name: str, overrides: list[str]) -> DictConfig:
+    """The config of a verb with these overrides, without starting it."""
     running = GlobalHydra.instance().hydra  # inside a verb Hydra is at work, and begins nothing else meanwhile
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose(name, overrides, return_hydra_config=whole)
+            return hydra.compose(name, overrides)
     finally:
         GlobalHydra.instance().hydra = running
 
@@ -201,7 +201,8 @@ def _check_choice(verb: str, override: Override) -> None:
 
 def _groups_of(verb: str) -> set[str]:
     """The groups of which a verb's config takes a choice."""
-    made = {str(group).partition("@")[0] for group in compose(verb, [], whole=True).hydra.runtime.choices}
+    defaults = OmegaConf.select(OmegaConf.load(CONF / f"{verb}.yaml"), "defaults")
+    made = {str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry}
     added = {REQUIRED[verb], *INSTEAD[verb]} if verb in REQUIRED else set()
     return (made | added) & _groups()
 
