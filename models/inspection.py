@@ -76,8 +76,8 @@ class Layer:
 
     @property
     def place(self) -> str:
-        """Where it is: its name, or that the network itself does it."""
-        return self.name or ITSELF
+        """Where it is: its name, or what it is of the network itself."""
+        return self.name or f"{self.kind} of {ITSELF}"
 
     @property
     def window(self) -> Window | None:

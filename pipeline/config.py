@@ -32,7 +32,7 @@ TRUSTED = ("models.", "data.", "pipeline.", "torch.", "torchvision.", "torchmetr
 # Verbs that need a choice which their defaults must not make.
 REQUIRED = {"train": "model", "report": "model"}
 # What may stand in its place.
-INSTEAD = {"report": ("models", "run"), "train": ("experiment",)}
+INSTEAD = {"report": ("models", "run", "net"), "train": ("experiment",)}
 # A value, the groups that could have set it, and the choice that it means when none of them is made.
 IMPLIED = {"data.root": (("data", "experiment"), "data=shards")}
 # What may be typed for a key that is set most.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.markup import escape
 
 from data.tars import LeftOut
 
+FILE_WIDTH = 160  # columns of a table that no terminal cuts
 NAMED = 10  # of the samples left out, so many are named
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # set by torchrun, Lightning, a cluster's script, srun
 
@@ -23,6 +25,12 @@ def is_main_process() -> bool:
 def main_console() -> Console:
     """Where the main process prints; the others print nothing."""
     return Console(quiet=not is_main_process())
+
+
+def table_console() -> Console:
+    """Where tables are printed: as wide as the terminal, in a file or a pipe with room for all columns."""
+    free = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=FILE_WIDTH if free else None)
 
 
 def print_facts(console: Console, facts: Mapping[str, str]) -> None:

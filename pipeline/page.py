@@ -21,7 +21,7 @@ from models.report import EFFECTIVE_SHARE, Report
 from models.tracing import ITSELF
 from pipeline import tables
 from pipeline.figures import Bar, Dot, Stack, Step, bars, fields_along_depth, heat_map, scatter, stacks
-from pipeline.tables import called, many, mebibytes, percent, pixels, rate, shape, short
+from pipeline.tables import in_bytes, many, percent, pixels, rate, shape, short
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -97,7 +97,7 @@ def _facts(report: Report) -> list[_Fact]:
         _Fact("effective-field", "Effective field", effective,
               "not measured" if effective is None else f"{effective:,.0f} px",
               "" if effective is None else f"side of the square with {EFFECTIVE_SHARE:.0%} of the gradient’s energy"),
-        _Fact("training-memory", "Training memory", total, mebibytes(total),
+        _Fact("training-memory", "Training memory", total, in_bytes(total),
               f"batch of {report.batch_size:,}, {report.precision}"),
     ]  # fmt: skip
 
@@ -112,7 +112,7 @@ def _receptive_field(report: Report) -> _Fact:
         said, note = f"{pixels(last.window.size)} px", f"{side / max(found.image[1:]):.2g} × the image’s side"
         note += "; by other paths all of it" if last.whole else ""
     elif whole is not None:
-        said, note = "whole image", f"from {called(whole)} on"
+        said, note = "whole image", f"from {whole.place} on"
     return _Fact("receptive-field", "Receptive field", side, said, note)
 
 
@@ -161,13 +161,13 @@ def _depth(found: Inspection) -> str:
         return ""
     keys = [_key('<path class="line" d="M0 9H7V3H16"/>', "field through convolutions and poolings")]
     if covering:
-        said = f"the first as large as the image: {called(layers[covering[0]])}"
+        said = f"the first as large as the image: {layers[covering[0]].place}"
         keys.append(_key('<circle class="open" cx="8" cy="6" r="4"/>', said))
     if whole:
-        said = f"the first to see the whole image at once: {called(layers[whole[0]])}"
+        said = f"the first to see the whole image at once: {layers[whole[0]].place}"
         keys.append(_key('<path class="full" d="M8 0 14 6 8 12 2 6Z"/>', said))
     drawing = fields_along_depth(
-        [Step(called(layer), layer.stage, layer.window and max(layer.window.size)) for layer in layers],
+        [Step(layer.place, layer.stage, layer.window and max(layer.window.size)) for layer in layers],
         image_side=max(height, width),
         covering=covering[0] if covering else None,
         whole=whole[0] if whole else None,
@@ -182,10 +182,10 @@ def _memory(reports: Sequence[Report]) -> str:
     for report in reports:
         batch = f"batch of {report.batch_size:,}, {report.precision}"
         name = f"{report.name} · {batch}" if len(reports) > 1 else batch
-        rows.append(Stack(name, report.memory, mebibytes(report.memory.total)))
+        rows.append(Stack(name, report.memory, in_bytes(report.memory.total)))
     for place, name in enumerate(Memory._fields):
         size, total = reports[0].memory[place], reports[0].memory.total
-        said = f" <b>{mebibytes(size)}</b> {percent(size, total)}" if len(reports) == 1 else ""
+        said = f" <b>{in_bytes(size)}</b> {percent(size, total)}" if len(reports) == 1 else ""
         keys.append(f'<li><span class="swatch part{place}"></span><span>{name}{said}</span></li>')
     said = "Tensors of one step; activations grow with the batch, the rest does not"
     return _figure("Memory of training", stacks(rows, names=Memory._fields) + _keys(keys), said=said)

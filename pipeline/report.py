@@ -34,7 +34,12 @@ def check_values(config: DictConfig) -> None:
     for name, least in {"batch_size": 1, "effective_images": 0}.items():
         if config[name] < least:
             raise ConfigError(f"{name}={config[name]} must be at least {least}")
-    asked = {"+model=NAME": "model" in config, "run=FOLDER": config.run is not None, "models=[NAME,...]": config.models}
+    asked = {
+        "+model=NAME": "model" in config,
+        "net=FUNCTION": config.net is not None,
+        "run=FOLDER": config.run is not None,
+        "models=[NAME,...]": config.models,
+    }
     if sum(map(bool, asked.values())) != 1:
         raise ConfigError(f"a report is of one of these: {', '.join(asked)}")
     alone = {"check=true": config.check, f"weights={config.weights.file}": config.weights.file is not None}
@@ -45,20 +50,18 @@ def check_values(config: DictConfig) -> None:
 
 def report_one(config: DictConfig) -> None:
     """The report of one network."""
-    from rich.console import Console
-
     from pipeline import reporting
-    from pipeline.subject import folder_for, of_run, subject_of
+    from pipeline.console import table_console
+    from pipeline.subject import completed, folder_for, subject_of
     from pipeline.terminal import print_report
 
-    if config.run is not None:
-        config = of_run(config)
+    config = completed(config)
     subject = subject_of(config)
     out = reporting.made(folder_for(config, f"{subject.name}-{subject.image[-1]}"))
     shown = photographs_for(config, subject.image)
     report = find_out(config, subject, shown=shown)
     files = reporting.write(report, out, photograph=None if shown is None else shown.pixels[0])
-    console = Console()
+    console = table_console()
     print_report(console, report, layers=config.layers)
     console.print(f"wrote {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
@@ -66,9 +69,9 @@ def report_one(config: DictConfig) -> None:
 def compare(config: DictConfig) -> None:
     """Several networks side by side, with how fast they are on this machine."""
     from hydra.core.hydra_config import HydraConfig
-    from rich.console import Console
 
     from pipeline import reporting
+    from pipeline.console import table_console
     from pipeline.speed import images_per_second
     from pipeline.subject import config_of, folder_for, subject_of, with_weights
     from pipeline.terminal import print_comparison
@@ -85,7 +88,7 @@ def compare(config: DictConfig) -> None:
         sizes = [report.inspection.image for report in reports]
         speeds = images_per_second([with_weights(one) for one in configs], sizes, batch_size=int(config.batch_size))
     files = reporting.write_comparison(reports, out, images_per_second=speeds)
-    console = Console()
+    console = table_console()
     print_comparison(console, reports, images_per_second=speeds)
     console.print(f"wrote {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 

@@ -24,6 +24,22 @@ class Subject(NamedTuple):
     image: tuple[int, int, int]
 
 
+def completed(config: DictConfig) -> DictConfig:
+    """The config of a report with its model, where it names a run or a function instead.
+
+    Raises: FileNotFoundError for a run that is not there; ConfigError for a function from outside.
+    """
+    if config.run is not None:
+        return of_run(config)
+    if config.net is None:
+        return config
+    config = config.copy()
+    with open_dict(config):
+        config.update({"model": {"_target_": config.net}, "classifier": None})
+    check_targets(config)
+    return config
+
+
 def of_run(config: DictConfig) -> DictConfig:
     """The config of a report with the network of a run, the size of its images, and its best weights.
 
@@ -48,11 +64,14 @@ def of_run(config: DictConfig) -> DictConfig:
 
 
 def config_of(name: str, typed: list[str]) -> DictConfig:
-    """The config of one network of a comparison, by architecture or ARCHITECTURE.VARIANT, with all else that was typed.
+    """The config of one network of a comparison, with all else that was typed.
 
+    A name is an architecture, ARCHITECTURE.VARIANT, or the function that builds the network.
     Raises: ValueError for an architecture that does not exist.
     """
     architecture, _, variant = name.partition(".")
+    if "." in variant:
+        return completed(compose("report", [f"net={name}", *typed]))
     known = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
     if architecture not in known:
         raise ValueError(f"models: {name} is not one of {', '.join(known)}{nearest(architecture, known)}")
@@ -63,11 +82,15 @@ def subject_of(config: DictConfig) -> Subject:
     """The network of a config. Raises: ValueError where nothing says how large its images are."""
     with torch.device("meta"):
         net = _built(config)
-    size = config.data.image_size or getattr(net, "image_size", None)
+    channels, published = int(config.model.get("in_channels", 3)), getattr(net, "image_size", None)
+    by_timm = getattr(net, "default_cfg", None)
+    if published is None and isinstance(by_timm, dict):
+        channels, published, _ = by_timm["input_size"]
+    size = config.data.image_size or published
     if not isinstance(size, int):
         raise ValueError("this network is for images of no size in particular: add data.image_size=PIXELS")
-    name = str(config.model.get("variant", config.model._target_))
-    return Subject(name, net, (int(config.model.get("in_channels", 3)), size, size))
+    name = str(config.model.get("variant", config.model._target_.rpartition(".")[2]))
+    return Subject(name, net, (channels, size, size))
 
 
 def with_weights(config: DictConfig) -> nn.Module:
@@ -77,9 +100,10 @@ def with_weights(config: DictConfig) -> nn.Module:
     """
     torch.manual_seed(config.seed)
     net, told = _built(config), config.weights
-    if told.file is None:
+    if told.file is None and config.classifier is not None:
         num_classes = config.model.get("num_classes") or 1000
         instantiate(config.classifier, net=net, num_classes=num_classes, recipe=instantiate(config.recipe))
+    if told.file is None:
         return net
     options = {"head": told.head, "stem": told.stem, "skip": list(told.skip)}
     load_weights(net, Path(str(told.file)), norm_eps=config.model.get("norm_eps"), **options)
@@ -98,5 +122,6 @@ def folder_for(config: DictConfig, name: str) -> Path:
 
 def _built(config: DictConfig) -> nn.Module:
     net = instantiate(config.model)
-    assert isinstance(net, nn.Module)
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"{config.model._target_} builds no network: {type(net).__name__}")
     return net

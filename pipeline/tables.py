@@ -14,7 +14,6 @@ from models.gradient_extent import Comparison
 from models.inspection import Layer, Pixels
 from models.lifecycle import both_ways
 from models.report import Report
-from models.tracing import ITSELF
 from pipeline.figures import DASHES
 
 WHOLE = {(True, True): "image", (True, False): "rows", (False, True): "columns", (False, False): ""}
@@ -153,7 +152,7 @@ def comparison(reports: Sequence[Report], images_per_second: Sequence[float]) ->
             "" if value is None else f'<data id="{key}-{row}" value="{value:.12g}">{said}</data>'
             for key, (value, said) in numbers.items()
         ]
-        seen_from = f"<code>{escape(called(whole))}</code>" if whole else ""
+        seen_from = f"<code>{escape(whole.place)}</code>" if whole else ""
         rows.append([escape(report.name), shape(report.inspection.image), *cells, seen_from])
     names = ["network", "image", "parameters, M", "multiply-adds, G", "receptive field, px", "effective field, px"]
     names += ["training memory, MiB", "images/s", "whole image from"]
@@ -165,11 +164,6 @@ def window_of(report: Report, name: str) -> Pixels | None:
     """The size of the receptive field behind the last layer of a name, None where no windows lead there."""
     windows = [layer.window for layer in report.inspection.layers if layer.name == name and layer.window is not None]
     return windows[-1].size if windows else None
-
-
-def called(layer: Layer) -> str:
-    """A layer's name, or what it is where the network itself does it; not escaped."""
-    return layer.name or f"{layer.kind} of {ITSELF}"
 
 
 def seen(field: str) -> str:
@@ -207,9 +201,9 @@ def percent(part: float, total: float) -> str:
     return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
-def mebibytes(count: int) -> str:
-    """Bytes with three digits in MiB or GiB, of 2^20 and 2^30, as on a GPU's own display."""
-    unit, size = ("GiB", 2**30) if count >= 2**30 else ("MiB", 2**20)
+def in_bytes(count: int) -> str:
+    """Bytes with three digits in KiB, MiB or GiB, of 2^10, 2^20 and 2^30, as on a GPU's own display."""
+    unit, size = ("GiB", 2**30) if count >= 2**30 else ("MiB", 2**20) if count >= 2**20 else ("KiB", 2**10)
     digits = 0 if count >= 100 * size else 1 if count >= 10 * size else 2
     return f"{count / size:,.{digits}f} {unit}"
 
@@ -224,7 +218,7 @@ def _row(layer: Layer) -> list[str]:
     pairs = ((rows.size, columns.size), (rows.jump, columns.jump), (rows.offset, columns.offset))
     size, jump, offset = (_number(both_ways(*pair)) for pair in pairs)
     counts = (f"{count:,}" for count in (layer.parameters, layer.macs, layer.activations))
-    return [escape(called(layer)), escape(layer.kind), shape(layer.shape), *counts, size, jump, offset]
+    return [escape(layer.place), escape(layer.kind), shape(layer.shape), *counts, size, jump, offset]
 
 
 def _cells(cells: Sequence[str]) -> str:

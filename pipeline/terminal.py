@@ -11,8 +11,9 @@ from models.gradient_extent import Comparison
 from models.inspection import Layer
 from models.lifecycle import both_ways, field_of
 from models.report import EFFECTIVE_SHARE, Report
+from models.tracing import ITSELF
 from pipeline.console import print_facts
-from pipeline.tables import mebibytes, short
+from pipeline.tables import in_bytes, short
 
 WIDE = 120  # columns of a terminal that has room for all
 # Whether a small one has room for it.
@@ -37,7 +38,18 @@ LAYER_COLUMNS = {
     "jump px": False,
     "offset px": False,
 }
-WORDS = ("stage", "layer", "kind", "a unit sees")
+EFFECTIVE = f"effective px ({EFFECTIVE_SHARE:.0%})"
+COMPARED_COLUMNS = {
+    "network": True,
+    "image": False,
+    "M parameters": True,
+    "GMACs": True,
+    "field px": True,
+    EFFECTIVE: True,
+    "whole image from": False,
+    "images/s here": True,
+}
+WORDS = ("stage", "layer", "kind", "a unit sees", "network", "whole image from")
 
 
 def print_report(console: Console, report: Report, *, layers: str) -> None:
@@ -76,7 +88,7 @@ def facts_of(report: Report) -> dict[str, str]:
     elif last is not None and last.window is not None:
         jump = both_ways(*last.window.jump)
         facts["field"] = f"{field_of(last)} at {last.place}, {jump} px from unit to unit"
-        facts["whole image"] = "by its windows alone" if whole is None else f"first in {whole.place} ({whole.kind})"
+        facts["whole image"] = "by its windows alone" if whole is None else _first_in(whole)
         misaligned = max(layer.spread for layer in found.layers)
         if misaligned:
             facts["misaligned"] = f"branches that meet have their middles up to {misaligned:g} px apart"
@@ -85,14 +97,18 @@ def facts_of(report: Report) -> dict[str, str]:
         facts["effective"] = f"{squares}: squares that hold so much of the gradient's energy"
         facts["measured"] = f"with {report.measured}"
     facts["memory"] = (
-        f"{mebibytes(report.memory.total)} to train on {report.batch_size} images in {report.precision}: "
-        + ", ".join(f"{name} {mebibytes(size)}" for name, size in report.memory._asdict().items())
+        f"{in_bytes(report.memory.total)} to train on {report.batch_size} images in {report.precision}: "
+        + ", ".join(f"{name} {in_bytes(size)}" for name, size in report.memory._asdict().items())
     )
     if saving := separable_saving(report):
         facts["separable"] = saving
     if report.comparisons is not None:
         facts["check"] = checked(report.comparisons)
     return facts
+
+
+def _first_in(layer: Layer) -> str:
+    return f"first in {layer.place}" + (f" ({layer.kind})" if layer.name else "")
 
 
 def checked(comparisons: Sequence[Comparison]) -> str:
@@ -142,7 +158,7 @@ def stage_table(report: Report, *, wide: bool) -> Table:
                 "layers": str(stage.layers),
                 "parameters": short(stage.parameters),
                 "MACs": short(stage.macs),
-                "activations": mebibytes(stage.activations * bytes_each),
+                "activations": in_bytes(stage.activations * bytes_each),
                 "a unit sees": stage.field,
                 "jump px": both_ways(stage.jump_rows, stage.jump_columns),
             },
@@ -155,7 +171,7 @@ def stage_table(report: Report, *, wide: bool) -> Table:
         "layers": str(len(found.layers)),
         "parameters": short(found.parameters),
         "MACs": short(found.macs),
-        "activations": mebibytes(found.activations * bytes_each),
+        "activations": in_bytes(found.activations * bytes_each),
     }
     _add_row(table, all_of_it)
     return table
@@ -172,12 +188,12 @@ def layer_table(report: Report, *, every: bool, wide: bool) -> Table:
         _add_row(
             table,
             {
-                "layer": layer.place.removeprefix("stages."),
+                "layer": layer.name.removeprefix("stages.") or ITSELF,
                 "kind": layer.kind,
                 "output": "x".join(map(str, layer.shape)),
                 "parameters": short(layer.parameters) if layer.parameters else "",
                 "MACs": short(layer.macs) if layer.macs else "",
-                "activations": mebibytes(layer.activations * report.bytes_per_number),
+                "activations": in_bytes(layer.activations * report.bytes_per_number),
                 "a unit sees": field_of(layer),
                 "jump px": both_ways(layer.rows.jump, layer.columns.jump),
                 "offset px": both_ways(layer.rows.offset, layer.columns.offset),
@@ -189,29 +205,23 @@ def layer_table(report: Report, *, every: bool, wide: bool) -> Table:
 def print_comparison(console: Console, reports: Sequence[Report], *, images_per_second: Sequence[float]) -> None:
     """Networks side by side; speeds are of this machine, in evaluation."""
     table = Table(title="networks side by side", title_justify="left")
-    table.add_column("network")
-    columns = (
-        "image",
-        "M parameters",
-        "GMACs",
-        "field px",
-        f"effective px ({EFFECTIVE_SHARE:.0%})",
-        "whole image from",
-        "images/s here",
-    )
-    for name in columns:
-        table.add_column(name, justify="right")
+    for name, always in COMPARED_COLUMNS.items():
+        if always or console.width >= WIDE:  # heads may take two lines, names not
+            table.add_column(name, justify="left" if name in WORDS else "right", no_wrap=name == "network")
     for report, speed in zip(reports, images_per_second, strict=True):
         facts, whole = report.facts, report.inspection.first_whole
-        table.add_row(
-            report.name,
-            "x".join(map(str, report.inspection.image)),
-            f"{facts['params_millions']:.2f}",
-            f"{facts['gmacs']:.3f}",
-            _number(facts.get("receptive_field_px")),
-            _number(facts.get("effective_receptive_field_px")),
-            whole.place if whole is not None else "",
-            f"{speed:,.1f}",
+        _add_row(
+            table,
+            {
+                "network": report.name,
+                "image": "x".join(map(str, report.inspection.image)),
+                "M parameters": f"{facts['params_millions']:.2f}",
+                "GMACs": f"{facts['gmacs']:.3f}",
+                "field px": _number(facts.get("receptive_field_px")),
+                EFFECTIVE: _number(facts.get("effective_receptive_field_px")),
+                "whole image from": whole.place if whole is not None else "",
+                "images/s here": f"{speed:,.1f}",
+            },
         )
     console.print(table)
 

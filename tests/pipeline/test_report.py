@@ -58,16 +58,32 @@ def test_a_network_that_cannot_be_checked_is_reported_all_the_same(report: Repor
     assert "warning: not checked: gradient unknown: " in said
 
 
+def test_networks_of_others_are_reported(report: Report, tmp_path: Path) -> None:
+    report("net=torchvision.models.squeezenet1_1", "data.image_size=64", "layers=none")
+    report("net=timm.models.resnet10t", "trust=true", "effective_images=0", "layers=none")
+    found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("reports/*/report.json"))]
+    assert [(one["name"], one["image"], round(one["params_millions"] * 1e6)) for one in found] == [
+        ("resnet10t", [3, 176, 176], 5_435_488),
+        ("squeezenet1_1", [3, 64, 64], 1_235_496),
+    ]
+    assert found[1]["effective_measured_with"] == "fresh weights, over 4 crops of china.jpg, flower.jpg"
+
+
 def test_networks_are_put_side_by_side(run_verb: Run, tmp_path: Path) -> None:
-    words = ("models=[lenet,resnet.resnet34]", "effective_images=1", "batch_size=2", "data.image_size=32")
+    words = (
+        "models=[lenet,resnet.resnet34,torchvision.models.squeezenet1_1]",
+        "effective_images=1",
+        "batch_size=2",
+        "data.image_size=32",
+    )
     answer = run_verb("report", *words, COLUMNS="160")
     assert answer.returncode == 0, answer.stderr
     lines = {line.split()[1]: line for line in answer.stdout.splitlines() if line.startswith("│")}
-    assert lines.keys() == {"lenet5", "resnet34"}
+    assert lines.keys() == {"lenet5", "resnet34", "squeezenet1_1"}
     assert "0.06" in lines["lenet5"]
     assert "21.79" in lines["resnet34"]  # a smaller stem
     table = pq.read_table(tmp_path / "reports" / "comparison" / "comparison.parquet").to_pylist()
-    assert [row["network"] for row in table] == ["lenet5", "resnet34"]
+    assert [row["network"] for row in table] == ["lenet5", "resnet34", "squeezenet1_1"]
     assert all(row["images_per_second"] > 0 for row in table)
     page = (tmp_path / "reports" / "comparison" / "comparison.html").read_text(encoding="utf-8")
     assert "lenet5" in page
@@ -85,10 +101,13 @@ def test_weights_are_looked_at(report: Report, tmp_path: Path) -> None:
     ("words", "said"),
     [
         ((), "no model: add +model=NAME, one of alexnet"),
-        (("models=[]",), "a report is of one of these: +model=NAME, run=FOLDER, models=[NAME,...]"),
-        (("models=[lenet]", "run=runs/mine"), "a report is of one of these: +model=NAME, run=FOLDER"),
+        (("models=[]",), "a report is of one of these: +model=NAME, net=FUNCTION, run=FOLDER, models="),
+        (("models=[lenet]", "run=runs/mine"), "a report is of one of these: +model=NAME, net=FUNCTION"),
         (("models=[lenet]", "check=true"), "check=true is for the report of one network"),
         (("run=nowhere",), "run=nowhere: there is no run, which would have a config.yaml"),
+        (("net=timm.models.resnet10t",), "model._target_=timm.models.resnet10t is outside models., data., pipeline., "),
+        (("net=torchvision.models.vgg11",), "this network is for images of no size in particular: add data.image_size"),
+        (("net=os.getcwd", "trust=true"), "os.getcwd builds no network"),
         (("+model=lenet", "out=broken.jpg/here"), "out=broken.jpg/here is no folder to write to: Not a directory"),
         (("+model=lenet", "photographs=broken.jpg"), "photographs: broken.jpg cannot be read: cannot identify"),
         (("+model=lenet", "photographs=nowhere"), "photographs=nowhere: there is no image"),
