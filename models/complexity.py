@@ -1,7 +1,8 @@
 """What a network costs: parameters, multiply-adds, and the memory that training it takes.
 
 Multiply-adds are those of convolutions, linear layers and the products of attention, as torch's own flop counter has
-them, two flops each; norms, activations, poolings and biases are not counted. They are not time. Memory is counted in
+them, two flops each; norms, activations, poolings and biases are not counted, nor what weights alone
+are made into. They are not time. Memory is counted in
 bytes of tensors, without the workspace of kernels and what an allocator rounds up.
 """
 
@@ -105,7 +106,7 @@ def kept_for_backward(net: nn.Module, shape: tuple[int, int, int, int], *, preci
         kept[memory_of(tensor)] = tensor.untyped_storage()
         return tensor
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         own = stand_ins(net, lambda tensor: _hollow(tensor, stored))
         images = torch.empty(shape, dtype=stored)
         try:

@@ -116,7 +116,7 @@ def warnings_about(field: EffectiveField, inspection: Inspection) -> list[str]:
     """A sentence for each reason to fear that the network sees too little of its images; `inspection` is of the same.
 
     Either the receptive field is smaller than the image, or the square of 0.9 of the energy is less than a third of it.
-    The third is a rule of thumb, and of a fresh network's square the least: training widens it (Luo et al., section 3).
+    The third is a rule of thumb, and says little of a fresh network, whose square training widens (Luo et al., section 3).
     """
     _, height, width = inspection.image
     image = f"the image of {height} x {width} px"
@@ -134,7 +134,7 @@ def warnings_about(field: EffectiveField, inspection: Inspection) -> list[str]:
     if side < SMALL * min(height, width):
         said.append(
             f"{MOST:.0%} of what moves {field.layer or ITSELF} lies in {side} x {side} px of {image}: "
-            "pixels farther out hardly count, until training widens the effective receptive field"
+            "pixels farther out hardly count"
         )
     return said
 

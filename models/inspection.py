@@ -45,6 +45,7 @@ class Seen(NamedTuple):
 
     `size`, `jump` and `offset`, the first pixel that the first unit sees, are those of paths made of windows, None
     where there are none; negative pixels lie in the padding. `whole` says that another path sees all of the image.
+    Behind upsampling and uneven pooling units see unlike windows: `size` is the widest, `jump` the average.
     """
 
     size: int | None = None
@@ -159,7 +160,8 @@ def inspect(net: nn.Module, image: tuple[int, int, int]) -> Inspection:
 
     Raises: Untraceable for a network that does not run so, or not on such images; ValueError for what is no image.
     """
-    if len(image) != 3 or not all(isinstance(side, int) and side > 0 for side in image):
+    sides = [*image] if isinstance(image, Sequence) else []
+    if len(sides) != 3 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"{image} is no image: give (C, H, W), three whole numbers above 0")
     traced = trace(net, (BATCH, *image))
     sights, unknown = known_fields(traced)

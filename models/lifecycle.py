@@ -111,6 +111,6 @@ def _footnote(layer: Layer, image: tuple[int, int, int]) -> str | None:
         return None
     shape = "x".join(map(str, sketched.shape))
     return (
-        f"The sketch that this table follows has {shape} and {sketched.field}x{sketched.field} px after {layer.stage}: "
+        f"The usual sketch of a CNN has {shape} and {sketched.field}x{sketched.field} px after {layer.stage}: "
         f"{sketched.why}."
     )

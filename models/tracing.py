@@ -138,7 +138,14 @@ RAISED = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
 def why(net: nn.Module, error: Exception, *, shape: tuple[int, ...]) -> str:
     """That a network does not run on shapes alone, and the first line of the reason."""
     reason = str(error).partition("\n")[0]
-    return f"{type(net).__name__} does not run on shapes (N, C, H, W) = {shape}: {reason}"
+    hint = " (make constants buffers, or of x.device)" if "expected device meta" in reason else ""
+    return f"{type(net).__name__} does not run on shapes (N, C, H, W) = {shape}: {reason}{hint}"
+
+
+def dtype_of(net: nn.Module) -> torch.dtype:
+    """The type of the images that a network takes: that of its first parameter, float32 where there is none."""
+    first = next((parameter.dtype for parameter in net.parameters() if parameter.is_floating_point()), None)
+    return first or torch.float32
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -168,16 +175,17 @@ def trace(net: nn.Module, shape: tuple[int, int, int, int], *, until: str | None
 
     Raises: Untraceable for a network that needs numbers, or does not take this shape.
     """
-    images, recorder = torch.empty(shape, device="meta"), _Recorder()
-    outputs = None
-    try:
-        hollow = stand_ins(net, lambda tensor: torch.empty_like(tensor, device="meta"))
-        with in_evaluation(net), _watching(net, recorder, until=until), torch.no_grad(), recorder:
-            outputs = torch.func.functional_call(net, hollow, images, tie_weights=False)
-    except _ReachedError:
-        pass
-    except RAISED as error:
-        raise Untraceable(why(net, error, shape=shape)) from error
+    recorder, outputs = _Recorder(), None
+    with torch.inference_mode(False), torch.no_grad():  # inference mode hides what whole layers are made of
+        images = torch.empty(shape, device="meta", dtype=dtype_of(net))
+        try:
+            hollow = stand_ins(net, lambda tensor: torch.empty_like(tensor, device="meta"))
+            with in_evaluation(net), _watching(net, recorder, until=until), recorder:
+                outputs = torch.func.functional_call(net, hollow, images, tie_weights=False)
+        except _ReachedError:
+            pass
+        except RAISED as error:
+            raise Untraceable(why(net, error, shape=shape)) from error
     parameters = {name: hollow[name] for name, _ in net.named_parameters()}
     return Trace(images, parameters, recorder.operations, outputs if isinstance(outputs, Tensor) else None)
 

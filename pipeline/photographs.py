@@ -28,12 +28,14 @@ class Photographs(NamedTuple):
 
 
 def photographs(source: Path | None, count: int, *, size: tuple[int, int], seed: int = 0) -> Photographs:
-    """Random crops of an image, or of a folder's in turn, scaled to H x W pixels.
+    """Random crops of an image, or of some of a folder's in turn, scaled to H x W pixels.
 
     Raises: FileNotFoundError when there are none; ValueError for one that cannot be read.
     """
-    files = _files(source)[:count]
     generator = np.random.default_rng(seed)
+    files = _files(source)
+    if len(files) > count:  # of a folder of classes not the first alone
+        files = [files[place] for place in sorted(generator.permutation(len(files))[:count])]
     images = [_read(file) for file in files]
     crops = [_crop(images[number % len(images)], size, generator=generator) for number in range(count)]
     names = ", ".join(file.name for file in files) if len(files) <= NAMED else f"{len(files)} images in {source}"

@@ -32,8 +32,9 @@ def check_values(config: DictConfig) -> None:
     if config.layers not in LAYERS:
         raise ConfigError(f"layers={config.layers} is not one of {', '.join(LAYERS)}")
     for name, least in {"batch_size": 1, "effective_images": 0}.items():
-        if config[name] < least:
-            raise ConfigError(f"{name}={config[name]} must be at least {least}")
+        value = least if config[name] is None else config[name]
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value} must be a whole number, at least {least}")
     asked = {
         "+model=NAME": "model" in config,
         "net=FUNCTION": config.net is not None,
@@ -57,7 +58,7 @@ def report_one(config: DictConfig) -> None:
 
     config = completed(config)
     subject = subject_of(config)
-    out = reporting.made(folder_for(config, f"{subject.name}-{subject.image[-1]}"))
+    out = reporting.check_folder(folder_for(config, f"{subject.name}-{subject.image[-1]}"))
     shown = photographs_for(config, subject.image)
     report = find_out(config, subject, shown=shown)
     files = reporting.write(report, out, photograph=None if shown is None else shown.pixels[0])
@@ -79,14 +80,14 @@ def compare(config: DictConfig) -> None:
     typed = [word for word in HydraConfig.get().overrides.task if not word.startswith("models=")]
     configs = [config_of(str(name), typed) for name in config.models]
     subjects = [subject_of(one) for one in configs]
-    out = reporting.made(folder_for(config, "comparison"))
+    out = reporting.check_folder(folder_for(config, "comparison"))
     reports = [
         find_out(one, subject, shown=photographs_for(one, subject.image))
         for one, subject in zip(configs, subjects, strict=True)
     ]
     with working(f"images/s of {len(reports)} networks"):
         sizes = [report.inspection.image for report in reports]
-        speeds = images_per_second([with_weights(one) for one in configs], sizes, batch_size=int(config.batch_size))
+        speeds = images_per_second([with_weights(one) for one in configs], sizes, batch_size=configs[0].batch_size)
     files = reporting.write_comparison(reports, out, images_per_second=speeds)
     console = table_console()
     print_comparison(console, reports, images_per_second=speeds)

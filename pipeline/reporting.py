@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 import pyarrow as pa
@@ -58,7 +58,8 @@ def report_on(net: nn.Module, name: str, *, image: tuple[int, int, int], trainin
 def with_check(report: Report, net: nn.Module) -> Report:
     """The same with its receptive fields compared with the extents of gradients, or a warning why they are not."""
     if report.inspection.last_window is None:
-        return report
+        why = report.inspection.unknown or "no unit is reached through windows alone"
+        return replace(report, warnings=[*report.warnings, f"not checked: {why}"])
     try:
         return replace(report, comparisons=check(net, (BATCH, *report.inspection.image)))
     except UnknownReceptiveField as error:
@@ -69,28 +70,29 @@ def with_effective_field(report: Report, net: nn.Module, *, shown: Photographs, 
     """The same with its effective field over photographs of the size of its images.
 
     `weights` says in words what the network was given, None that it is fresh: then its norms have the statistics of the
-    photographs, and its blocks are open, meanwhile. One without units that windows reach is reported as it was.
-    Raises: ValueError for a network whose field cannot be measured.
+    photographs, and its blocks are open, meanwhile. One without units that windows reach is reported as it was, and one
+    whose field cannot be measured with a warning why.
     """
     if report.inspection.last_window is None:
         return report
     images = as_images(shown.pixels, channels=report.inspection.image[0])
     at_once = max(1, AT_ONCE // max(1, report.memory.activations // report.batch_size))
-    with calibrated(net, images) if weights is None else nullcontext():
-        field = effective_field(net, images, images_at_once=at_once)
+    try:
+        with calibrated(net, images) if weights is None else nullcontext():
+            field = effective_field(net, images, images_at_once=at_once)
+    except ValueError as error:
+        return replace(report, warnings=[*report.warnings, f"effective field not measured: {error}"])
     warnings = [*report.warnings, *warnings_about(field, report.inspection)]
     measured = f"{weights or 'fresh weights'}, over {shown.said}"
     return replace(report, effective=field, measured=measured, warnings=warnings)
 
 
-def made(folder: Path) -> Path:
-    """The folder, made where it is not there yet. Raises: ValueError where it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise ValueError(f"out={folder} is no folder to write to: {error.strerror}") from error
+def check_folder(folder: Path) -> Path:
+    """The folder, which need not be there yet. Raises: ValueError where it could not be written to."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"out={folder} is no folder to write to: see {there}")
+    return folder
 
 
 def write(report: Report, folder: Path, *, photograph: NDArray[np.uint8] | None = None) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from models.weights import load_weights
-from pipeline.config import CONF, check_targets, compose, nearest
+from pipeline.config import CONF, check_targets, compose, flatten, nearest
+from pipeline.journal import FINGERPRINT
 
 OF_A_RUN = ("model", "classifier", "recipe", "seed")  # what a report takes of the config that a run keeps
 
@@ -25,41 +28,44 @@ class Subject(NamedTuple):
 
 
 def completed(config: DictConfig) -> DictConfig:
-    """The config of a report with its model, where it names a run or a function instead.
+    """The config of a report with its model, where it names a run or a function instead, and what is left to it.
 
     Raises: FileNotFoundError for a run that is not there; ConfigError for a function from outside.
     """
-    if config.run is not None:
-        return of_run(config)
-    if config.net is None:
-        return config
     config = config.copy()
-    with open_dict(config):
-        config.update({"model": {"_target_": config.net}, "classifier": None})
+    if config.run is not None:
+        config = of_run(config)
+    elif config.net is not None:
+        with open_dict(config):
+            config.update({"model": {"_target_": config.net}, "classifier": None})
+    config.batch_size = config.batch_size or 32
+    config.precision = config.precision or "32-true"
     check_targets(config)
     return config
 
 
 def of_run(config: DictConfig) -> DictConfig:
-    """The config of a report with the network of a run, the size of its images, and its best weights.
+    """The config of a report with the network of a run, the size of its images and batches, and its best weights.
 
     Raises: FileNotFoundError for a folder that is no run's, or has no checkpoint yet; ConfigError.
     """
     folder = Path(str(config.run))
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"run={folder}: there is no run, which would have a config.yaml")
+    for name in ("config.yaml", FINGERPRINT):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"run={folder}: there is no run, which would have a {name}")
     begun = OmegaConf.load(folder / "config.yaml")
     assert isinstance(begun, DictConfig)
     checkpoints = [folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
     written = [path for path in checkpoints if path.is_file()]
     if config.weights.file is None and not written:
         raise FileNotFoundError(f"run={folder}: there is no checkpoint yet: weights=FILE takes other weights")
-    config = config.copy()
+    computed = json.loads((folder / FINGERPRINT).read_text())
     with open_dict(config):
         config.update({key: begun[key] for key in OF_A_RUN})
     config.data.image_size = config.data.image_size or begun.data.image_size
+    config.batch_size = config.batch_size or begun.data.batch_size
+    config.precision = config.precision or computed["precision"]
     config.weights.file = config.weights.file or str(written[0])
-    check_targets(config)
     return config
 
 
@@ -75,7 +81,8 @@ def config_of(name: str, typed: list[str]) -> DictConfig:
     known = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
     if architecture not in known:
         raise ValueError(f"models: {name} is not one of {', '.join(known)}{nearest(architecture, known)}")
-    return compose("report", [f"+model={architecture}", *([f"model.variant={variant}"] if variant else []), *typed])
+    chosen = [f"+model={architecture}", *([f"model.variant={variant}"] if variant else [])]
+    return completed(compose("report", [*chosen, *typed]))
 
 
 def subject_of(config: DictConfig) -> Subject:
@@ -111,13 +118,12 @@ def with_weights(config: DictConfig) -> nn.Module:
 
 
 def folder_for(config: DictConfig, name: str) -> Path:
-    """Where what is written goes: reports of other networks, sizes and files of weights lie apart."""
+    """Where what is written goes; unless that is told, eight digits stand for all values that change what it says."""
     if config.out is not None:
         return Path(str(config.out))
-    if config.run is not None:
-        return Path(str(config.run), "report")
-    file = config.weights.file
-    return Path("reports", name if file is None else f"{name}-{Path(str(file)).stem}")
+    meant = {key: value for key, value in flatten(config).items() if key not in ("out", "layers", "trust")}
+    digest = hashlib.sha256(json.dumps(meant, sort_keys=True, default=str).encode()).hexdigest()
+    return Path("" if config.run is None else str(config.run), "reports", f"{name}-{digest[:8]}")
 
 
 def _built(config: DictConfig) -> nn.Module:

@@ -51,7 +51,7 @@ def lifecycle(report: Report) -> str:
             notes.append(f'<li id="note{number}">{escape(_times(moment.footnote))} {back}</li>')
             mark = f'<sup id="mark{number}"><a href="#note{number}" aria-label="note {number}">{number}</a></sup>'
         rows.append([escape(moment.stage) + mark, shape(moment.shape), escape(moment.meaning), seen(moment.field)])
-    names = ["stage", "shape", "what it stands for", "one unit sees"]
+    names = ["stage", "shape", "what it tends to stand for", "one unit sees"]
     below = f'<ol class="notes">{"".join(notes)}</ol>' if notes else ""
     return table(rows, names, caption="The end of every stage, for one image", style="texts4 wrap") + below
 
@@ -90,7 +90,11 @@ def squares(report: Report) -> str:
         line = _sample('stroke="#ff9d4a" stroke-width="4"')
         rows.append([f"{line}receptive field", f"{pixels(window)} px", f"{max(window) / side:.0%}", ""])
     names = ["energy inside", "side", "of the image’s side", "of its pixels"]
-    return table(rows, names, caption="The smallest squares around the middle, cut at the borders of the image")
+    return table(
+        rows,
+        names,
+        caption="The smallest squares around the middle of the field; of one near a border, only what is inside counts",
+    )
 
 
 def check(comparisons: Sequence[Comparison]) -> str:

@@ -81,7 +81,7 @@ def facts_of(report: Report) -> dict[str, str]:
     facts = {
         "model": f"{report.name} for images of {channels}x{height}x{width}",
         "parameters": f"{found.parameters:,}{frozen}",
-        "multiply-adds": f"{found.macs / 1e9:.3f} G an image",
+        "multiply-adds": f"{short(found.macs)} an image",
     }
     if found.unknown is not None:
         facts["fields"] = found.unknown
@@ -120,6 +120,7 @@ def checked(comparisons: Sequence[Comparison]) -> str:
     rest = f", {sum(one.agrees for one in comparisons) - sum(one.agrees for one in inside)} of {cut} hold it, cut"
     return (
         f"{sum(one.agrees for one in inside)} of {len(inside)} fields equal the extent of their gradient"
+        f", at the end of each resolution along rows and columns"
         f"{rest + ' by the border of the image' if cut else ''}"
     )
 
@@ -135,7 +136,9 @@ def separable_saving(report: Report) -> str:
 
 def lifecycle_table(report: Report) -> Table:
     """From pixels to scores."""
-    table = Table("stage", "shape", "what it stands for", "a unit sees", title="lifecycle", title_justify="left")
+    table = Table(
+        "stage", "shape", "what it tends to stand for", "a unit sees", title="lifecycle", title_justify="left"
+    )
     number = 0
     for moment in report.moments:
         number += bool(moment.footnote)

@@ -152,10 +152,19 @@ def test_what_sees_one_axis_whole_is_told_axis_by_axis() -> None:
     ]
 
 
-@pytest.mark.parametrize("image", [(3, 32), (3, 32.0, 32), (3, 0, 32)])
+@pytest.mark.parametrize("image", [32, (3, 32), (3, 32.0, 32), (3, 0, 32)])
 def test_what_is_no_image_is_refused(image: tuple) -> None:
     with pytest.raises(ValueError, match=r"is no image: give \(C, H, W\), three whole numbers above 0"):
         inspect(nn.Conv2d(3, 4, 3), image)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_any_type_are_seen_in_inference_too(dtype: torch.dtype) -> None:
+    row = next(row for row in PUBLISHED if row.variant == "alexnet")  # whose biases are of the type of the kernels
+    with torch.inference_mode():
+        net = build(row.architecture, row.variant).to(dtype)
+        inspection = inspect(net, (3, 224, 224))
+    assert (inspection.unknown, inspection.macs) == (None, inspect(on_meta(row), (3, 224, 224)).macs)
 
 
 def test_networks_without_their_weights_and_with_a_single_number_are_answered() -> None:

@@ -29,7 +29,7 @@ def test_resnet18_ends_where_its_paper_says_and_footnotes_say_where_the_sketch_d
     ]
     assert [stage for stage, moment in told.items() if moment.footnote] == ["stem", "stage2", "stage3", "stage4"]
     for stage, sketched in {"stage2": "128x56x56 and 35x35", "stage3": "256x28x28 and 91x91"}.items():
-        assert f"The sketch that this table follows has {sketched} px after {stage}" in (told[stage].footnote or "")
+        assert f"The usual sketch of a CNN has {sketched} px after {stage}" in (told[stage].footnote or "")
 
 
 def test_the_sketch_is_made_of_what_its_footnotes_say() -> None:

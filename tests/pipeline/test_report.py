@@ -30,7 +30,8 @@ def test_a_report_prints_and_writes_the_true_numbers(run_verb: Run, tmp_path: Pa
         "head.pool",
     ):
         assert text in answer.stdout
-    folder = tmp_path / "reports" / "resnet18-224"
+    (folder,) = (tmp_path / "reports").iterdir()
+    assert folder.name.startswith("resnet18-224-")
     table = json.loads((folder / "layers.json").read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert len(rows) == 69
@@ -82,10 +83,11 @@ def test_networks_are_put_side_by_side(run_verb: Run, tmp_path: Path) -> None:
     assert lines.keys() == {"lenet5", "resnet34", "squeezenet1_1"}
     assert "0.06" in lines["lenet5"]
     assert "21.79" in lines["resnet34"]  # a smaller stem
-    table = pq.read_table(tmp_path / "reports" / "comparison" / "comparison.parquet").to_pylist()
+    (folder,) = (tmp_path / "reports").glob("comparison-*")
+    table = pq.read_table(folder / "comparison.parquet").to_pylist()
     assert [row["network"] for row in table] == ["lenet5", "resnet34", "squeezenet1_1"]
     assert all(row["images_per_second"] > 0 for row in table)
-    page = (tmp_path / "reports" / "comparison" / "comparison.html").read_text(encoding="utf-8")
+    page = (folder / "comparison.html").read_text(encoding="utf-8")
     assert "lenet5" in page
     assert "resnet34" in page
 
@@ -94,7 +96,9 @@ def test_weights_are_looked_at(report: Report, tmp_path: Path) -> None:
     torch.save(build("lenet", "lenet5", image_size=32).state_dict(), tmp_path / "mine.pt")
     said = report("+model=lenet", "weights=mine.pt", "layers=none", "effective_images=2")
     assert "measured       with weights of mine.pt, over 2 crops of china.jpg, flower.jpg" in said
-    assert (tmp_path / "reports" / "lenet5-32-mine" / "report.html").is_file()
+    report("+model=lenet", "weights=mine.pt", "layers=none", "effective_images=2", "precision=64-true")
+    report("+model=lenet", "weights=mine.pt", "layers=all", "effective_images=2", "precision=64-true")
+    assert len(list((tmp_path / "reports").glob("lenet5-32-*/report.html"))) == 2  # what differs lies apart
 
 
 @pytest.mark.parametrize(
@@ -108,13 +112,13 @@ def test_weights_are_looked_at(report: Report, tmp_path: Path) -> None:
         (("net=timm.models.resnet10t",), "model._target_=timm.models.resnet10t is outside models., data., pipeline., "),
         (("net=torchvision.models.vgg11",), "this network is for images of no size in particular: add data.image_size"),
         (("net=os.getcwd", "trust=true"), "os.getcwd builds no network"),
-        (("+model=lenet", "out=broken.jpg/here"), "out=broken.jpg/here is no folder to write to: Not a directory"),
+        (("+model=lenet", "out=broken.jpg/here"), "out=broken.jpg/here is no folder to write to: see "),
         (("+model=lenet", "photographs=broken.jpg"), "photographs: broken.jpg cannot be read: cannot identify"),
         (("+model=lenet", "photographs=nowhere"), "photographs=nowhere: there is no image"),
         (("+model=lenet", "data=digits"), "report has no data to choose, train has"),
         (("+model=resnet", "layers=every"), "layers=every is not one of some, all, none"),
-        (("+model=resnet", "batch_size=0"), "batch_size=0 must be at least 1"),
-        (("+model=resnet", "effective_images=-1"), "effective_images=-1 must be at least 0"),
+        (("+model=resnet", "batch_size=0"), "batch_size=0 must be a whole number, at least 1"),
+        (("+model=resnet", "effective_images=-1"), "effective_images=-1 must be a whole number, at least 0"),
         (("+model=resnet", "precision=8"), "precision=8 is not one of 32-true, bf16-mixed"),
         (("+model=lenet", "data.image_size=40"), "image_size=40: LeNet-5 takes images of 28 or 32 pixels"),
         (("+model=lenet", "efective_images=1"), "there is no efective_images: did you mean effective_images?"),

@@ -29,16 +29,18 @@ def assert_reported(client: MlflowClient, run: MlflowRun) -> None:
 def assert_reports_agree(report: Report, folder: Path) -> None:
     """A report of its own has the first weights of the training, and one of the run those that came of it."""
     begun = json.loads((folder / "receptive_field" / "report.json").read_text())
-    same = ("+model=resnet", "+model.num_classes=10", "data.image_size=16", "out=fresh")
-    for words, out in ((same, Path("fresh")), ([f"run=runs/{folder.name}"], Path("runs", folder.name, "report"))):
+    fresh = ("+model=resnet", "+model.num_classes=10", "data.image_size=16", "out=fresh")
+    for words, out in ((fresh, "fresh"), ([f"run=runs/{folder.name}"], f"runs/{folder.name}/reports/resnet18-16-*")):
         report(*words, "layers=none")
-        found = json.loads((folder.parent.parent / out / "report.json").read_text())
+        (written,) = folder.parent.parent.glob(f"{out}/report.json")
+        found = json.loads(written.read_text())
         assert (found["name"], found["image"]) == ("resnet18", [3, 16, 16])
         assert found["params_millions"] == begun["params_millions"]
         measured, equal = found["effective_measured_with"], found["effective_sides_px"] == begun["effective_sides_px"]
-        weights = "fresh weights" if out == Path("fresh") else f"weights of runs/{folder.name}/checkpoints/best.ckpt"
+        weights = "fresh weights" if out == "fresh" else f"weights of runs/{folder.name}/checkpoints/best.ckpt"
         assert measured == f"{weights}, over 4 crops of china.jpg, flower.jpg"
-        assert equal == (out == Path("fresh"))
+        assert equal == (out == "fresh")
+    assert found["memory_bytes"] == begun["memory_bytes"]
 
 
 def test_a_network_that_looks_at_numbers_is_trained_without_a_report(train: Train, with_digits: Path) -> None:
