@@ -12,9 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from models.layers import batch_norms
 from models.tracing import in_evaluation
 
-NEARLY_SHUT = 0.1  # a scale at which layer scales begin at most
-LAYER_SCALES = ("layer_scale", "gamma", "gamma1", "gamma2")  # by torchvision, timm and Facebook's ConvNeXt
-NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+NEARLY_SHUT = 0.1  # a scale at which blocks that are shut begin at most
 
 
 @contextmanager
@@ -28,7 +26,7 @@ def calibrated(net: nn.Module, images: Tensor) -> Iterator[None]:
 
     Blocks that begin as the identity are opened, their last scale 1: shut, they would show the field of the shortcuts.
     They end in a norm that begins at 0 (Goyal et al. 2017, section 5.1) or in a layer scale that begins near it
-    (Touvron et al. 2021, "Going deeper with image transformers", section 2.2), known by its name.
+    (Touvron et al. 2021, "Going deeper with image transformers", section 2.2): one number for all channels.
     """
     norms = batch_norms(net)
     statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
@@ -47,14 +45,22 @@ def calibrated(net: nn.Module, images: Tensor) -> Iterator[None]:
                 tensor.copy_(numbers)
 
 
+def is_fresh(net: nn.Module) -> bool:
+    """Whether no batch norm has seen an image yet; a network without such norms is taken for fresh."""
+    pairs = ((norm.running_mean, norm.running_var) for norm in batch_norms(net))
+    return not any(
+        mean is not None and variance is not None and bool(mean.any() or (variance != 1).any())
+        for mean, variance in pairs
+    )
+
+
 def _shut_scales(net: nn.Module) -> Iterator[nn.Parameter]:
     """The scales of channels behind which nothing, or next to nothing, of a fresh block comes out."""
     for name, parameter in net.named_parameters():
-        last = name.rpartition(".")[2]
-        if parameter.ndim and parameter.numel() and parameter.detach().abs().max() <= NEARLY_SHUT:
-            norm = isinstance(net.get_submodule(name.rpartition(".")[0]), NORMS) and last == "weight"
-            if norm or last in LAYER_SCALES:
-                yield parameter
+        numbers = parameter.detach().flatten()
+        along_one = sum(size > 1 for size in parameter.shape) <= 1 and "bias" not in name.rpartition(".")[2]
+        if along_one and len(numbers) and bool(numbers[0].abs() <= NEARLY_SHUT) and bool((numbers == numbers[0]).all()):
+            yield parameter
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ def warnings_about(field: EffectiveField, inspection: Inspection) -> list[str]:
     """A sentence for each reason to fear that the network sees too little of its images; `inspection` is of the same.
 
     Either the receptive field is smaller than the image, or the square of 0.9 of the energy is less than a third of it.
-    The third is a rule of thumb, and says little of a fresh network, whose square training widens (Luo et al., section 3).
+    The third is a rule of thumb, and says little of a fresh network: training widens its square (section 3).
     """
     _, height, width = inspection.image
     image = f"the image of {height} x {width} px"

@@ -196,7 +196,7 @@ def _work(net: nn.Module, traced: Trace, *, sights: Sequence[Sight | None]) -> I
     for _, call in calls:
         operations = dict(call)
         parameters += sum(unused.pop(id(tensor), 0) for one in operations.values() for tensor in one.inputs)
-        working = {place: operation for place, operation in operations.items() if place in fed}
+        working = {place: operation for place, operation in operations.items() if place in fed and operation.outputs}
         last = max(working, default=None)
         if last is None or (working[last].layer not in leaves and working[last].name in LAYOUT):
             continue

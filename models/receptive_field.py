@@ -29,7 +29,10 @@ def receptive_fields(trace: Trace) -> list[Sight | None]:
 
 
 def known_fields(trace: Trace) -> tuple[list[Sight | None], str | None]:
-    """The same as far as fields are known, None behind that; and the first operation without one, with the reason."""
+    """What each operation sees where that is known, and the first operation of which it is not, with the reason.
+
+    None stands for what does not depend on the images, and for all behind an unknown operation; other branches go on.
+    """
     seeing, unknown = _Seeing(trace.images), None
     found: list[Sight | None] = []
     for operation in trace.operations:
@@ -54,6 +57,7 @@ class _Seeing:
         self._sights: dict[int, Sight | None] = {id(images): images_of(images.shape)}
         self._sharing: dict[int, set[int]] = {}  # tensors by the memory that they share
         self._stale: set[int] = set()
+        self._lost: set[int] = set()  # memory into which something unknown was written
         self._frames: dict[int, tuple[Tensor, dict[int, int]]] = {}  # of constants: a part's whole, where it begins
 
     def see(self, tensor: Tensor) -> Sight | None:
@@ -63,15 +67,16 @@ class _Seeing:
         return self._sights.get(id(tensor))
 
     def lost(self, tensor: Tensor) -> bool:
-        """Whether what a tensor sees was known once, or never."""
+        """Whether a tensor was overwritten under another shape, or lies behind an operation that is not known."""
         return id(tensor) in self._stale
 
     def lose(self, operation: Operation) -> None:
         """Remember that nothing is known of the outputs of an operation, nor of what it wrote into."""
-        for output in operation.outputs:
+        for output in operation.outputs or operation.tensors:
             self._stale.add(id(output))
             if operation.in_place:
                 self._stale |= self._sharing.get(memory_of(output), set())
+                self._lost.add(memory_of(output))
 
     def note(self, operation: Operation, sights: Sequence[Sight | None]) -> None:
         """Remember what the outputs of an operation see."""
@@ -103,6 +108,7 @@ class _Seeing:
         whole, starts = self._frames[id(operation.tensor(0))]
         for dim, start in starts.items():
             sight = sight.along(dim, steps(-start), count=whole.shape[dim])
-        if self._sights.get(id(whole)) is None:  # else something has been written into it before
+        # Else something has been written into it before.
+        if self._sights.get(id(whole)) is None and memory_of(whole) not in self._lost:
             self._sights[id(whole)] = sight
             self._stale.discard(id(whole))

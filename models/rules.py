@@ -26,6 +26,8 @@ def outputs_of(operation: Operation, see: See) -> list[Sight | None]:
     """
     if not _all_seen(operation.inputs, see):
         return [None] * len(operation.outputs)
+    if not operation.outputs:
+        raise UnknownReceptiveField("it puts nothing out, but writes into what it is given")
     rule = RULES.get(operation.name, _pointwise if operation.pointwise else _nowhere)
     sights = rule(operation, see)
     if isinstance(sights, Sight):  # indices beside it see the same

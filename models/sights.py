@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from models.fields import Field, Reading, distance, union
+from models.fields import Field, Interval, Reading, distance, hull, union
 
 ROWS, COLUMNS = 0, 1
 AXES = (ROWS, COLUMNS)
@@ -49,17 +49,27 @@ class Axis:
     count: int
     whole: bool = False
     spread: Fraction = Fraction(0)
+    cut: tuple[int, int] = (0, 0)  # pixels at both ends that slices and strides have left out
 
     def through(self, reading: Reading, count: int) -> Axis:
         """Behind an operation that reads this axis so, and leaves `count` positions."""
-        return replace(self, field=self.field and self.field.through(reading), count=count)
+        return replace(
+            self, field=self.field and self.field.through(reading), count=count, cut=self._cut(reading, count)
+        )
 
     def reads_all(self) -> bool:
         """Whether all positions together read the image, but for less than a jump that strides leave over."""
-        read = self.field.over(self.count) if self.field else (0, self.image - 1)
-        assert read is not None
         spare = self.field.jump if self.field else 1
-        return read[0] < spare and read[1] >= self.image - spare
+        return max(self.cut) < spare
+
+    def _cut(self, reading: Reading, count: int) -> tuple[int, int]:
+        """What is left out behind an operation: padding brings nothing back."""
+        read = _read_of(self.count, reading, outputs=count)
+        if self.field is None or read == (0, self.count - 1):
+            return self.cut
+        pixels = hull(self.field.at(place) for place in read) if read is not None else None
+        first, last = pixels or (self.image, -1)
+        return (max(self.cut[0], first), max(self.cut[1], self.image - 1 - last))
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,20 @@ class Sight:
         return {part.axis for dim in self.dims for part in dim if part.axis is not None and part.size > 1}
 
 
+def _read_of(count: int, reading: Reading, *, outputs: int) -> Interval | None:
+    """The first and last of `count` positions that so many outputs read, None for none; what is beside is padding."""
+    first, last = count, -1
+    for output in range(outputs):
+        first = min([first, *(tap for tap in reading.taps(output) if 0 <= tap < count)])
+        if first == 0:
+            break
+    for output in reversed(range(outputs)):
+        last = max([last, *(tap for tap in reading.taps(output) if 0 <= tap < count)])
+        if last == count - 1:
+            break
+    return (first, last) if first <= last else None
+
+
 def images_of(shape: Sequence[int]) -> Sight:
     """What a batch of images sees of itself. Shapes: (N, C, H, W)."""
     num_images, channels, height, width = shape
@@ -217,11 +241,12 @@ def _joined(one: Axis, other: Axis) -> Axis:
     spread = max(one.spread, other.spread)
     if one.field is None or other.field is None:
         return replace(one, field=one.field or other.field, count=max(one.count, other.count), spread=spread)
+    cut = (min(one.cut[0], other.cut[0]), min(one.cut[1], other.cut[1]))
     try:
         field = union(one.field, other.field)
     except ValueError as error:
         raise UnknownReceptiveField(str(error)) from error
-    return replace(one, field=field, spread=max(spread, distance(one.field, other.field)))
+    return replace(one, field=field, spread=max(spread, distance(one.field, other.field)), cut=cut)
 
 
 def _take(parts: deque[Part], size: int) -> list[Part]:

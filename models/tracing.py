@@ -26,7 +26,7 @@ POINTWISE = {
 
 # Of the shape of another tensor, but not of its numbers.
 CONSTANT = {f"{kind}_like" for kind in ("zeros", "ones", "full", "empty")}
-CONSTANT |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty")} | {"zero", "fill"}
+CONSTANT |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty")} | {"zero"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,8 @@ class Operation:
         """The tensors whose numbers it reads."""
         if self.name in CONSTANT:
             return []
+        if self.name == "fill":  # by a number, or by a tensor of one
+            return self.tensors[1:]
         return self.tensors[1:] if self.name == "copy" else self.tensors
 
     @property
@@ -132,7 +134,7 @@ class Untraceable(ValueError):
 
 
 # By what somebody's forward does on shapes alone.
-RAISED = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
+RAISED = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 
 
 def why(net: nn.Module, error: Exception, *, shape: tuple[int, ...]) -> str:
@@ -180,7 +182,7 @@ def trace(net: nn.Module, shape: tuple[int, int, int, int], *, until: str | None
         images = torch.empty(shape, device="meta", dtype=dtype_of(net))
         try:
             hollow = stand_ins(net, lambda tensor: torch.empty_like(tensor, device="meta"))
-            with in_evaluation(net), _watching(net, recorder, until=until), recorder:
+            with in_evaluation(net), _watching(net, recorder, until=until), torch.device("meta"), recorder:
                 outputs = torch.func.functional_call(net, hollow, images, tie_weights=False)
         except _ReachedError:
             pass

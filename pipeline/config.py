@@ -119,7 +119,7 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
         GlobalHydra.instance().hydra = running
 
 
-def check_targets(config: DictConfig) -> None:
+def check_targets(config: DictConfig, *, among: tuple[str, ...] = TRUSTED) -> None:
     """Refuse a `_target_` from outside this project and the libraries it stands on, unless `trust=true`.
 
     A config file from a stranger is code: this stops the careless, not the determined.
@@ -128,8 +128,8 @@ def check_targets(config: DictConfig) -> None:
     if config.get("trust"):
         return
     for key, value in _targets(OmegaConf.to_container(config), ""):
-        if not str(value).startswith(TRUSTED):
-            raise ConfigError(f"{key}={value} is outside {', '.join(TRUSTED)}: add trust=true if you trust it")
+        if not str(value).startswith(among):
+            raise ConfigError(f"{key}={value} is outside {', '.join(among)}: add trust=true if you trust it")
 
 
 def flatten(config: DictConfig) -> dict[str, Any]:

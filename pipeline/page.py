@@ -36,7 +36,7 @@ def render(report: Report, *, photograph: NDArray[np.uint8] | None = None) -> st
     return _document(
         report.name,
         brand="report of a network",
-        said=f"From images of {shape(found.image)} to {found.layers[-1].shape[0]:,} scores: {counts}.",
+        said=f"From images of {shape(found.image)} to {_outcome(found.layers[-1].shape)}: {counts}.",
         head=_key_facts(report) + _warnings([report]),
         sections={
             "Lifecycle": tables.lifecycle(report),
@@ -47,6 +47,10 @@ def render(report: Report, *, photograph: NDArray[np.uint8] | None = None) -> st
             "Layers": tables.layers(report),
         },
     )
+
+
+def _outcome(sides: Sequence[int]) -> str:
+    return f"{sides[0]:,} scores" if len(sides) == 1 else shape(sides) or "one number"
 
 
 def render_comparison(reports: Sequence[Report], *, images_per_second: Sequence[float]) -> str:

@@ -36,8 +36,7 @@ def photographs(source: Path | None, count: int, *, size: tuple[int, int], seed:
     files = _files(source)
     if len(files) > count:  # of a folder of classes not the first alone
         files = [files[place] for place in sorted(generator.permutation(len(files))[:count])]
-    images = [_read(file) for file in files]
-    crops = [_crop(images[number % len(images)], size, generator=generator) for number in range(count)]
+    crops = [_crop(_read(files[number % len(files)]), size, generator=generator) for number in range(count)]
     names = ", ".join(file.name for file in files) if len(files) <= NAMED else f"{len(files)} images in {source}"
     return Photographs(np.stack(crops), f"{count} {'crop' if count == 1 else 'crops'} of {names}")
 

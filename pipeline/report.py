@@ -43,6 +43,9 @@ def check_values(config: DictConfig) -> None:
     }
     if sum(map(bool, asked.values())) != 1:
         raise ConfigError(f"a report is of one of these: {', '.join(asked)}")
+    told = config.weights
+    if idle := [name for name in ("head", "stem", "skip") if told.file is None and told[name] not in ("keep", [])]:
+        raise ConfigError(f"weights.{idle[0]}={told[idle[0]]} is for a file: add weights=FILE")
     alone = {"check=true": config.check, f"weights={config.weights.file}": config.weights.file is not None}
     for word, given in alone.items():
         if given and config.models:

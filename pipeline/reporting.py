@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch import nn
 
-from models.calibration import calibrated
+from models.calibration import calibrated, is_fresh
 from models.complexity import MakeOptimizer, training_memory
 from models.effective_field import effective_field, warnings_about
 from models.gradient_extent import check
@@ -45,10 +45,12 @@ def report_on(net: nn.Module, name: str, *, image: tuple[int, int, int], trainin
 
     Raises: ValueError for a network that does not take such images, or a precision that is not known.
     """
-    shape = (training.batch_size, *image)
+    shape, inspection = (training.batch_size, *image), inspect(net, image)
+    if not inspection.layers:
+        raise ValueError(f"{name} does nothing to images")
     return Report(
         name=name,
-        inspection=inspect(net, image),
+        inspection=inspection,
         memory=training_memory(net, shape, precision=training.precision, optimizer=training.optimizer),
         batch_size=training.batch_size,
         precision=training.precision,
@@ -69,21 +71,23 @@ def with_check(report: Report, net: nn.Module) -> Report:
 def with_effective_field(report: Report, net: nn.Module, *, shown: Photographs, weights: str | None) -> Report:
     """The same with its effective field over photographs of the size of its images.
 
-    `weights` says in words what the network was given, None that it is fresh: then its norms have the statistics of the
-    photographs, and its blocks are open, meanwhile. One without units that windows reach is reported as it was, and one
-    whose field cannot be measured with a warning why.
+    `weights` says in words what the network was given, None that nothing: then, if it is fresh, its norms have the
+    statistics of the photographs, and its blocks are open, meanwhile. One without units that windows reach is reported
+    as it was, and one whose field cannot be measured with a warning why.
     """
     if report.inspection.last_window is None:
         return report
     images = as_images(shown.pixels, channels=report.inspection.image[0])
     at_once = max(1, AT_ONCE // max(1, report.memory.activations // report.batch_size))
     try:
-        with calibrated(net, images) if weights is None else nullcontext():
+        fresh = weights is None and is_fresh(net)
+        with calibrated(net, images) if fresh else nullcontext():
             field = effective_field(net, images, images_at_once=at_once)
     except ValueError as error:
         return replace(report, warnings=[*report.warnings, f"effective field not measured: {error}"])
     warnings = [*report.warnings, *warnings_about(field, report.inspection)]
-    measured = f"{weights or 'fresh weights'}, over {shown.said}"
+    weights = weights or ("fresh weights" if fresh else "the weights that it is built with")
+    measured = f"{weights}, over {shown.said}"
     return replace(report, effective=field, measured=measured, warnings=warnings)
 
 
@@ -113,8 +117,13 @@ def write_comparison(reports: Sequence[Report], folder: Path, *, images_per_seco
     names = [report.name for report in reports]
     fields: list[object] = [last and field_of(last) for last in (report.inspection.last_window for report in reports)]
     table: dict[str, list[object]] = {"network": [*names], **facts, "field": fields}
+    first = [report.inspection.first_whole for report in reports]
+    table["whole_image_from"] = [layer and layer.place for layer in first]
+    table["image"] = ["x".join(map(str, report.inspection.image)) for report in reports]
+    table["training_memory_mib"] = [report.memory.total / 2**20 for report in reports]
     table["images_per_second"] = [*images_per_second]
-    kinds = {name: str if name in ("network", "field") else float for name in table}
+    words = ("network", "field", "whole_image_from", "image")
+    kinds = {name: str if name in words else float for name in table}
     return [page, *_write_table(table, folder / "comparison.json", kinds=kinds)]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
@@ -16,7 +17,9 @@ from models.weights import load_weights
 from pipeline.config import CONF, check_targets, compose, flatten, nearest
 from pipeline.journal import FINGERPRINT
 
-OF_A_RUN = ("model", "classifier", "recipe", "seed")  # what a report takes of the config that a run keeps
+OF_A_RUN = ("model", "recipe")  # what a report takes of the config that a run keeps
+# A run's folder may be somebody else's: fewer targets are taken from it than from what is typed.
+TRUSTED_IN_RUNS = ("models.", "torch.optim.", "torchvision.models.")
 
 
 class Subject(NamedTuple):
@@ -54,14 +57,18 @@ def of_run(config: DictConfig) -> DictConfig:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"run={folder}: there is no run, which would have a {name}")
     begun = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(begun, DictConfig)
+    if not isinstance(begun, DictConfig):
+        raise FileNotFoundError(f"run={folder}: its config.yaml is no config of a training")
     checkpoints = [folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
     written = [path for path in checkpoints if path.is_file()]
     if config.weights.file is None and not written:
         raise FileNotFoundError(f"run={folder}: there is no checkpoint yet: weights=FILE takes other weights")
     computed = json.loads((folder / FINGERPRINT).read_text())
+    taken = OmegaConf.create({key: begun[key] for key in OF_A_RUN})
+    if not config.trust:
+        check_targets(taken, among=TRUSTED_IN_RUNS)
     with open_dict(config):
-        config.update({key: begun[key] for key in OF_A_RUN})
+        config.update(taken)
     config.data.image_size = config.data.image_size or begun.data.image_size
     config.batch_size = config.batch_size or begun.data.batch_size
     config.precision = config.precision or computed["precision"]
@@ -76,9 +83,9 @@ def config_of(name: str, typed: list[str]) -> DictConfig:
     Raises: ValueError for an architecture that does not exist.
     """
     architecture, _, variant = name.partition(".")
-    if "." in variant:
-        return completed(compose("report", [f"net={name}", *typed]))
     known = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+    if variant and architecture not in known:
+        return completed(compose("report", [f"net={name}", *typed]))
     if architecture not in known:
         raise ValueError(f"models: {name} is not one of {', '.join(known)}{nearest(architecture, known)}")
     chosen = [f"+model={architecture}", *([f"model.variant={variant}"] if variant else [])]
@@ -87,7 +94,10 @@ def config_of(name: str, typed: list[str]) -> DictConfig:
 
 def subject_of(config: DictConfig) -> Subject:
     """The network of a config. Raises: ValueError where nothing says how large its images are."""
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            net = _built(config)
+    except (RuntimeError, InstantiationException):  # it computes with numbers while it is built
         net = _built(config)
     channels, published = int(config.model.get("in_channels", 3)), getattr(net, "image_size", None)
     by_timm = getattr(net, "default_cfg", None)
@@ -96,7 +106,7 @@ def subject_of(config: DictConfig) -> Subject:
     size = config.data.image_size or published
     if not isinstance(size, int):
         raise ValueError("this network is for images of no size in particular: add data.image_size=PIXELS")
-    name = str(config.model.get("variant", config.model._target_.rpartition(".")[2]))
+    name = str(config.model.get("variant", config.model._target_))
     return Subject(name, net, (channels, size, size))
 
 

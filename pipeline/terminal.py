@@ -92,6 +92,9 @@ def facts_of(report: Report) -> dict[str, str]:
         misaligned = max(layer.spread for layer in found.layers)
         if misaligned:
             facts["misaligned"] = f"branches that meet have their middles up to {misaligned:g} px apart"
+    else:
+        facts["field"] = "no unit is reached through windows alone"
+        facts["whole image"] = "in no layer" if whole is None else _first_in(whole)
     if report.effective is not None:
         squares = ", ".join(f"{share:.0%} in {side} px" for share, side in report.effective.sides.items())
         facts["effective"] = f"{squares}: squares that hold so much of the gradient's energy"

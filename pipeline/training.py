@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import logging
@@ -18,11 +19,12 @@ import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import nn
 
 from data.datamodule import ShardData
 from data.dataset import Dataset
 from models.options import SMALL
-from models.tracing import Untraceable, in_evaluation, trace
+from models.tracing import RAISED, Untraceable, dtype_of, trace
 from models.weights import OURS, load_weights
 from pipeline.chance import SeedEachBatch
 from pipeline.checkpoint import KeepBest, WholeFiles
@@ -123,21 +125,29 @@ def take_weights(job: Job, told: Mapping[str, Any]) -> None:
 def check_image_size(job: Job) -> None:
     """Raise ValueError unless the network takes images of the sizes that the data shows.
 
-    Shapes alone tell of nearly every network; of one that looks at numbers, a run on two empty images.
+    Shapes alone tell of nearly every network; of one that looks at numbers, a run of a copy on two empty images.
     """
     net, data = job.module.net, job.data
     for size in sorted({data.training_view.image_size, data.evaluation_view.image_size}):
         try:
-            try:
-                trace(net, (2, 3, size, size))
-            except Untraceable:
-                with in_evaluation(net), torch.no_grad():
-                    net(torch.zeros(2, 3, size, size))
-        except RuntimeError as error:
+            run_once(net, (2, 3, size, size))
+        except RAISED as error:
             raise ValueError(
                 f"data.image_size={size} is no size for {job.values.get('model.variant', 'this network')}, "
                 f"built for {job.values.get('model.image_size', 'others')}: {str(error).partition(chr(10))[0]}"
             ) from error
+
+
+def run_once(net: nn.Module, shape: tuple[int, int, int, int]) -> None:
+    """Run a network in evaluation on a batch of this shape, (N, C, H, W), and leave it as it is.
+
+    Raises: what the network raises, one of RAISED as a rule.
+    """
+    try:
+        trace(net, shape)
+    except Untraceable:
+        with torch.no_grad():
+            copy.deepcopy(net).eval()(torch.zeros(shape, dtype=dtype_of(net)))
 
 
 def train(job: Job, make_trainer: MakeTrainer, *, config: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.complexity import kept_for_backward
-from models.receptive_field import receptive_fields
+from models.receptive_field import known_fields, receptive_fields
 from models.sights import Sight, UnknownReceptiveField
 from models.tracing import Operation, Untraceable, trace
 from tests.networks import Calls, on_meta
@@ -183,6 +183,10 @@ def cat(images: Tensor) -> Tensor:
         (lambda x: x.roll(1, 2), "roll .*: it moves the map"),
         (lambda x: x.cumsum(2), "cumsum .*: there is no rule for it"),
         (lambda x: nn.functional.interpolate(x, 12, mode="bicubic"), "upsample_bicubic2d .*: there is no rule for it"),
+        (
+            lambda x: nn.functional.interpolate(x, 1, mode="bilinear", align_corners=True),
+            "upsample_bilinear2d .*: it lays the corners of 8 positions on those of 1",
+        ),
         (lambda x: resized(x, scale_factor=1.3), "upsample_bilinear2d .*: it resizes 8 positions to 10 by a factor of"),
         (lambda x: x.reshape(2, 3, 2, 4, 8), "view .*: it cuts 8 rows into pieces"),
         (lambda x: torch.cat([x, x], dim=2), "cat .*: it puts maps side by side"),
@@ -209,6 +213,57 @@ def test_what_was_overwritten_under_another_shape_is_refused() -> None:
 
     with pytest.raises(UnknownReceptiveField, match=r"mul .*: it reads what was overwritten under another shape"):
         sights_of(Calls(overwritten, nn.Conv2d(3, 4, 3)), 2, 3, 8, 8)
+
+
+def test_what_is_filled_with_a_number_of_the_image_sees_it() -> None:
+    def filled(images: Tensor, conv: nn.Module) -> Tensor:
+        maps = conv(images)
+        return maps / torch.zeros_like(maps).fill_(images.amax())
+
+    assert last_of(Calls(filled, nn.Conv2d(3, 4, 3)), 2, 3, 8, 8).whole
+
+
+def test_padding_does_not_bring_back_what_was_cut_off() -> None:
+    def cut(images: Tensor) -> Tensor:
+        return nn.functional.pad(images[:, :, 2:-2, 2:-2], (2,) * 4).mean((2, 3))
+
+    with pytest.raises(UnknownReceptiveField, match="it takes 8 rows, which do not see all of the image"):
+        sights_of(Calls(cut), 2, 3, 8, 8)
+    assert last_of(Calls(lambda x: x[:, :, ::2, ::2].mean((2, 3))), 2, 3, 8, 8).whole
+
+
+@pytest.mark.parametrize("known_first", [True, False])
+def test_a_frame_into_which_something_unknown_is_written_stays_unknown(known_first: bool) -> None:
+    def framed(images: Tensor, conv: nn.Module) -> Tensor:
+        frame, maps = images.new_zeros(2, 3, 8, 8), conv(images)
+        above, below = frame[:, :, :4], frame[:, :, 4:]
+        if known_first:
+            below.copy_(maps[:, :, :4])
+        above.copy_(images[:, :, :4].flip(2))
+        if not known_first:
+            below.copy_(maps[:, :, :4])
+        return torch.cat([maps, frame * 2], dim=1)
+
+    traced = trace(Calls(framed, nn.Conv2d(3, 3, 3, padding=1)), (2, 3, 8, 8))
+    found, unknown = known_fields(traced)
+    assert unknown == "receptive field unknown: flip in the network itself: it moves the map"
+    last = {operation.name: sight for operation, sight in zip(traced.operations, found, strict=True)}
+    assert last["convolution"] is not None
+    assert (last["mul"], last["cat"]) == (None, None)
+
+
+def test_views_of_what_is_unknown_are_unknown_and_other_branches_are_not() -> None:
+    def branched(images: Tensor, conv: nn.Module) -> Tensor:
+        maps = conv(images)
+        flat, lost = maps.flatten(2), images.flip(2)
+        maps.add_(lost)  # in place, so also in the view
+        return torch.cat([flat * 2, conv(images).flatten(2)], dim=1)
+
+    traced = trace(Calls(branched, nn.Conv2d(3, 3, 3, padding=1)), (2, 3, 8, 8))
+    found, _ = known_fields(traced)
+    known = [(operation.name, sight is not None) for operation, sight in zip(traced.operations, found, strict=True)]
+    assert ("mul", False) in known
+    assert known[-3:] == [("convolution", True), ("view", True), ("cat", False)]
 
 
 def test_a_network_that_needs_numbers_says_so() -> None:

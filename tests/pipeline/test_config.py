@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,13 @@ def test_the_command_ends_in_one_line_and_exit_code_one(run_verb: Run) -> None:
         assert answer.stderr.startswith("error: ")
         assert answer.stderr.count("\n") == 1
         assert answer.stdout == ""
+
+
+def test_help_lists_what_the_verb_takes_choices_of(run_verb: Run) -> None:
+    said = run_verb("report", "--help").stdout
+    assert "  +model= alexnet, coatnet" in said
+    assert "  recipe= adamw, " in said
+    assert not re.search(r"^ *(data|augment|trainer|tracking|source)=", said, re.MULTILINE)
 
 
 def test_help_and_mistakes_import_nothing_heavy(run_verb: Run) -> None:

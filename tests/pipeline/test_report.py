@@ -64,8 +64,8 @@ def test_networks_of_others_are_reported(report: Report, tmp_path: Path) -> None
     report("net=timm.models.resnet10t", "trust=true", "effective_images=0", "layers=none")
     found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("reports/*/report.json"))]
     assert [(one["name"], one["image"], round(one["params_millions"] * 1e6)) for one in found] == [
-        ("resnet10t", [3, 176, 176], 5_435_488),
-        ("squeezenet1_1", [3, 64, 64], 1_235_496),
+        ("timm.models.resnet10t", [3, 176, 176], 5_435_488),
+        ("torchvision.models.squeezenet1_1", [3, 64, 64], 1_235_496),
     ]
     assert found[1]["effective_measured_with"] == "fresh weights, over 4 crops of china.jpg, flower.jpg"
 
@@ -80,12 +80,12 @@ def test_networks_are_put_side_by_side(run_verb: Run, tmp_path: Path) -> None:
     answer = run_verb("report", *words, COLUMNS="160")
     assert answer.returncode == 0, answer.stderr
     lines = {line.split()[1]: line for line in answer.stdout.splitlines() if line.startswith("│")}
-    assert lines.keys() == {"lenet5", "resnet34", "squeezenet1_1"}
+    assert lines.keys() == {"lenet5", "resnet34", "torchvision.models.squeezenet1_1"}
     assert "0.06" in lines["lenet5"]
     assert "21.79" in lines["resnet34"]  # a smaller stem
     (folder,) = (tmp_path / "reports").glob("comparison-*")
     table = pq.read_table(folder / "comparison.parquet").to_pylist()
-    assert [row["network"] for row in table] == ["lenet5", "resnet34", "squeezenet1_1"]
+    assert [row["network"] for row in table] == ["lenet5", "resnet34", "torchvision.models.squeezenet1_1"]
     assert all(row["images_per_second"] > 0 for row in table)
     page = (folder / "comparison.html").read_text(encoding="utf-8")
     assert "lenet5" in page
