@@ -166,10 +166,11 @@ def inspect(net: nn.Module, image: tuple[int, int, int]) -> Inspection:
     traced = trace(net, (BATCH, *image))
     sights, unknown = known_fields(traced)
     work = list(_work(net, traced, sights=sights))
+    layers = [replace(one.layer, separable=_separable(traced, one.operation)) for one in work]
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in net.parameters()]
     return Inspection(
         image=image,
-        layers=[replace(one.layer, separable=_separable(traced, one.operation)) for one in work],
+        layers=layers if isinstance(net, ConvNet) else _parted(layers),
         parameters=sum(count for count, _ in counts),
         trainable=sum(count for count, trained in counts if trained),
         unknown=unknown,
@@ -229,6 +230,22 @@ def _stage(net: nn.Module, name: str) -> str:
     """The part of the network that a module lies in: as a ConvNet names it, in others the outermost module."""
     first, _, rest = name.partition(".")
     return rest.partition(".")[0] or first if isinstance(net, ConvNet) and first == "stages" else first
+
+
+def _parted(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers of a network without named stages: its outermost modules, parted where their maps change in size."""
+    maps = [(layer.stage, layer.shape[1:]) for layer in layers if layer.window is not None and len(layer.shape) == 3]
+    sizes = {stage: [size for other, size in maps if other == stage] for stage, _ in maps}
+    reached = {stage: found[0] for stage, found in sizes.items()}
+    parted = []
+    for layer in layers:
+        stage = layer.stage
+        if layer.window is not None and len(layer.shape) == 3:
+            reached[stage] = layer.shape[1:]
+        several = len(set(sizes.get(stage, []))) > 1
+        where = f" at {'x'.join(map(str, reached[stage]))}" if several else ""
+        parted.append(replace(layer, stage=(stage or ITSELF) + where))
+    return parted
 
 
 def _shape(output: Tensor, sight: Sight | None) -> tuple[int, ...]:

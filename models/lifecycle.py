@@ -16,6 +16,7 @@ MEANINGS = (
     "parts of objects, repeated motifs",
     "objects as wholes",
 )
+SUMMARY = "summary of the image"
 
 
 class Moment(NamedTuple):
@@ -60,10 +61,12 @@ def lifecycle(inspection: Inspection) -> list[Moment]:
     """The input, the end of every stage, the pooled features and the logits of a network."""
     moments = [Moment("input", inspection.image, "raw intensities of pixels", "1x1 px", None)]
     stages = inspection.stages
-    spatial = [name for name, layers in stages.items() if len(layers[-1].shape) == 3]
-    for place, name in enumerate(spatial):
-        meaning = MEANINGS[place * (len(MEANINGS) - 1) // max(1, len(spatial) - 1)]
-        layer = stages[name][-1]
+    ends = {name: layers[-1] for name, layers in stages.items() if len(layers[-1].shape) == 3}
+    maps = [name for name, layer in ends.items() if not _is_summary(layer)]
+    for name, layer in ends.items():
+        meaning = SUMMARY
+        if name in maps:
+            meaning = MEANINGS[maps.index(name) * (len(MEANINGS) - 1) // max(1, len(maps) - 1)]
         moments.append(Moment(name, layer.shape, meaning, field_of(layer), _footnote(layer, inspection.image)))
     return [*moments, *_end(inspection)]
 
@@ -92,6 +95,10 @@ def both_ways(rows: float | None, columns: float | None) -> str:
     return along_rows if rows == columns else f"{along_rows}x{along_columns}"
 
 
+def _is_summary(layer: Layer) -> bool:
+    return layer.whole and layer.window is None and layer.shape[1:] == (1, 1)
+
+
 def _end(inspection: Inspection) -> list[Moment]:
     flat = [layer for layer in inspection.layers if len(layer.shape) < 3 or layer.shape[1:] == (1, 1)]
     last = inspection.layers[-1]
@@ -99,7 +106,7 @@ def _end(inspection: Inspection) -> list[Moment]:
     moments = []
     if head and head[0] is not last:
         pooled = head[0]
-        moments.append(Moment("pooled", pooled.shape[:1], "summary of the image", field_of(pooled), None))
+        moments.append(Moment("pooled", pooled.shape[:1], SUMMARY, field_of(pooled), None))
     return [*moments, Moment("logits", last.shape, "scores of the classes, not normalised", field_of(last), None)]
 
 

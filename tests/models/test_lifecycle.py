@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torchvision
 
 from models.inspection import inspect
 from models.lifecycle import Moment, lifecycle
@@ -38,6 +39,22 @@ def test_the_sketch_is_made_of_what_its_footnotes_say() -> None:
     assert (deep["stage2"].field, deep["stage2"].shape[1:]) == ("91x91 px", (28, 28))
     assert [shallow[stage].shape[0] for stage in ("stage2", "stage3")] == [128, 256]
     assert (shallow["stage4"].field, deep["stage4"].field) == ("435x435 px", "427x427 px")
+
+
+def test_networks_without_named_stages_are_parted_where_their_maps_change() -> None:
+    told = lifecycle(inspect(torchvision.models.densenet121(), (3, 224, 224)))
+    # Huang et al. 2017, table 1; each map ends in front of a pooling.
+    assert [(moment.stage, moment.shape) for moment in told] == [
+        ("input", (3, 224, 224)),
+        ("features at 112x112", (64, 112, 112)),
+        ("features at 56x56", (128, 56, 56)),
+        ("features at 28x28", (256, 28, 28)),
+        ("features at 14x14", (512, 14, 14)),
+        ("features at 7x7", (1024, 7, 7)),
+        ("the network itself", (1024, 1, 1)),
+        ("logits", (1000,)),
+    ]
+    assert told[-2].meaning == "summary of the image"
 
 
 @pytest.mark.parametrize(("variant", "size"), [("resnet18", 64), ("resnet18", 256), ("lenet5", 32)])
