@@ -15,6 +15,8 @@ import torchvision
 
 from data.dataset import Dataset
 from models.residual import resnet
+from pipeline import report
+from pipeline.config import check_command_line, compose
 from tests.conftest import ROOT, make_folder
 
 # What makes a command of the README short without changing what it is.
@@ -44,34 +46,39 @@ def commands() -> list[str]:
     return [line for line in lines if line]
 
 
-def test_every_command_of_the_readme_works(tmp_path: Path, digits: Dataset) -> None:
+def run(command: str, folder: Path) -> None:
+    """Run a command of the README in a folder; of `make`, look at what it would run."""
+    words = command.split()
+    if words[0] == "make":  # its recipe is one of the commands that are run here or by the tests themselves
+        recipe = subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True, text=True, check=True)
+        assert re.search(r"-m (pipeline\.train|pytest)", recipe.stdout), command
+        return
+    if words[:2] != ["python", "-m"]:
+        assert words == ["source", ".venv/bin/activate"], f"no test runs {command}"
+        return
+    small = [*words[3:], *SMALL[words[2]], *(["name=" + NAMED] if command == MAIN_JOB else [])]
+    small = [word.replace("runs/NAME", f"runs/{NAMED}") for word in small]
+    if "weights=resnet50.pth" in words:  # whose stem is that for large images
+        small.append("data.image_size=65")
+    if words[2] == "pipeline.report" and "models=" not in command:  # in this process, which has loaded torch
+        report.main(compose("report", check_command_line("report", small)))
+        return
+    answer = subprocess.run(
+        [sys.executable, "-m", words[2], *small], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert answer.returncode == 0, f"{command}\n{answer.stderr[-2000:]}"
+
+
+def test_every_command_of_the_readme_works(tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "photos", images=10)
     shutil.copytree(digits.root, tmp_path / "datasets" / "digits")
     torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "resnet50.pth")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = []
+    monkeypatch.chdir(tmp_path)
     for command in commands():
-        words = command.split()
-        if words[0] == "make":  # its recipe is one of the commands that are run here or by the tests themselves
-            recipe = subprocess.run(
-                ["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True, text=True, check=True
-            )
-            assert re.search(r"-m (pipeline\.train|pytest)", recipe.stdout), command
-        elif words[:2] == ["python", "-m"]:
-            named = [word.replace("runs/NAME", f"runs/{NAMED}") for word in words[3:]]
-            small = [*named, *SMALL[words[2]], *(["name=" + NAMED] if command == MAIN_JOB else [])]
-            if "weights=resnet50.pth" in words:  # whose stem is that for large images
-                small.append("data.image_size=65")
-            answer = subprocess.run(
-                [sys.executable, "-m", words[2], *small],
-                cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,
-            )  # fmt: skip
-            assert answer.returncode == 0, f"{command}\n{answer.stderr[-2000:]}"
-        else:
-            assert words == ["source", ".venv/bin/activate"], f"no test runs {command}"
-        ran.append(command)
-    assert len(ran) >= 8
-    assert len(list((tmp_path / "runs").iterdir())) == sum("pipeline.train" in command for command in ran)
+        run(command, tmp_path)
+    assert len(commands()) >= 8
+    assert len(list((tmp_path / "runs").iterdir())) == sum("pipeline.train" in command for command in commands())
 
 
 def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:

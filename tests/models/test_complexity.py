@@ -36,7 +36,7 @@ print(psutil.Process().memory_info().rss - before)
     ("architecture", "variant", "mixed"),
     [
         ("resnet", "resnet18", False),
-        ("mobilenet", "mobilenet_v3_small", False),
+        pytest.param("mobilenet", "mobilenet_v3_small", False, marks=pytest.mark.slow),
         ("mobilenet", "mobilenet_v3_small", True),
     ],
 )

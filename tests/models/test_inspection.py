@@ -16,7 +16,15 @@ from tests.networks import Calls, build, on_meta
 from tests.published import PUBLISHED, SMALLEST, TIMM, Published
 
 
-@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.variant)
+def each_variant() -> list[object]:
+    """A row a variant, of which only the smallest of each architecture is not slow."""
+    small = set(SMALLEST.values())
+    return [
+        pytest.param(row, id=row.variant, marks=() if row.variant in small else pytest.mark.slow) for row in PUBLISHED
+    ]
+
+
+@pytest.mark.parametrize("row", each_variant())
 def test_layers_of_every_variant_come_to_its_published_counts(row: Published) -> None:
     inspection = inspect(on_meta(row), (row.in_channels, row.image_size, row.image_size))
     assert inspection.unknown is None
