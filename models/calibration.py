@@ -17,8 +17,7 @@ NEARLY_SHUT = 0.1  # a scale at which blocks that are shut begin at most
 
 @contextmanager
 def calibrated(net: nn.Module, images: Tensor) -> Iterator[None]:
-    """Inside the block a fresh network passes on these images (N, C, H, W) as one in training would; after it, all is
-    bit for bit as before.
+    """Inside the block a fresh network takes images (N, C, H, W) as in training; after it, it is bit for bit as before.
 
     Statistics of fresh batch norms are 0 and 1 and fit no image. In one run in evaluation every norm takes on mean and
     variance, over all images and positions, of what comes to it; a norm that is used twice keeps the last. Other ranks

@@ -1,9 +1,9 @@
 """What a network costs: parameters, multiply-adds, and the memory that training it takes.
 
 Multiply-adds are those of convolutions, linear layers and the products of attention, as torch's own flop counter has
-them, two flops each; norms, activations, poolings and biases are not counted, nor what weights alone
-are made into. They are not time. Memory is counted in
-bytes of tensors, without the workspace of kernels and what an allocator rounds up.
+them, two flops each; norms, activations, poolings and biases are not counted, nor what weights alone are made into.
+They are not time. Memory is counted in bytes of tensors, without the workspace of kernels and what an allocator rounds
+up.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ class _ReachedError(Exception):
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its modes untyped
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves its modes untyped
         self.operations: list[Operation] = []
         self.at_work: list[tuple[str, int]] = [("", 0)]
         self.calls = 0

@@ -29,7 +29,7 @@ def main_console() -> Console:
 
 def table_console() -> Console:
     """Where tables are printed: as wide as the terminal, in a file or a pipe with room for all columns."""
-    free = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    free = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
     return Console(width=FILE_WIDTH if free else None)
 
 

@@ -15,7 +15,7 @@ import torchvision
 
 from data.dataset import Dataset
 from models.residual import resnet
-from pipeline import report
+from pipeline import report, train
 from pipeline.config import check_command_line, compose
 from tests.conftest import ROOT, make_folder
 
@@ -31,6 +31,8 @@ SMALL = {
     "pipeline.pack": [],
     "pipeline.report": ["effective_images=0", "batch_size=2", "data.image_size=64"],
 }
+# What is run in this process, which has loaded torch; what asks Hydra for its words, or starts processes, is not.
+HERE = {"pipeline.train": train.main, "pipeline.report": report.main}
 MAIN_JOB, NAMED = "python -m pipeline.train +model=resnet", "mine"  # the run that a reader gives a name
 
 
@@ -60,8 +62,9 @@ def run(command: str, folder: Path) -> None:
     small = [word.replace("runs/NAME", f"runs/{NAMED}") for word in small]
     if "weights=resnet50.pth" in words:  # whose stem is that for large images
         small.append("data.image_size=65")
-    if words[2] == "pipeline.report" and "models=" not in command:  # in this process, which has loaded torch
-        report.main(compose("report", check_command_line("report", small)))
+    if words[2] in HERE and not any(word.startswith(("models=", "trainer=ddp")) for word in words):
+        verb = words[2].partition(".")[2]
+        HERE[words[2]](compose(verb, check_command_line(verb, small)))
         return
     answer = subprocess.run(
         [sys.executable, "-m", words[2], *small], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -7,13 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from models.complexity import training_memory
 from models.inspection import inspect
 from models.lifecycle import field_of
 from models.report import Report
 from tests.conftest import ROOT
-from tests.networks import on_meta
+from tests.networks import Calls, on_meta
 from tests.published import PUBLISHED, SMALLEST, Published
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -51,6 +52,22 @@ def lines(report: Report) -> Iterator[str]:
         output = "x".join(map(str, layer.shape))
         numbers = f"{output} | {layer.parameters:,} | {layer.macs:,} | {field_of(layer)} | {place}"
         yield f"{layer.name} | {layer.kind} | {numbers} | {layer.spread:g} | {cost}"
+
+
+def test_the_table_tells_rows_from_columns() -> None:
+    net = Calls(lambda x, conv: conv(x).mean(3), nn.Conv2d(3, 4, (3, 5), stride=(1, 2)))
+    memory = training_memory(net, (1, 3, 16, 16), precision="32-true", optimizer=partial(torch.optim.SGD, lr=0.1))
+    table = Report("strip", inspect(net, (3, 16, 16)), memory, batch_size=1, precision="32-true").table()
+    assert {name: cells for name, cells in table.items() if name.endswith(("rows", "columns"))} == {
+        "receptive_field_rows": [3, 3],
+        "receptive_field_columns": [5, None],
+        "jump_rows": [1.0, 1.0],
+        "jump_columns": [2.0, None],
+        "offset_rows": [0, 0],
+        "offset_columns": [0, None],
+        "all_rows": [False, False],
+        "all_columns": [False, True],
+    }
 
 
 def test_every_architecture_has_a_golden_report() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
 from data.dataset import Dataset
 from pipeline import report as reports
@@ -20,6 +21,18 @@ Train = Callable[..., str]
 Report = Callable[..., str]
 
 
+def typing(verb: str, main: Callable[[DictConfig], None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`python -m pipeline.VERB ...` in this process, which has loaded torch; it returns what was printed."""
+
+    def typed(*words: str) -> str:
+        config = compose(verb, check_command_line(verb, list(words)))
+        check_targets(config)
+        main(config)
+        return capsys.readouterr().out
+
+    return typed
+
+
 @pytest.fixture
 def with_digits(tmp_path: Path, digits: Dataset) -> Path:
     """The working folder of `run_verb`, with the digits packed where the config expects them."""
@@ -29,30 +42,16 @@ def with_digits(tmp_path: Path, digits: Dataset) -> Path:
 
 @pytest.fixture
 def train(with_digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
-    """Type `python -m pipeline.train ...` in this process, which has loaded Lightning; returns what it printed."""
-
-    def typed(*words: str) -> str:
-        config = compose("train", check_command_line("train", list(words)))
-        check_targets(config)
-        trainings.main(config)
-        return capsys.readouterr().out
-
+    """Type `python -m pipeline.train ...` in this process."""
     monkeypatch.chdir(with_digits)
-    return typed
+    return typing("train", trainings.main, capsys)
 
 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Report:
-    """Type `python -m pipeline.report ...` of one network in this process; returns what it printed."""
-
-    def typed(*words: str) -> str:
-        config = compose("report", check_command_line("report", list(words)))
-        check_targets(config)
-        reports.main(config)
-        return capsys.readouterr().out
-
+    """Type `python -m pipeline.report ...` of one network in this process."""
     monkeypatch.chdir(tmp_path)
-    return typed
+    return typing("report", reports.main, capsys)
 
 
 def journal(folder: Path) -> list[dict[str, float]]:

@@ -13,14 +13,15 @@ import torch
 from hydra.errors import HydraException
 from PIL import Image
 
+from pipeline.config import ConfigError
 from pipeline.photographs import MEAN, STD, as_images, photographs
-from tests.conftest import Run, make_jpeg
+from tests.conftest import Run, make_jpeg, orientation
 from tests.networks import build
 from tests.pipeline.conftest import Report
 
 
 def test_a_report_prints_and_writes_the_true_numbers(run_verb: Run, tmp_path: Path) -> None:
-    answer = run_verb("report", "+model=resnet", "effective_images=1", COLUMNS="160")
+    answer = run_verb("report", "+model=resnet", "effective_images=1", COLUMNS="")  # pytest's workers have one
     assert answer.returncode == 0, answer.stderr
     for text in (
         "11,689,512",
@@ -28,6 +29,7 @@ def test_a_report_prints_and_writes_the_true_numbers(run_verb: Run, tmp_path: Pa
         "435x435 px at stages.stage4.1.relu",
         "(B, 256, 14, 14)",
         "head.pool",
+        "offset px",  # all columns, where no terminal is too small for them
     ):
         assert text in answer.stdout
     (folder,) = (tmp_path / "reports").iterdir()
@@ -68,6 +70,25 @@ def test_networks_of_others_are_reported(report: Report, tmp_path: Path) -> None
         ("torchvision.models.squeezenet1_1", [3, 64, 64], 1_235_496),
     ]
     assert found[1]["effective_measured_with"] == "fresh weights, over 4 crops of china.jpg, flower.jpg"
+
+
+def test_a_network_by_timms_convention_says_which_images_it_takes(report: Report, tmp_path: Path) -> None:
+    report("net=tests.networks.grey_by_timm", "trust=true", "effective_images=1", "layers=none", "out=here")
+    found = json.loads((tmp_path / "here" / "report.json").read_text())
+    assert found["image"] == [1, 20, 20]
+    assert found["effective_measured_with"] == "the weights that it is built with, over 1 crop of china.jpg"
+
+
+def test_a_run_of_a_stranger_is_not_trusted(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "theirs" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "theirs" / "checkpoints" / "last.ckpt").write_bytes(b"")
+    (tmp_path / "theirs" / "fingerprint.json").write_text('{"precision": "32-true"}')
+    for target in ("os.system", "torch.hub.load", "pipeline.train.main"):
+        model = {"_target_": "models.sequential.lenet", "dropout": {"_target_": target}}
+        config = {"model": model, "recipe": {"_target_": "models.recipe.Recipe"}, "data": {"image_size": 32}}
+        (tmp_path / "theirs" / "config.yaml").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=f"model.dropout._target_={target} is outside models., torch.optim."):
+            report("run=theirs")
 
 
 def test_networks_are_put_side_by_side(run_verb: Run, tmp_path: Path) -> None:
@@ -155,6 +176,16 @@ def test_photographs_are_crops_in_turn_and_the_same_each_time(tmp_path: Path) ->
     assert len({crop.tobytes() for crop in pixels}) == 4
     whole = np.asarray(Image.open(tmp_path / "0.jpg"))
     assert abs(pixels[0].mean() - whole.mean()) < 30  # of the first image, and not stretched beyond it
+
+
+def test_photographs_are_turned_as_their_cameras_say(tmp_path: Path) -> None:
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:20] = 255  # bright above
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=orientation(6))  # clockwise: bright to the right
+    (crop,) = photographs(tmp_path / "turned.jpg", 1, size=(20, 20)).pixels
+    across, down = crop.mean((0, 2)), crop.mean((1, 2))
+    assert np.ptp(across) > 200
+    assert np.ptp(down) < 20
 
 
 def test_photographs_come_as_networks_take_them() -> None:
