@@ -45,11 +45,11 @@ def make_images(folder: Path) -> None:
 
 
 def convoy(folder: Path) -> Callable[[], Iterable[object]]:
-    from data.augment import TrainingView
-    from data.decode import Decode
-    from data.indexing import open_dataset
-    from data.loader import LocalShards, TrainingLoader
-    from data.order import TrainingPlan
+    from data.loading.crops import TrainingView
+    from data.loading.graph import Decode
+    from data.loading.loader import LocalShards, TrainingLoader
+    from data.loading.order import TrainingPlan
+    from data.shards.indexing import open_dataset
 
     dataset, _ = open_dataset(folder / "shards")
     index = dataset.index("train")
@@ -189,8 +189,8 @@ def main() -> None:
 
 
 def _pack(folder: Path) -> None:
-    from data import sources
-    from data.pack import pack
+    from data.shards import sources
+    from data.shards.pack import pack
 
     source = sources.folder(folder / "train", "benchmark", val_fraction=0, seed=0)
     pack(source, folder / "shards", shard_samples=250)

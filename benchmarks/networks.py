@@ -26,7 +26,7 @@ from models.attention import coatnet, convnext
 from models.layers import ConvNet
 from models.residual import resnet
 from models.separable import efficientnet, mobilenet
-from pipeline.training import choose_precision
+from pipeline.train.fit import choose_precision
 
 STEPS = 2  # a round; the first two rounds warm up
 WARMUP_ROUNDS = 2

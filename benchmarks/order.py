@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 
-from data import order
-from data.order import TrainingPlan
+from data.loading import order
+from data.loading.order import TrainingPlan
 
 
 def main() -> None:

@@ -27,8 +27,8 @@ def watch():
         largest[0] = max(largest[0], own())
 
 threading.Thread(target=watch, daemon=True).start()
-from pipeline.config import compose
-from pipeline import report
+from pipeline.cli.config import compose
+from pipeline.report import __main__ as report
 architecture, _, variant = sys.argv[1].partition(".")
 began = time.perf_counter()
 report.report_one(compose("report", [f"+model={architecture}", f"model.variant={variant}", "effective_images=0"]))

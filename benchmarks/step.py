@@ -24,14 +24,14 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional
 
-from data.loader import Batch
-from models.classifier import Classifier
-from models.recipe import Recipe, warmup_cosine
+from data.loading.loader import Batch
+from models.learning.classifier import Classifier
+from models.learning.recipe import Recipe, warmup_cosine
 from models.residual import resnet
-from pipeline.chance import SeedEachBatch
-from pipeline.journal import Run
-from pipeline.progress import Reporter
-from pipeline.training import choose_precision, quieten_lightning
+from pipeline.runs.run import Run
+from pipeline.train.fit import choose_precision, quieten_lightning
+from pipeline.train.progress import Reporter
+from pipeline.train.seeding import SeedEachBatch
 
 WARMUP_STEPS = 10
 

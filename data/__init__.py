@@ -1,1 +1,1 @@
-"""From bytes on disk to batches on a device: knows nothing of networks, configs or trackers."""
+"""From images to batches on a device. Knows no networks, no configs, no trackers."""

@@ -1,1 +1,1 @@
-"""Networks and what can be said of them: plain modules that know nothing of files, configs or trackers."""
+"""Networks and what can be computed about them. Knows no configs, no trackers, no shards."""

@@ -12,9 +12,9 @@ from typing import NamedTuple, Unpack
 
 from torch import nn
 
+from models.equations.layers import with_reference_ops
 from models.layers import ConvNet, relu
 from models.options import Options, Settings, find, finish, settle
-from models.reference_layers import with_reference_ops
 
 
 class Lenet(NamedTuple):

@@ -1,1 +1,1 @@
-"""One verb a file, each a command: `python -m pipeline.VERB`."""
+"""The verbs, one file or package each, and the rooms that they share."""

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from pipeline.config import CONF, run_verb
+from pipeline.cli.config import CONF, run_verb
 
 if TYPE_CHECKING:
-    from data.pack import Packed
+    from data.shards.pack import Packed
 
 
 def main(config: DictConfig) -> None:
     """Read the source, write the data set, say what was written and what was left out."""
     from rich.console import Console
 
-    from data.images import SUFFIXES
-    from pipeline.console import print_facts, report_left_out
+    from data.shards.images import SUFFIXES
+    from pipeline.cli.console import print_facts, report_left_out
 
     console = Console()
     began = time.perf_counter()
@@ -48,7 +48,7 @@ def pack_source(config: DictConfig) -> Packed:
     """Pack the source of a config of this verb."""
     from hydra.utils import instantiate
 
-    from data.pack import pack
+    from data.shards.pack import pack
 
     if Path(str(config.name)).name != str(config.name):
         raise ValueError(f"name={config.name} is a path: out=FOLDER says where the data set goes")

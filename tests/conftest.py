@@ -19,9 +19,9 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from data import sources
-from data.dataset import Dataset
-from data.pack import pack
+from data.shards import sources
+from data.shards.dataset import Dataset
+from data.shards.pack import pack
 
 ROOT = Path(__file__).resolve().parent.parent
 CIFAR = (

@@ -13,10 +13,11 @@ import pytest
 import torch
 import torchvision
 
-from data.dataset import Dataset
+from data.shards.dataset import Dataset
 from models.residual import resnet
-from pipeline import report, train
-from pipeline.config import check_command_line, compose
+from pipeline.cli.config import check_command_line, compose
+from pipeline.report import __main__ as report
+from pipeline.train import __main__ as train
 from tests.conftest import ROOT, make_folder
 
 # What makes a command of the README short without changing what it is.

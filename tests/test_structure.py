@@ -16,12 +16,12 @@ NAMES = {path: path.relative_to(ROOT).as_posix() for path in TEXTS}
 
 # A library, and the only files that may import it.
 ONLY_IN = {
-    "mlflow": {"pipeline/tracking.py"},
-    "nvidia": {"data/decode.py", "data/loader.py"},
-    "webdataset": {"data/pack.py"},
+    "mlflow": {"pipeline/tracking/"},
+    "nvidia": {"data/loading/"},
+    "webdataset": {"data/shards/pack.py"},
     "hydra": {"pipeline/"},
     "omegaconf": {"pipeline/"},
-    "pytorch_lightning": {"models/classifier.py", "data/datamodule.py", "pipeline/"},
+    "pytorch_lightning": {"models/learning/", "data/loading/datamodule.py", "pipeline/"},
     "lightning_fabric": {"pipeline/"},
     "torchvision": set(),
     "timm": set(),

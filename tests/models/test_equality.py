@@ -10,9 +10,9 @@ import torch
 import torchvision
 from torch import nn
 
-from models.weights import load_weights
-from tests.networks import build_published, logits_and_gradient, scatter, without_chance
-from tests.published import PUBLISHED, SMALLEST, TIMM, TV, Published
+from models.weights.load import load_weights
+from tests.support.networks import build_published, logits_and_gradient, scatter, without_chance
+from tests.support.published import PUBLISHED, SMALLEST, TIMM, TV, Published
 
 SMALL_SIDE = 96  # pixels: enough for every network that takes any size, and quick
 FIXED = {"coatnet": 224}  # timm's takes no other

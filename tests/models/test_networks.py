@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from models.attention import RelativeAttention, RelativeBias, resize_table
 from models.layers import ConvNet, StochasticDepth
-from tests.networks import build, logits_and_gradient, on_meta, scatter, without_chance
-from tests.published import PUBLISHED, SMALLEST
+from tests.support.networks import build, logits_and_gradient, on_meta, scatter, without_chance
+from tests.support.published import PUBLISHED, SMALLEST
 
 ARCHITECTURES = sorted(SMALLEST)
 SIDES = defaultdict(lambda: 16, lenet=32)  # pixels: all but LeNet with their stem for small images

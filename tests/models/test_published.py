@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import CONF, compose
-from tests.networks import build, on_meta
-from tests.published import PUBLISHED, SMALLEST, TIMM, TV, Published
+from pipeline.cli.config import CONF, compose
+from tests.support.networks import build, on_meta
+from tests.support.published import PUBLISHED, SMALLEST, TIMM, TV, Published
 
 ARCHITECTURES = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from data.dataset import Dataset
-from pipeline import report as reports
-from pipeline import train as trainings
-from pipeline.config import check_command_line, check_targets, compose
+from data.shards.dataset import Dataset
+from pipeline.cli.config import check_command_line, check_targets, compose
+from pipeline.report import __main__ as reports
+from pipeline.train import __main__ as trainings
 
 COMPUTED = ("step", "train/loss", "train/top1", "train/top5", "train/lr", "val/loss", "val/top1", "val/top5")
 

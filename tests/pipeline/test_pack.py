@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.indexing import open_dataset
+from data.shards.indexing import open_dataset
 from tests.conftest import Run, make_folder
 
 

@@ -1,0 +1,175 @@
+"""Which window of each image a batch shows: numbers computed from the index before a pixel is decoded.
+
+The constants and the rounding are torchvision's reference presets for
+classification: RandomResizedCrop and RandomHorizontalFlip in training, Resize and
+CenterCrop in evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.loading.order import Samples, uniform
+
+CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop.get_params
+DRAWS = 4 * CROP_ATTEMPTS + 1  # area, ratio, top and left of each attempt, then the flip
+
+
+class Windows(NamedTuple):
+    """What to decode of each image and how to place it; rows before columns, every array contiguous.
+
+    The region in [roi_start, roi_end), in pixels of the decoded window, becomes the
+    output; pixels around it only feed the filter at its border. None: the whole window.
+    """
+
+    anchor: NDArray[np.int32]  # (N, 2) first row and column to decode
+    shape: NDArray[np.int32]  # (N, 2) rows and columns to decode
+    mirror: NDArray[np.int32]  # (N,) 1 where left and right change places
+    roi_start: NDArray[np.float32] | None = None  # (N, 2)
+    roi_end: NDArray[np.float32] | None = None  # (N, 2)
+
+
+class View(Protocol):
+    """Which part of each image is shown."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square output in pixels."""
+
+    @property
+    def has_margin(self) -> bool:
+        """Whether windows hold pixels around the region that is shown, to feed the filter at its border."""
+
+    def windows(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> Windows:
+        """A window an image. Shapes: sizes (N, 2) height and width, samples (N,) -> arrays of (N, ...)."""
+
+
+@dataclass(frozen=True)
+class TrainingView:
+    """A random part of each image, as large as `scale` of its area and of a `ratio` of width to height, maybe mirrored.
+
+    Szegedy et al. 2015, section 6. `flip` is the probability of the mirror image.
+
+    Raises: ValueError for a range that is none.
+    """
+
+    image_size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    has_margin = False
+
+    def __post_init__(self) -> None:
+        _check_image_size(self.image_size)
+        for name, value in (("scale", self.scale), ("ratio", self.ratio)):
+            if len(value) != 2:
+                raise ValueError(f"augment.training.{name}={list(value)} must be a range of two numbers")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"augment.training.scale={list(self.scale)} must rise from above 0 to at most 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"augment.training.ratio={list(self.ratio)} must rise from above 0")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"augment.training.flip={self.flip} is a probability: 0 to 1")
+
+    def windows(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> Windows:
+        """Draw a window for each image as a function of (seed, epoch, sample) alone.
+
+        Shapes: sizes (N, 2) height and width, samples (N,) -> arrays of (N, ...).
+        """
+        draws = uniform(samples, DRAWS, seed=seed, epoch=epoch)  # (N, DRAWS)
+        anchor, shape = random_resized_crop(sizes, draws[:, :-1], scale=self.scale, ratio=self.ratio)
+        mirror = (draws[:, -1] < self.flip).astype(np.int32)
+        return Windows(anchor.astype(np.int32), shape.astype(np.int32), mirror)
+
+
+@dataclass(frozen=True)
+class EvaluationView:
+    """The centre of each image: its shorter side resized to image_size / crop_fraction, then a square cut out.
+
+    224 pixels at 0.875 are torchvision's 256 and 224.
+
+    Raises: ValueError for a fraction that is none.
+    """
+
+    image_size: int
+    crop_fraction: float = 0.875
+
+    has_margin = True
+
+    def __post_init__(self) -> None:
+        _check_image_size(self.image_size)
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"augment.evaluation.crop_fraction={self.crop_fraction} must be above 0 and at most 1")
+
+    def windows(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> Windows:
+        """The same window for an image whatever the seed, the epoch and the other images.
+
+        Shapes: sizes (N, 2) height and width, samples (N,) -> arrays of (N, ...).
+        """
+        return center_crop(sizes, image_size=self.image_size, resize=round(self.image_size / self.crop_fraction))
+
+
+def random_resized_crop(
+    sizes: NDArray[np.int64], draws: NDArray[np.float64], *, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Anchors and shapes of random windows by the algorithm of torchvision's RandomResizedCrop.
+
+    The first of ten attempts that fits is taken, else the largest centred window within `ratio`.
+
+    Shapes: sizes (N, 2), draws (N, 40) in [0, 1) -> (N, 2), (N, 2), rows before columns.
+    """
+    area_draw, ratio_draw, top_draw, left_draw = draws.reshape(len(draws), 4, CROP_ATTEMPTS).transpose(1, 0, 2)
+    area = sizes.prod(axis=1)[:, None] * (scale[0] + area_draw * (scale[1] - scale[0]))  # (N, attempts)
+    aspect = np.exp(np.log(ratio[0]) + ratio_draw * (np.log(ratio[1]) - np.log(ratio[0])))
+    shape = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], axis=2).astype(np.int64)
+    fits = ((shape > 0) & (shape <= sizes[:, None])).all(axis=2)  # (N, attempts)
+    first = fits.argmax(axis=1), np.arange(len(sizes))
+    chosen = shape[first[1], first[0]]  # (N, 2)
+    position = np.stack([top_draw[first[1], first[0]], left_draw[first[1], first[0]]], axis=1)
+    anchor = np.floor(position * (sizes - chosen + 1)).astype(np.int64)
+    largest = _largest_within(sizes, ratio)
+    none = ~np.any(fits, axis=1, keepdims=True)  # (N, 1)
+    return np.where(none, (sizes - largest) // 2, anchor), np.where(none, largest, chosen)
+
+
+def center_crop(sizes: NDArray[np.int64], *, image_size: int, resize: int) -> Windows:
+    """The windows of torchvision's Resize(resize) and CenterCrop(image_size), image_size <= resize.
+
+    Only what the crop and its filter need is decoded; resizing that region alone
+    gives the pixels that resizing all and cutting would.
+
+    Shapes: (N, 2) -> arrays of (N, ...).
+    """
+    shorter = sizes.min(axis=1, keepdims=True)
+    resized = resize * sizes // shorter  # (N, 2), torchvision truncates the longer side
+    corner = np.rint((resized - image_size) / 2)  # Python's rounding, as torchvision's
+    pixels = sizes / resized  # (N, 2) input pixels an output pixel
+    start, end = corner * pixels, (corner + image_size) * pixels
+    support = np.ceil(np.maximum(pixels, 1)) + 1  # reach of the triangular filter
+    anchor = np.maximum(np.floor(start - support), 0)
+    stop = np.minimum(np.ceil(end + support), sizes)
+    return Windows(
+        anchor.astype(np.int32),
+        (stop - anchor).astype(np.int32),
+        np.zeros(len(sizes), np.int32),
+        (start - anchor).astype(np.float32),
+        (end - anchor).astype(np.float32),
+    )
+
+
+def _largest_within(sizes: NDArray[np.int64], ratio: tuple[float, float]) -> NDArray[np.int64]:
+    height, width = sizes[:, 0], sizes[:, 1]
+    aspect = width / height
+    fitted_height = np.where(aspect < ratio[0], np.rint(width / ratio[0]), height)
+    fitted_width = np.where(aspect > ratio[1], np.rint(height * ratio[1]), width)
+    return np.stack([fitted_height, fitted_width], axis=1).astype(np.int64)  # (N, 2)
+
+
+def _check_image_size(image_size: int) -> None:
+    if image_size < 1:
+        raise ValueError(f"data.image_size={image_size} must be at least 1 pixel")

@@ -1,0 +1,1 @@
+"""From images to tar shards, a manifest and an index."""

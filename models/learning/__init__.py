@@ -1,0 +1,1 @@
+"""Lightning modules: how a network learns to classify."""

@@ -1,0 +1,1 @@
+"""Published weight files: read safely, matched with our networks tensor by tensor."""

@@ -1,0 +1,1 @@
+"""The command line: compose a config, check it, explain what is wrong."""

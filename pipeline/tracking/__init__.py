@@ -1,0 +1,1 @@
+"""MLflow and the queue in front of it."""

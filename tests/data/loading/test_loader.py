@@ -1,0 +1,215 @@
+"""Batches against PIL's decode and torchvision's resize, and what happens when the files are not as they were."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import functional as reference
+from torchvision.transforms.v2 import functional as v2
+
+from data.loading.crops import EvaluationView, TrainingView
+from data.loading.graph import Decode
+from data.loading.loader import Batch, Loader, LocalShards, TrainingLoader
+from data.loading.order import EvaluationPlan, TrainingPlan
+from data.shards import sources
+from data.shards.dataset import Dataset
+from data.shards.images import UnreadableImage
+from data.shards.indexing import open_dataset
+from data.shards.pack import pack
+from tests.conftest import CIFAR, make_folder
+
+
+def evaluation(
+    dataset: Dataset, split: str, *, image_size: int, crop_fraction: float, batch_size: int = 16, **ranks: int
+) -> Loader:
+    index = dataset.index(split)
+    plan = EvaluationPlan(len(index), batch_size, **ranks)
+    view = EvaluationView(image_size, crop_fraction)
+    return Loader(index, LocalShards(dataset.root), plan=plan, view=view, decode=Decode(dataset.mean, dataset.std))
+
+
+def training(dataset: Dataset, *, image_size: int = 32, batch_size: int = 8, **plan: int) -> TrainingLoader:
+    index = dataset.index("train")
+    order = TrainingPlan(index.shard_samples, seed=0, window=1_000_000, batch_size=batch_size, **plan)
+    view = TrainingView(image_size)
+    return TrainingLoader(
+        index, LocalShards(dataset.root), plan=order, view=view, decode=Decode(dataset.mean, dataset.std)
+    )
+
+
+def encoded(dataset: Dataset, split: str, sample: int) -> Image.Image:
+    """The image of a sample by Python's tarfile and PIL, upright and in colour."""
+    name = dataset.index(split).keys([sample])[0]
+    tar, _, key = name.partition(": ")
+    with tarfile.open(dataset.root / tar) as shard:
+        member = next(m for m in shard if m.name.startswith(key + ".") and not m.name.endswith(".cls"))
+        content = shard.extractfile(member)
+        assert content is not None
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(content.read()))).convert("RGB")
+
+
+def levels(dataset: Dataset, images: torch.Tensor) -> np.ndarray:
+    """Undo the normalisation: (N, 3, H, W) -> (N, H, W, 3) in levels of 0 to 255."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.mean, dataset.std))
+    return ((images * std + mean) * 255).permute(0, 2, 3, 1).numpy()
+
+
+def first_and_last(dataset: Dataset, split: str) -> list[int]:
+    """The first and the last sample of every class."""
+    index = dataset.index(split)
+    labels = index.rows(np.arange(len(index))).label
+    wanted = [np.flatnonzero(labels == label)[[0, -1]] for label in range(len(dataset.classes))]
+    return sorted({int(sample) for pair in wanted for sample in pair})
+
+
+def assert_equals_torchvision(dataset: Dataset, split: str, *, image_size: int, crop_fraction: float) -> None:
+    batches = list(evaluation(dataset, split, image_size=image_size, crop_fraction=crop_fraction))
+    images = torch.cat([batch.images for batch in batches])
+    assert torch.cat([batch.samples for batch in batches]).tolist() == list(range(len(images)))
+    wanted = first_and_last(dataset, split)
+    assert len(wanted) >= len(dataset.classes)
+    for sample in wanted:
+        resized = reference.resize(encoded(dataset, split, sample), [round(image_size / crop_fraction)], antialias=True)
+        expected = np.asarray(reference.center_crop(resized, [image_size])).astype(float)
+        assert np.abs(levels(dataset, images[sample : sample + 1])[0] - expected).max() < 1.001, sample
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_photographs_equal_pil_and_torchvision(photographs: Dataset, split: str) -> None:
+    assert_equals_torchvision(photographs, split, image_size=224, crop_fraction=0.875)
+    assert_equals_torchvision(photographs, split, image_size=96, crop_fraction=0.9)
+
+
+def test_digits_equal_pil_and_torchvision(digits: Dataset) -> None:
+    assert_equals_torchvision(digits, "val", image_size=16, crop_fraction=1.0)
+
+
+@pytest.mark.skipif(not CIFAR.is_file(), reason="needs the CIFAR-10 archive in ../shared/data")
+def test_cifar_equals_pil_and_torchvision(tmp_path: Path) -> None:
+    with tarfile.open(CIFAR) as archive:
+        archive.extractall(tmp_path, filter="data")
+    root = next(path for path in tmp_path.iterdir() if path.is_dir())
+    for path in root.glob("*/*.jpg"):
+        if int(path.stem) % 50:
+            path.unlink()
+    source = sources.folder(root, "cifar10", val_fraction=0.0, seed=0)
+    dataset = pack(source, tmp_path / "packed").dataset
+    assert_equals_torchvision(dataset, "train", image_size=32, crop_fraction=1.0)
+
+
+@pytest.mark.parametrize(("name", "image_size"), [("digits", 16), ("photographs", 96)])
+def test_a_training_image_is_torchvisions_crop_of_its_window(
+    request: pytest.FixtureRequest, name: str, image_size: int
+) -> None:
+    dataset: Dataset = request.getfixturevalue(name)
+    loader = training(dataset, image_size=image_size)
+    batches = list(itertools.islice(loader, 3))
+    assert len(batches) == 3
+    for batch in batches:
+        rows = loader.index.rows(batch.samples.numpy())
+        sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)
+        windows = loader.view.windows(sizes, batch.samples.numpy(), seed=0, epoch=0)
+        for position, sample in enumerate(batch.samples.tolist()):
+            corner, shape = windows.anchor[position].tolist(), windows.shape[position].tolist()
+            image = v2.pil_to_tensor(encoded(dataset, "train", sample))
+            expected = v2.resized_crop(image, *corner, *shape, [image_size, image_size], antialias=True)
+            if windows.mirror[position]:
+                expected = v2.hflip(expected)
+            difference = levels(dataset, batch.images[position : position + 1])[0] - expected.permute(1, 2, 0).numpy()
+            assert np.abs(difference).max() < 0.001, (sample, corner, shape)
+
+
+def test_a_batch_is_what_networks_expect(photographs: Dataset) -> None:
+    batch = next(iter(training(photographs, image_size=64)))
+    assert isinstance(batch, Batch)
+    assert batch.images.shape == (8, 3, 64, 64)
+    assert batch.images.dtype == torch.float32
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.labels.dtype == batch.samples.dtype == torch.int64
+    labels = photographs.index("train").rows(batch.samples.numpy()).label
+    assert batch.labels.tolist() == labels.tolist()
+
+
+def test_batches_that_are_held_do_not_change(digits: Dataset) -> None:
+    loader = training(digits, batch_size=64)
+    held = list(loader)
+    copies = [batch.images.clone() for batch in held]
+    for _ in loader:
+        pass
+    assert len(held) == 1438 // 64
+    assert all(torch.equal(batch.images, copy) for batch, copy in zip(held, copies, strict=True))
+
+
+def test_an_epoch_is_every_image_once_and_the_next_in_another_order(digits: Dataset) -> None:
+    loader = training(digits, batch_size=2)
+    epochs = [torch.cat([batch.samples for batch in loader]).tolist() for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1438))
+    assert epochs[0] != epochs[1]
+
+
+def test_a_restored_loader_gives_the_same_bits(digits: Dataset) -> None:
+    whole = training(digits, batch_size=200)
+    batches = [(batch.images.clone(), batch.samples) for _ in range(2) for batch in whole]
+    assert len(batches) == 14
+    stopped = training(digits, batch_size=200)
+    for _, _ in zip(range(10), (batch for _ in range(2) for batch in stopped), strict=False):
+        pass
+    assert stopped.state_dict() == {"epoch": 1, "step": 3}
+    restored = training(digits, batch_size=200)
+    restored.load_state_dict({"epoch": 1, "step": 3})
+    rest = list(restored)
+    assert len(rest) == 4
+    for batch, (images, samples) in zip(rest, batches[10:], strict=True):
+        assert torch.equal(batch.images, images)
+        assert torch.equal(batch.samples, samples)
+    assert restored.state_dict() == {"epoch": 2, "step": 0}
+
+
+def test_an_evaluation_left_early_begins_anew(digits: Dataset) -> None:
+    loader = evaluation(digits, "val", image_size=16, crop_fraction=1.0)
+    next(iter(loader))
+    assert torch.cat([batch.samples for batch in loader]).tolist() == list(range(359))
+    assert torch.cat([batch.samples for batch in loader]).tolist() == list(range(359))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_evaluation_without_gap_or_overlap(digits: Dataset, world_size: int) -> None:
+    loaders = [
+        evaluation(digits, "val", image_size=16, crop_fraction=1.0, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert len({len(loader) for loader in loaders}) == 1
+    samples = [sample for loader in loaders for batch in loader for sample in batch.samples.tolist()]
+    assert sorted(samples) == list(range(359))
+
+
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+    source = sources.folder(make_folder(tmp_path / "images"), "three", val_fraction=0.0, seed=0)
+    dataset = pack(source, tmp_path / "packed").dataset
+    index = dataset.index("train")
+    rows = index.rows(np.array([5]))
+    tar = dataset.root / "train-000000.tar"
+    with tar.open("r+b") as shard:
+        shard.seek(int(rows.offset[0]) + 2)
+        shard.write(bytes(int(rows.size[0]) - 2))
+    name = index.keys([5])[0]
+    with pytest.raises(UnreadableImage, match=name):
+        list(training(dataset, batch_size=4))
+
+
+def test_a_tar_that_shrinks_is_named(tmp_path: Path, digits: Dataset) -> None:
+    shutil.copytree(digits.root, tmp_path / "digits")
+    dataset, _ = open_dataset(tmp_path / "digits")
+    loader = training(dataset, batch_size=4)
+    with (tmp_path / "digits" / "train-000000.tar").open("r+b") as shard:
+        shard.truncate(100_000)
+    with pytest.raises(ValueError, match=r"train-000000.tar ends before byte .* it changed after it was indexed"):
+        list(loader)

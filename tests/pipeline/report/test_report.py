@@ -1,0 +1,199 @@
+"""The report as it is typed: what it prints, what it writes, and what it answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hydra.errors import HydraException
+from PIL import Image
+
+from pipeline.cli.config import ConfigError
+from pipeline.report.sample_images import MEAN, STD, as_images, photographs
+from tests.conftest import Run, make_jpeg, orientation
+from tests.pipeline.conftest import Report
+from tests.support.networks import build
+
+
+def test_a_report_prints_and_writes_the_true_numbers(run_verb: Run, tmp_path: Path) -> None:
+    answer = run_verb("report", "+model=resnet", "effective_images=1", COLUMNS="")  # pytest's workers have one
+    assert answer.returncode == 0, answer.stderr
+    for text in (
+        "11,689,512",
+        "1.814 G an image",
+        "435x435 px at stages.stage4.1.relu",
+        "(B, 256, 14, 14)",
+        "head.pool",
+        "offset px",  # all columns, where no terminal is too small for them
+    ):
+        assert text in answer.stdout
+    (folder,) = (tmp_path / "reports").iterdir()
+    assert folder.name.startswith("resnet18-224-")
+    table = json.loads((folder / "layers.json").read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert len(rows) == 69
+    assert sum(row["parameters"] for row in rows) == 11_689_512
+    assert max(row["receptive_field_rows"] or 0 for row in rows) == 435
+    assert pq.read_table(folder / "layers.parquet").to_pylist() == rows
+    numbers = json.loads((folder / "report.json").read_text())
+    assert (numbers["gmacs"], numbers["receptive_field_px"]) == (1.814073344, 435.0)
+    assert numbers["stages"][3]["shape"] == [256, 14, 14]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "stages.stage4.1.conv2.0" in page
+    assert str(folder.relative_to(tmp_path)) in answer.stdout
+
+
+def test_fields_are_compared_with_gradients_when_asked(report: Report) -> None:
+    said = report("+model=lenet", "check=true", "effective_images=0", "layers=none", "out=here")
+    assert "10 of 10 fields equal the extent of their gradient" in said
+    assert "effective" not in said
+    assert "here/report.html" in said
+
+
+def test_a_network_that_cannot_be_checked_is_reported_all_the_same(report: Report) -> None:
+    said = report("+model=lenet", "model.ops=reference", "check=true", "effective_images=0", "layers=none")
+    assert "32x32 px" in said
+    assert "warning: not checked: gradient unknown: " in said
+
+
+def test_networks_of_others_are_reported(report: Report, tmp_path: Path) -> None:
+    report("net=torchvision.models.squeezenet1_1", "data.image_size=64", "layers=none")
+    report("net=timm.models.resnet10t", "trust=true", "effective_images=0", "layers=none")
+    found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("reports/*/report.json"))]
+    assert [(one["name"], one["image"], round(one["params_millions"] * 1e6)) for one in found] == [
+        ("timm.models.resnet10t", [3, 176, 176], 5_435_488),
+        ("torchvision.models.squeezenet1_1", [3, 64, 64], 1_235_496),
+    ]
+    assert found[1]["effective_measured_with"] == "fresh weights, over 4 crops of china.jpg, flower.jpg"
+
+
+def test_a_network_by_timms_convention_says_which_images_it_takes(report: Report, tmp_path: Path) -> None:
+    report("net=tests.support.networks.grey_by_timm", "trust=true", "effective_images=1", "layers=none", "out=here")
+    found = json.loads((tmp_path / "here" / "report.json").read_text())
+    assert found["image"] == [1, 20, 20]
+    assert found["effective_measured_with"] == "the weights that it is built with, over 1 crop of china.jpg"
+
+
+def test_a_run_of_a_stranger_is_not_trusted(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "theirs" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "theirs" / "checkpoints" / "last.ckpt").write_bytes(b"")
+    (tmp_path / "theirs" / "fingerprint.json").write_text('{"precision": "32-true"}')
+    for target in ("os.system", "torch.hub.load", "pipeline.train.main"):
+        model = {"_target_": "models.sequential.lenet", "dropout": {"_target_": target}}
+        config = {"model": model, "recipe": {"_target_": "models.learning.recipe.Recipe"}, "data": {"image_size": 32}}
+        (tmp_path / "theirs" / "config.yaml").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=f"model.dropout._target_={target} is outside models., torch.optim."):
+            report("run=theirs")
+
+
+def test_networks_are_put_side_by_side(run_verb: Run, tmp_path: Path) -> None:
+    words = (
+        "models=[lenet,resnet.resnet34,torchvision.models.squeezenet1_1]",
+        "effective_images=1",
+        "batch_size=2",
+        "data.image_size=32",
+    )
+    answer = run_verb("report", *words, COLUMNS="160")
+    assert answer.returncode == 0, answer.stderr
+    lines = {line.split()[1]: line for line in answer.stdout.splitlines() if line.startswith("│")}
+    assert lines.keys() == {"lenet5", "resnet34", "torchvision.models.squeezenet1_1"}
+    assert "0.06" in lines["lenet5"]
+    assert "21.79" in lines["resnet34"]  # a smaller stem
+    (folder,) = (tmp_path / "reports").glob("comparison-*")
+    table = pq.read_table(folder / "comparison.parquet").to_pylist()
+    assert [row["network"] for row in table] == ["lenet5", "resnet34", "torchvision.models.squeezenet1_1"]
+    assert all(row["images_per_second"] > 0 for row in table)
+    page = (folder / "comparison.html").read_text(encoding="utf-8")
+    assert "lenet5" in page
+    assert "resnet34" in page
+
+
+def test_weights_are_looked_at(report: Report, tmp_path: Path) -> None:
+    torch.save(build("lenet", "lenet5", image_size=32).state_dict(), tmp_path / "mine.pt")
+    said = report("+model=lenet", "weights=mine.pt", "layers=none", "effective_images=2")
+    assert "measured       with weights of mine.pt, over 2 crops of china.jpg, flower.jpg" in said
+    report("+model=lenet", "weights=mine.pt", "layers=none", "effective_images=2", "precision=64-true")
+    report("+model=lenet", "weights=mine.pt", "layers=all", "effective_images=2", "precision=64-true")
+    assert len(list((tmp_path / "reports").glob("lenet5-32-*/report.html"))) == 2  # what differs lies apart
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "no model: add +model=NAME, one of alexnet"),
+        (("models=[]",), "a report is of one of these: +model=NAME, net=FUNCTION, run=FOLDER, models="),
+        (("models=[lenet]", "run=runs/mine"), "a report is of one of these: +model=NAME, net=FUNCTION"),
+        (("models=[lenet]", "check=true"), "check=true is for the report of one network"),
+        (("run=nowhere",), "run=nowhere: there is no run, which would have a config.yaml"),
+        (("net=timm.models.resnet10t",), "model._target_=timm.models.resnet10t is outside models., data., pipeline., "),
+        (("net=torchvision.models.vgg11",), "this network is for images of no size in particular: add data.image_size"),
+        (("net=os.getcwd", "trust=true"), "os.getcwd builds no network"),
+        (("+model=lenet", "out=broken.jpg/here"), "out=broken.jpg/here is no folder to write to: see "),
+        (("+model=lenet", "photographs=broken.jpg"), "photographs: broken.jpg cannot be read: cannot identify"),
+        (("+model=lenet", "photographs=nowhere"), "photographs=nowhere: there is no image"),
+        (("+model=lenet", "data=digits"), "report has no data to choose, train has"),
+        (("+model=resnet", "layers=every"), "layers=every is not one of some, all, none"),
+        (("+model=resnet", "batch_size=0"), "batch_size=0 must be a whole number, at least 1"),
+        (("+model=resnet", "effective_images=-1"), "effective_images=-1 must be a whole number, at least 0"),
+        (("+model=resnet", "precision=8"), "precision=8 is not one of 32-true, bf16-mixed"),
+        (("+model=lenet", "data.image_size=40"), "image_size=40: LeNet-5 takes images of 28 or 32 pixels"),
+        (("+model=lenet", "efective_images=1"), "there is no efective_images: did you mean effective_images?"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused(report: Report, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises((ValueError, OSError, HydraException), match=re.escape(said)):
+        report(*words)
+    assert not list(tmp_path.glob("**/*.html"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("models=[resnet,resnt]",), "error: models: resnt is not one of alexnet, coatnet"),
+        (("models=[resnet.resnet19]", "effective_images=0"), "did you mean resnet18?"),
+    ],
+)
+def test_what_cannot_be_compared_is_answered_in_a_sentence(run_verb: Run, words: tuple[str, ...], said: str) -> None:
+    answer = run_verb("report", *words)
+    assert answer.returncode == 1
+    assert said in answer.stderr
+    assert answer.stderr.count("\n") == 1
+
+
+def test_photographs_are_crops_in_turn_and_the_same_each_time(tmp_path: Path) -> None:
+    for number, shape in enumerate(((60, 80), (90, 50))):
+        (tmp_path / f"{number}.jpg").write_bytes(make_jpeg(*shape, seed=number))
+    pixels, said = photographs(tmp_path, 4, size=(32, 48))
+    assert (pixels.shape, said) == ((4, 32, 48, 3), "4 crops of 0.jpg, 1.jpg")
+    assert np.array_equal(pixels, photographs(tmp_path, 4, size=(32, 48)).pixels)
+    assert photographs(tmp_path / "1.jpg", 1, size=(8, 8)).said == "1 crop of 1.jpg"
+    assert len({crop.tobytes() for crop in pixels}) == 4
+    whole = np.asarray(Image.open(tmp_path / "0.jpg"))
+    assert abs(pixels[0].mean() - whole.mean()) < 30  # of the first image, and not stretched beyond it
+
+
+def test_photographs_are_turned_as_their_cameras_say(tmp_path: Path) -> None:
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:20] = 255  # bright above
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=orientation(6))  # clockwise: bright to the right
+    (crop,) = photographs(tmp_path / "turned.jpg", 1, size=(20, 20)).pixels
+    across, down = crop.mean((0, 2)), crop.mean((1, 2))
+    assert np.ptp(across) > 200
+    assert np.ptp(down) < 20
+
+
+def test_photographs_come_as_networks_take_them() -> None:
+    pixels = photographs(None, 2, size=(8, 8)).pixels
+    images = as_images(pixels, channels=3)
+    for channel in range(3):
+        expected = (pixels[..., channel] / 255 - MEAN[channel]) / STD[channel]
+        assert np.allclose(images[:, channel].numpy(), expected, atol=1e-6)
+    grey = as_images(pixels, channels=1)
+    assert grey.shape == (2, 1, 8, 8)
+    assert torch.allclose(grey[:, 0], images.mean(1))
