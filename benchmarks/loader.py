@@ -1,11 +1,10 @@
-"""What an image costs: our loader beside bare DALI, torchvision's and timm's, interleaved in one run.
+"""Cost of an image: our loader, bare DALI, torchvision's and timm's, interleaved in one run.
 
     python -m benchmarks.loader            makes 1,000 JPEGs of 500 x 375, then 5 rounds of 3 epochs each
 
-All do what torchvision's reference preset does for training: decode, random
-resized crop to 224 with antialias, flip, normalise, batch. Each contender has two
-threads or two worker processes. CPU time counts the process and its workers, after
-one epoch of warm-up.
+All follow torchvision's reference preset for training: decode, random resized crop to 224 with antialias, flip,
+normalise, batch. Each loader has two threads or two worker processes. CPU time counts the process and its workers,
+after one epoch of warm-up.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def make_images(folder: Path) -> None:
-    """JPEGs of 110 KB, like photographs: noise of power 1 / frequency squared, mostly in brightness."""
+    """Write JPEGs of 110 KB that resemble photographs: noise of power 1 / frequency squared, mostly in brightness."""
     import numpy as np
     from PIL import Image
 
@@ -45,17 +44,18 @@ def make_images(folder: Path) -> None:
 
 
 def convoy(folder: Path) -> Callable[[], Iterable[object]]:
-    from data.loading.crops import TrainingView
-    from data.loading.graph import Decode
-    from data.loading.loader import LocalShards, TrainingLoader
+    from data.loading.crops import TrainingCrop
+    from data.loading.graph import DecodeSettings
+    from data.loading.loader import TrainingLoader
     from data.loading.order import TrainingPlan
+    from data.loading.storage import LocalShards
     from data.shards.indexing import open_dataset
 
     dataset, _ = open_dataset(folder / "shards")
     index = dataset.index("train")
-    plan = TrainingPlan(index.shard_samples, seed=0, window=4_000_000, batch_size=BATCH_SIZE)
-    decode = Decode(MEAN, STD, threads=THREADS)
-    loader = TrainingLoader(index, LocalShards(dataset.root), plan=plan, view=TrainingView(IMAGE_SIZE), decode=decode)
+    plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=4_000_000, batch_size=BATCH_SIZE)
+    decode = DecodeSettings(MEAN, STD, threads=THREADS)
+    loader = TrainingLoader(index, LocalShards(dataset.root), plan=plan, crop=TrainingCrop(IMAGE_SIZE), decode=decode)
     return lambda: loader
 
 
@@ -73,13 +73,10 @@ def bare_dali(folder: Path) -> Callable[[], Iterable[object]]:
             encoded, output_type=types.RGB, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
         )
         resized = fn.resize(decoded, size=[IMAGE_SIZE, IMAGE_SIZE], interp_type=types.INTERP_LINEAR, antialias=True)
+        mean, std = [value * 255 for value in MEAN], [value * 255 for value in STD]
+        flip = fn.random.coin_flip()
         images = fn.crop_mirror_normalize(
-            resized,
-            mirror=fn.random.coin_flip(),
-            mean=[value * 255 for value in MEAN],
-            std=[value * 255 for value in STD],
-            dtype=types.FLOAT,
-            output_layout="HWC",
+            resized, mirror=flip, mean=mean, std=std, dtype=types.FLOAT, output_layout="HWC"
         )
         pipeline.set_outputs(images, label)
     pipeline.build()
@@ -97,9 +94,8 @@ def torchvision_tensor(folder: Path) -> Callable[[], Iterable[object]]:
     from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms import v2
 
-    transform = v2.Compose(
-        [v2.RandomResizedCrop(IMAGE_SIZE, antialias=True), v2.RandomHorizontalFlip(), *_to_normalised(v2)]
-    )
+    crop = v2.RandomResizedCrop(IMAGE_SIZE, antialias=True)
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), *_to_normalised(v2)])
     return _torch_loader(ImageFolder(folder / "train", transform, loader=lambda p: decode_image(p, ImageReadMode.RGB)))
 
 
@@ -107,9 +103,8 @@ def torchvision_pil(folder: Path) -> Callable[[], Iterable[object]]:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
-    transform = v2.Compose(
-        [v2.RandomResizedCrop(IMAGE_SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor(), *_to_normalised(v2)]
-    )
+    crop = v2.RandomResizedCrop(IMAGE_SIZE)
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor(), *_to_normalised(v2)])
     return _torch_loader(ImageFolder(folder / "train", transform))
 
 
@@ -135,7 +130,7 @@ def timm(folder: Path) -> Callable[[], Iterable[object]]:
     return lambda: loader
 
 
-CONTENDERS = {
+LOADERS = {
     "convoy": convoy,
     "bare DALI": bare_dali,
     "torchvision, tensor": torchvision_tensor,
@@ -144,17 +139,28 @@ CONTENDERS = {
 }
 
 
-def measure(contender: str, folder: Path, epochs: int) -> dict[str, float]:
-    """Images/s and CPU milliseconds an image of one contender, in this process."""
-    epoch = CONTENDERS[contender](folder)
+def measure(name: str, folder: Path, epochs: int) -> dict[str, float]:
+    """Measure images/s and CPU milliseconds per image of one loader, in this process."""
+    epoch = LOADERS[name](folder)
     for _ in epoch():
         pass
-    cpu, began = _cpu_seconds(), time.perf_counter()
+    cpu, start = _cpu_seconds(), time.perf_counter()
     batches = sum(1 for _ in range(epochs) for _ in epoch())
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     images = batches * BATCH_SIZE
-    assert images == IMAGES * epochs, f"{contender} gave {images} images"
+    assert images == IMAGES * epochs, f"{name} returned {images} images"
     return {"images_per_second": images / seconds, "cpu_ms": 1000 * (_cpu_seconds() - cpu) / images}
+
+
+def measure_all(folder: Path, *, rounds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
+    """Measure each loader in its own process, one round after the other."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in LOADERS}
+    for _ in range(rounds):
+        for name, measured in results.items():
+            command = [sys.executable, "-m", "benchmarks.loader", "--epochs", str(epochs), "--one", name, str(folder)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            measured.append(json.loads(output.splitlines()[-1]))
+    return results
 
 
 def main() -> None:
@@ -162,30 +168,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--one", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("LOADER", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one[0], Path(arguments.one[1]), arguments.epochs)))
         return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_images(folder)
-        _pack(folder)
-        results: dict[str, list[dict[str, float]]] = {contender: [] for contender in CONTENDERS}
-        for _ in range(arguments.rounds):
-            for contender, measured in results.items():
-                command = [sys.executable, "-m", "benchmarks.loader", "--epochs", str(arguments.epochs)]
-                output = subprocess.run(
-                    [*command, "--one", contender, name], check=True, stdout=subprocess.PIPE, text=True
-                ).stdout
-                measured.append(json.loads(output.splitlines()[-1]))
+        make_images(Path(name))
+        _pack(Path(name))
+        results = measure_all(Path(name), rounds=arguments.rounds, epochs=arguments.epochs)
     print(f"{'loader':<22}{'images/s':>10}{'CPU ms/image':>14}{'ours / its CPU':>16}   medians of {arguments.rounds}")
     ours = [one["cpu_ms"] for one in results["convoy"]]
-    for contender, measured in results.items():
+    for name, measured in results.items():
         cpu = [one["cpu_ms"] for one in measured]
-        ratio = statistics.median(mine / its for mine, its in zip(ours, cpu, strict=True))
+        ratio = statistics.median(own / other for own, other in zip(ours, cpu, strict=True))
         speed = statistics.median(one["images_per_second"] for one in measured)
-        print(f"{contender:<22}{speed:>10.0f}{statistics.median(cpu):>14.2f}{ratio:>16.2f}")
+        print(f"{name:<22}{speed:>10.0f}{statistics.median(cpu):>14.2f}{ratio:>16.2f}")
 
 
 def _pack(folder: Path) -> None:

@@ -1,10 +1,10 @@
-"""Training steps of our networks beside the publishers' own modules, in one interleaved run.
+"""Training steps of our networks and the publishers', interleaved in one run.
 
     python -m benchmarks.networks                       the six, 20 rounds each
     python -m benchmarks.networks resnet50 --rounds 40
 
-Both get the same images, precision, layout, optimizer and stochastic depth. Throughput is by CPU time on a CPU, by
-the clock on a GPU; the aim is a ratio of 0.98 and more.
+Both get the same images, precision, memory format, optimizer and stochastic depth. Throughput is by CPU time on a CPU
+and by wall-clock time on a GPU; the target is a ratio of at least 0.98.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from models.attention import coatnet, convnext
 from models.layers import ConvNet
 from models.residual import resnet
 from models.separable import efficientnet, mobilenet
-from pipeline.train.fit import choose_precision
+from pipeline.build.trainer import choose_precision
 
-STEPS = 2  # a round; the first two rounds warm up
+STEPS = 2  # per round
 WARMUP_ROUNDS = 2
 
 
 class Contest(NamedTuple):
-    """Who competes: ours, the publisher's, and the images of a step on a CPU and on a GPU."""
+    """Our network, the publisher's, and the images per step on a CPU and on a GPU."""
 
     ours: Callable[..., ConvNet]
     theirs: Callable[[str], nn.Module]
     name: str  # of the publisher's
-    cpu: tuple[int, int]  # images and their side
+    cpu: tuple[int, int]  # number of images and their side in pixels
     gpu: tuple[int, int]
 
 
@@ -56,27 +56,27 @@ CONTESTS = {
 
 
 class Trainee:
-    """A network with its optimizer, and how long its steps took."""
+    """A network with its optimizer and the seconds of its rounds."""
 
     def __init__(self, net: nn.Module, device: torch.device) -> None:
         self.net = net.to(device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.01, momentum=0.9)
         self.seconds: list[float] = []
 
-    def round(self, images: Tensor, labels: Tensor, *, bfloat16: bool) -> None:
-        """Take a few steps and note what they took."""
-        began = now(images.device)
+    def run_round(self, images: Tensor, labels: Tensor, *, bfloat16: bool) -> None:
+        """Take the steps of a round and record their seconds."""
+        start = read_clock(images.device)
         for _ in range(STEPS):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
                 loss = functional.cross_entropy(self.net(images), labels)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-        self.seconds.append(now(images.device) - began)
+        self.seconds.append(read_clock(images.device) - start)
 
 
-def now(device: torch.device) -> float:
-    """Seconds of CPU time, or by the clock once the GPU has done what it was given."""
+def read_clock(device: torch.device) -> float:
+    """Seconds of CPU time, or on the clock when the GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -84,28 +84,26 @@ def now(device: torch.device) -> float:
 
 
 def compete(variant: str, contest: Contest, *, rounds: int, device: torch.device, bfloat16: bool) -> None:
-    """Let both train in turn, and print images a second and their ratio."""
+    """Train both in turn; print their images per second and the ratio."""
     count, side = contest.cpu if device.type == "cpu" else contest.gpu
     images = torch.randn(count, 3, side, side, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(1000, (count,), device=device)
     ours = Trainee(contest.ours(variant, image_size=224), device)
     theirs = Trainee(contest.theirs(contest.name), device)
     for turn in range(rounds + WARMUP_ROUNDS):
-        # Who goes first changes: a machine that warms up or slows down favours neither.
+        # The order alternates, so that a machine that warms up or slows down favours neither.
         for trainee in (ours, theirs) if turn % 2 else (theirs, ours):
-            trainee.round(images, labels, bfloat16=bfloat16)
-    mine, its = (trainee.seconds[WARMUP_ROUNDS:] for trainee in (ours, theirs))
-    ratio = statistics.median(b / a for a, b in zip(mine, its, strict=True))
-    speeds = [count * STEPS / statistics.median(seconds) for seconds in (mine, its)]
+            trainee.run_round(images, labels, bfloat16=bfloat16)
+    our_seconds, their_seconds = (trainee.seconds[WARMUP_ROUNDS:] for trainee in (ours, theirs))
+    ratio = statistics.median(b / a for a, b in zip(our_seconds, their_seconds, strict=True))
+    speeds = [count * STEPS / statistics.median(seconds) for seconds in (our_seconds, their_seconds)]
     precision = "bfloat16" if bfloat16 else "float32"
-    print(
-        f"{variant:<17}{count:>5}{side:>6}  {precision:<11}{speeds[0]:>10.1f}{speeds[1]:>10.1f}{ratio:>8.3f}",
-        flush=True,
-    )
+    row = f"{variant:<17}{count:>5}{side:>6}  {precision:<11}{speeds[0]:>10.1f}{speeds[1]:>10.1f}{ratio:>8.3f}"
+    print(row, flush=True)
 
 
 def main() -> None:
-    """The networks named, or all."""
+    """Compare the given networks, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", metavar="variant", help=", ".join(CONTESTS))
     parser.add_argument("--rounds", type=int, default=20)

@@ -2,9 +2,8 @@
 
     python -m benchmarks.pack FOLDER       3 rounds of both on a folder of class folders or splits
 
-The plain loop writes image and label and nothing else. Ours also decodes every image
-to see that it is whole, hashes every shard, indexes every sample and measures mean
-and standard deviation; it uses all cores, the loop one.
+The plain loop only writes image and label. Ours also decodes every image to verify it, hashes every shard, indexes
+every sample and measures mean and standard deviation; it uses all cores, the loop one.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 
 
 def plain_loop(root: Path, out: Path) -> int:
-    """The loop that webdataset's documentation shows. Returns the number of images."""
+    """Write the shards as webdataset's documentation shows; returns the number of images."""
     import webdataset as wds
 
     out.mkdir()
@@ -33,7 +32,7 @@ def plain_loop(root: Path, out: Path) -> int:
 
 
 def main() -> None:
-    """Run both in turn as whole commands and print the medians."""
+    """Run both in turn, each as a command, and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
@@ -52,9 +51,9 @@ def main() -> None:
                 "ShardWriter loop": ["-m", "benchmarks.pack", str(arguments.root), "--loop", f"{folder}/loop{turn}"],
             }
             for name, words in commands.items():
-                began = time.perf_counter()
+                start = time.perf_counter()
                 subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.perf_counter() - start)
     print(f"{'packing':<18}{'seconds':>9}{'images/s':>10}   {images:,} images, medians of {arguments.rounds}")
     for name, measured in seconds.items():
         median = statistics.median(measured)

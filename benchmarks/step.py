@@ -1,11 +1,10 @@
-"""What the training loop costs over a bare PyTorch loop with the same network, precision and batches, interleaved.
+"""The cost of the training loop over a bare PyTorch loop with the same network, precision and batches, interleaved.
 
     python -m benchmarks.step              5 rounds each of ResNet-18 at 32x32 and LeNet-5
 
-Ours is what `train` runs: Lightning, the Classifier, the reporter with its journal,
-a point every so many steps. The bare loop does forward, backward, optimizer and
-schedule and reads the loss as often. Both are given the same tensors in memory, so no
-loader is measured, and both start from the same weights.
+Ours is the loop of `train`: Lightning, the Classifier, and the progress callback with its journal. The bare loop does
+forward, backward, optimizer and schedule and reads the loss as often. Both use the same tensors in memory, so no loader
+is measured, and start from the same weights.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from data.loading.loader import Batch
 from models.learning.classifier import Classifier
 from models.learning.recipe import Recipe, warmup_cosine
 from models.residual import resnet
+from pipeline.build.trainer import choose_precision, silence_lightning
 from pipeline.runs.run import Run
-from pipeline.train.fit import choose_precision, quieten_lightning
-from pipeline.train.progress import Reporter
+from pipeline.train.progress import ProgressCallback
 from pipeline.train.seeding import SeedEachBatch
 
 WARMUP_STEPS = 10
@@ -51,7 +50,7 @@ def lenet() -> nn.Module:
 
 
 class Batches:
-    """The same few random batches again and again."""
+    """A few random batches, repeated."""
 
     def __init__(self, num_steps: int, batch_size: int, *, log_every: int, device: torch.device) -> None:
         self.num_steps, self.batch_size, self.log_every = num_steps, batch_size, log_every
@@ -68,8 +67,8 @@ class Batches:
             yield Batch(self.images[step % 8], self.labels, self.labels)
 
 
-class QuietReporter(Reporter):
-    """The reporter, told the batch size that it asks a data module for in `train`."""
+class QuietProgress(ProgressCallback):
+    """The progress callback with a given batch size; in `train` a data module has it."""
 
     batch_size = 0
 
@@ -81,13 +80,13 @@ class QuietReporter(Reporter):
 
 
 class Clock(pl.Callback):
-    """When step WARMUP_STEPS and the last step ended."""
+    """The times at which step WARMUP_STEPS and the last step ended."""
 
     def __init__(self) -> None:
         self.marks: list[tuple[float, float]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
-        """Look at the clock twice."""
+        """Read the clock at both steps."""
         if trainer.global_step in (WARMUP_STEPS, trainer.max_steps):
             self.marks.append(now())
 
@@ -97,8 +96,8 @@ def ours(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
     module = Classifier(net, num_classes=10, recipe=Recipe(1, optimizer, schedule))
     with tempfile.TemporaryDirectory() as folder:
         run = Run("benchmark", Path(folder))
-        reporter = QuietReporter(Console(quiet=True), run.record, log_every=batches.log_every, num_epochs=1)
-        reporter.batch_size = batches.batch_size
+        progress = QuietProgress(Console(quiet=True), run.journal.record, log_every=batches.log_every, num_epochs=1)
+        progress.batch_size = batches.batch_size
         clock = Clock()
         trainer = pl.Trainer(
             accelerator=accelerator,
@@ -106,7 +105,7 @@ def ours(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
             precision=precision,
             max_epochs=-1,
             max_steps=len(batches),
-            callbacks=[SeedEachBatch(0), reporter, clock],
+            callbacks=[SeedEachBatch(0), progress, clock],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -117,7 +116,7 @@ def ours(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
 
 
 def bare(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) -> list[tuple[float, float]]:
-    """Wall and CPU time at the two marks of a loop with nothing in it that need not be."""
+    """Wall and CPU time at the two marks of a minimal loop."""
     device = batches.labels.device
     net = net.to(device, memory_format=torch.channels_last)
     decayed = [parameter for parameter in net.parameters() if parameter.ndim > 1]
@@ -151,7 +150,7 @@ def schedule(step: int, *, steps_per_epoch: int, num_steps: int) -> float:
 
 
 def now() -> tuple[float, float]:
-    """Wall and CPU seconds, after the device has done what it was given."""
+    """Wall and CPU seconds, after the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
@@ -160,7 +159,7 @@ def now() -> tuple[float, float]:
 def compare(
     name: str, build: Callable[[], nn.Module], *, batch_size: int, num_steps: int, log_every: int, rounds: int
 ) -> None:
-    """Run both in turn and print the medians."""
+    """Alternate both and print the medians."""
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     batches = Batches(
         num_steps, batch_size, log_every=log_every, device=torch.device("cuda" if accelerator == "gpu" else "cpu")
@@ -168,7 +167,7 @@ def compare(
     precision = choose_precision("auto", accelerator)
     measured: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
     for turn in range(rounds):
-        # Who goes first changes: a machine that warms up or slows down favours neither.
+        # The order alternates, so that a machine that warms up or slows down favours neither.
         for contender in ("ours", "bare") if turn % 2 else ("bare", "ours"):
             torch.manual_seed(0)
             start, end = (ours if contender == "ours" else bare)(
@@ -192,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    quieten_lightning()
+    silence_lightning()
     warnings.filterwarnings("ignore")
     print(f"{'network':<10}{'batch':>6}  {'precision':<11}{'ms':<5}{'ours':>9}{'bare':>9}{'ratio':>9}{'extra':>10}")
     compare("lenet", lenet, batch_size=32, num_steps=1010, log_every=50, rounds=rounds)

@@ -1,1 +1,4 @@
-"""Networks and what can be computed about them. Knows no configs, no trackers, no shards."""
+"""Networks, their training modules and published weights, and what can be computed about them.
+
+Only `weights/` reads files. No configs, no trackers, no shards.
+"""

@@ -1,10 +1,8 @@
-"""ConvNeXt and CoAtNet: what transformers brought, with convolutions alone and beside attention.
+"""ConvNeXt and CoAtNet: the design of transformers, with convolutions alone and with attention.
 
 Liu, Mao, Wu, Feichtenhofer, Darrell & Xie 2022, "A ConvNet for the 2020s", section 3
 Dai, Liu, Le & Tan 2021, "CoAtNet: marrying convolution and attention for all data sizes", table 3
 """
-
-from __future__ import annotations
 
 import math
 from typing import NamedTuple, Unpack
@@ -13,53 +11,49 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.layers import ConvNet, LayerNorm2d, PooledLinear, SqueezeExcite, StochasticDepth, conv_norm
-from models.options import Options, Settings, find, finish, settle
+from models.layers import ConvNet, LayerNorm2d, PooledLinear, ResidualBlock, SqueezeExcite, StochasticDepth, conv_norm
+from models.options import Options, Settings, apply_options, find_variant, resolve_options
 
-LAYER_NORM_EPS = 1e-6  # of ConvNeXt's published code, and of timm's CoAtNet
+LAYER_NORM_EPS = 1e-6  # ConvNeXt's published code, timm's CoAtNet
 HEAD_WIDTH = 32  # channels of an attention head: Dai et al. table 3
-EXPANSION = 4  # of every block here, from its output's channels
-TABLE = ".bias.table"  # how the names of relative attention's tables end
+EXPANSION = 4  # of every block here, over its output channels
 LAYER_SCALE = 1e-6  # Liu et al. table 5
 
 
-class Convnext(NamedTuple):
-    """Widths and depths as section 3 of Liu et al. lists them, and the stochastic depth of table 5."""
+class Variant(NamedTuple):
+    """Widths and depths of the stages, and the stochastic depth of the last block."""
 
-    widths: tuple[int, int, int, int]
-    depths: tuple[int, int, int, int]
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
     stochastic_depth: float
 
 
-class Coatnet(NamedTuple):
-    """A column of table 3 of Dai et al., S0 to S4: S0 is the stem's two convolutions; stochastic depth of table 10."""
-
-    widths: tuple[int, int, int, int, int]
-    depths: tuple[int, int, int, int, int]
-    stochastic_depth: float
-
-
+# Section 3 and table 5 of Liu et al.
 CONVNEXTS = {
-    "convnext_tiny": Convnext((96, 192, 384, 768), (3, 3, 9, 3), 0.1),
-    "convnext_small": Convnext((96, 192, 384, 768), (3, 3, 27, 3), 0.4),
-    "convnext_base": Convnext((128, 256, 512, 1024), (3, 3, 27, 3), 0.5),
-    "convnext_large": Convnext((192, 384, 768, 1536), (3, 3, 27, 3), 0.5),
+    "convnext_tiny": Variant((96, 192, 384, 768), (3, 3, 9, 3), 0.1),
+    "convnext_small": Variant((96, 192, 384, 768), (3, 3, 27, 3), 0.4),
+    "convnext_base": Variant((128, 256, 512, 1024), (3, 3, 27, 3), 0.5),
+    "convnext_large": Variant((192, 384, 768, 1536), (3, 3, 27, 3), 0.5),
 }
+# Tables 3 and 10 of Dai et al., S0 to S4, where S0 is the stem's two convolutions.
 COATNETS = {
-    "coatnet_0": Coatnet((64, 96, 192, 384, 768), (2, 2, 3, 5, 2), 0.2),
-    "coatnet_1": Coatnet((64, 96, 192, 384, 768), (2, 2, 6, 14, 2), 0.3),
-    "coatnet_2": Coatnet((128, 128, 256, 512, 1024), (2, 2, 6, 14, 2), 0.5),
-    "coatnet_3": Coatnet((192, 192, 384, 768, 1536), (2, 2, 6, 14, 2), 0.7),
-    # Trained on JFT first; table 10 has no column for it on ImageNet-1k alone, so the largest that has one stands in.
-    "coatnet_4": Coatnet((192, 192, 384, 768, 1536), (2, 2, 12, 28, 2), 0.7),
+    "coatnet_0": Variant((64, 96, 192, 384, 768), (2, 2, 3, 5, 2), 0.2),
+    "coatnet_1": Variant((64, 96, 192, 384, 768), (2, 2, 6, 14, 2), 0.3),
+    "coatnet_2": Variant((128, 128, 256, 512, 1024), (2, 2, 6, 14, 2), 0.5),
+    "coatnet_3": Variant((192, 192, 384, 768, 1536), (2, 2, 6, 14, 2), 0.7),
+    # Pretrained on JFT: table 10 has no ImageNet-1k column for it, so this is the rate of coatnet_3.
+    "coatnet_4": Variant((192, 192, 384, 768, 1536), (2, 2, 12, 28, 2), 0.7),
 }
 
 
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtBlock(ResidualBlock):
     """A 7x7 depthwise convolution, then a layer norm and two linear layers on each pixel: figure 4 of Liu et al.
 
     Shapes: (N, C, H, W) -> (N, C, H, W).
     """
+
+    last_norm = None
+    no_decay = ()  # in the published code depthwise kernels decay
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -79,10 +73,10 @@ class ConvNeXtBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """The shortcut of a block that changes the shape: a pooling over 2x2, a 1x1 to other channels.
+    """The shortcut of a block that changes the shape: average pooling over 2x2 and a 1x1 convolution.
 
-    Equations 4 and 5 of Dai et al., but with averages for their maxima, as in timm, whose weights
-    fit. An odd last row or column is averaged alone: the strided convolution beside it reads it too.
+    Equations 4 and 5 of Dai et al., with averages for their maxima as in timm. An odd last row or column is averaged
+    alone: the parallel strided convolution reads it too.
 
     Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
     """
@@ -97,13 +91,16 @@ class Downsample(nn.Module):
         return changed
 
 
-class MBConv(nn.Module):
-    """An inverted residual with a squeeze-excite gate, its norm in front: Dai et al. section 2.1 and A.1.
+class MBConv(ResidualBlock):
+    """An inverted residual with pre-normalisation and a squeeze-excite gate: Dai et al. sections 2.1 and A.1.
 
     The stride sits on the depthwise convolution, the better place by their table 9.
 
     Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
     """
+
+    last_norm = None  # it ends with a convolution
+    no_decay = ()
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
         super().__init__()
@@ -124,7 +121,7 @@ class MBConv(nn.Module):
 
 
 def resize_table(table: Tensor, height: int, *, width: int) -> Tensor:
-    """A table of biases for maps of height x width pixels, by bilinear interpolation: Dai et al. section A.1.
+    """Interpolate a table of biases bilinearly for maps of height x width pixels: Dai et al. section A.1.
 
     Shapes: ((2 side - 1)^2, A) -> ((2 height - 1) (2 width - 1), A).
     """
@@ -135,12 +132,15 @@ def resize_table(table: Tensor, height: int, *, width: int) -> Tensor:
 
 
 class RelativeBias(nn.Module):
-    """A learned number for each head and each offset between two pixels: w of equation 3 of Dai et al., section A.1.
+    """A learned bias for each head and each offset between two pixels: w of equation 3 of Dai et al., section A.1.
 
-    The table of (2 side - 1)^2 offsets x A heads is for maps of side x side pixels; for others it is resized.
+    The table of (2 side - 1)^2 offsets x A heads is for maps of side x side pixels and is resized for others. Like
+    other biases it has no weight decay.
 
     Shapes: height and width -> (A, L, L), L = height width.
     """
+
+    no_decay = ("table",)
 
     def __init__(self, num_heads: int, *, side: int) -> None:
         super().__init__()
@@ -152,9 +152,9 @@ class RelativeBias(nn.Module):
         if (height, width) != (self.side, self.side):
             table = resize_table(table, height, width=width)
         rows = table.T.reshape(-1, 2 * height - 1, 2 * width - 1)  # (A, 2 height - 1, 2 width - 1)
-        # The window that begins at (y, x) holds the offsets from pixel (y, x) to all others, the last pixel first.
-        windows = rows.unfold(1, height, 1).unfold(2, width, 1)  # (A, height, width, height, width), a view
-        return windows.flip(3, 4).reshape(-1, height * width, height * width)
+        # The patch at (y, x) holds the offsets from pixel (y, x) to all others, the last pixel first.
+        patches = rows.unfold(1, height, 1).unfold(2, width, 1)  # (A, height, width, height, width), a view
+        return patches.flip(3, 4).reshape(-1, height * width, height * width)
 
 
 class RelativeAttention(nn.Module):
@@ -180,11 +180,14 @@ class RelativeAttention(nn.Module):
         return projected.view(num_images, height, width, -1)
 
 
-class TransformerBlock(nn.Module):
-    """Relative attention over all pixels, then two linear layers on each, both with a norm in front: Dai et al. A.1.
+class TransformerBlock(ResidualBlock):
+    """Relative attention over all pixels, then two linear layers on each, both pre-normalised: Dai et al. A.1.
 
     Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
     """
+
+    last_norm = None  # layer norms, before the layers
+    no_decay = ()
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int, side: int) -> None:
         super().__init__()
@@ -209,15 +212,15 @@ class TransformerBlock(nn.Module):
 
 
 def convnext(variant: str = "convnext_tiny", **options: Unpack[Options]) -> ConvNet:
-    """A ConvNeXt from tiny to large, equal to torchvision's of the same name.
+    """Build a ConvNeXt from tiny to large, equal to torchvision's of the same name.
 
-    Images of 64 pixels and less: a 3x3 kernel at stride 1 for the patches of 4x4.
+    Up to 64 pixels: a 3x3 kernel at stride 1 instead of patches of 4x4.
 
-    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 32, of the small one 8.
+    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 32; 8 when built for small images.
     Raises: ValueError for an unknown variant, smaller images, fewer than two classes.
     """
-    table = find(variant, CONVNEXTS)
-    settings = settle(Settings(stochastic_depth=table.stochastic_depth), options, at_least=8)
+    table = find_variant(variant, CONVNEXTS)
+    settings = resolve_options(Settings(stochastic_depth=table.stochastic_depth), options, at_least=8)
     channels = table.widths[0]
     patches = nn.Conv2d(settings.in_channels, channels, 4, stride=4)
     if settings.small:
@@ -233,20 +236,19 @@ def convnext(variant: str = "convnext_tiny", **options: Unpack[Options]) -> Conv
     stem = nn.Sequential(patches, LayerNorm2d(table.widths[0], eps=LAYER_NORM_EPS))
     between = {"norm": nn.LayerNorm(channels, eps=LAYER_NORM_EPS)}
     head = PooledLinear(channels, settings.num_classes, dropout=settings.dropout, between=between)
-    return finish(ConvNet(stem, stages, head=head), settings, options=options)
+    return apply_options(ConvNet(stem, stages, head=head), settings, options=options)
 
 
 def coatnet(variant: str = "coatnet_0", **options: Unpack[Options]) -> ConvNet:
-    """A CoAtNet from 0 to 4, equal to timm's `coatnet_0_224` to `coatnet_4_224`.
+    """Build a CoAtNet from 0 to 4, equal to timm's `coatnet_0_224` to `coatnet_4_224`.
 
-    Images of 64 pixels and less: no stride in the stem and the first stage. The attention
-    of stages 3 and 4 sees the whole image.
+    Up to 64 pixels: no stride in the stem and the first stage. The attention of stages 3 and 4 is global.
 
     Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
     Raises: ValueError for an unknown variant or fewer than two classes.
     """
-    table = find(variant, COATNETS)
-    settings = settle(Settings(stochastic_depth=table.stochastic_depth), options)
+    table = find_variant(variant, COATNETS)
+    settings = resolve_options(Settings(stochastic_depth=table.stochastic_depth), options)
     channels = table.widths[0]
     side = settings.image_size if settings.small else math.ceil(settings.image_size / 2)
     stem = nn.Sequential(
@@ -268,4 +270,4 @@ def coatnet(variant: str = "coatnet_0", **options: Unpack[Options]) -> ConvNet:
     norm, hidden = nn.LayerNorm(channels, eps=LAYER_NORM_EPS), nn.Linear(channels, channels)  # timm's, not the paper's
     between = {"norm": norm, "hidden": hidden, "activation": nn.Tanh()}
     head = PooledLinear(channels, settings.num_classes, dropout=settings.dropout, between=between)
-    return finish(ConvNet(stem, stages, head=head), settings, options=options)
+    return apply_options(ConvNet(stem, stages, head=head), settings, options=options)

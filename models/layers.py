@@ -1,12 +1,11 @@
-"""The parts every network is built from, and the shape they all share: stem, stages, head.
+"""Shared layers, and the common form of every network: stem, stages, head.
 
-Parts keep their layers in the order of torchvision's modules (timm's for CoAtNet and
-MobileNetV1), so that published weights fit parameter by parameter.
+Layers are registered in the order of torchvision's modules (timm's for CoAtNet and MobileNetV1), so that published
+weights match parameter by parameter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,17 +15,14 @@ MakeActivation = Callable[[], nn.Module]
 
 
 class ConvNet(nn.Module):
-    """A network as head(stages(stem(images))); every architecture of this project is one.
-
-    `stages` run in the order given. Each is named, and each ends where the
-    resolution changes, so a report can speak of a network stage by stage.
+    """A network as head(stages(stem(images))). Stages are named and end where the resolution changes.
 
     Shapes: (N, C, H, W) -> (N, K), K classes.
     """
 
     def __init__(self, stem: nn.Module, stages: Mapping[str, nn.Module], *, head: nn.Module) -> None:
         super().__init__()
-        self.image_size: int | None = None  # side in pixels that it was built for
+        self.image_size: int | None = None  # side in pixels the network is built for
         self.stem = stem
         self.stages = nn.Sequential()
         for name, stage in stages.items():
@@ -39,11 +35,10 @@ class ConvNet(nn.Module):
 
 
 class PooledLinear(nn.Sequential):
-    """Global average pooling, then one linear layer: the head of most networks since 2014.
+    """Global average pooling and a linear layer: Lin et al. 2014, section 3.2.
 
-    Lin et al. 2014, section 3.2. Averaging (2048, 7, 7) to 2048 features leaves
-    2,049,000 head parameters for 1000 classes; flattening would need 100,353,000.
-    `between` are layers by name, from the C means to the `in_features` of the last.
+    Averaging (2048, 7, 7) to 2048 features leaves 2,049,000 head parameters for 1000 classes; flattening needs
+    100,353,000. `between` holds named layers that map the C means to `in_features`.
 
     Shapes: (N, C, H, W) -> (N, K), any H and W.
     """
@@ -66,21 +61,15 @@ class PooledLinear(nn.Sequential):
 
 
 class SqueezeExcite(nn.Module):
-    """Scale each channel by a gate computed from the means of all channels.
+    """Scale each channel by a gate computed from all channel means.
 
-    Hu et al. 2018, section 3. The gate sees the whole image, so the receptive field
-    behind this layer is global.
+    Hu et al. 2018, section 3. The gate depends on the entire image, so the receptive field after this layer is global.
 
     Shapes: (N, C, H, W) -> (N, C, H, W), any H and W.
     """
 
     def __init__(
-        self,
-        channels: int,
-        hidden: int,
-        *,
-        activation: MakeActivation = nn.ReLU,
-        gate: MakeActivation = nn.Sigmoid,
+        self, channels: int, hidden: int, *, activation: MakeActivation = nn.ReLU, gate: MakeActivation = nn.Sigmoid
     ) -> None:
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -96,10 +85,10 @@ class SqueezeExcite(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """In training, leave out what a block adds to its input for a share `rate` of the images, and scale up the rest.
+    """In training, drop a block's residual for a random `rate` of the images and scale up the others.
 
-    Huang, Sun, Liu, Sedra & Weinberger 2016, section 3; scaling in training instead of
-    evaluation keeps the same expectation.
+    Huang, Sun, Liu, Sedra & Weinberger 2016, section 3. Scaling in training rather than in evaluation keeps the same
+    expectation.
 
     Shapes: any (N, ...) -> the same.
     """
@@ -109,19 +98,38 @@ class StochasticDepth(nn.Module):
         self.rate = 0.0
 
     def extra_repr(self) -> str:
-        """The rate, for `print(net)`."""
+        """Return the rate, for `print(net)`."""
         return f"rate={self.rate:.3g}"
 
     def forward(self, residual: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return residual
         keep = 1 - self.rate
-        kept = residual.new_empty((residual.shape[0],) + (1,) * (residual.ndim - 1)).bernoulli_(keep)  # (N, 1, ...)
-        return residual * kept.div_(keep)
+        mask = residual.new_empty((residual.shape[0],) + (1,) * (residual.ndim - 1)).bernoulli_(keep)  # (N, 1, ...)
+        return residual * mask.div_(keep)
+
+
+class ResidualBlock(nn.Module):
+    """Base of every block that adds its result to its input. Each block class declares its special parameters.
+
+    last_norm: name of the batch norm whose scale `ResidualClassifier` starts at zero, or None.
+    no_decay: names of kernels and matrices without weight decay. Any other module may declare `no_decay` too.
+
+    Names are relative to the block. Raises: TypeError when a class does not declare both.
+    """
+
+    last_norm: ClassVar[str | None]
+    no_decay: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name, empty in (("last_norm", "None"), ("no_decay", "()")):
+            if not hasattr(cls, name):
+                raise TypeError(f"{cls.__name__} does not declare {name}: write `{name} = {empty}` if it has none")
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of each pixel, without a copy where memory is channels_last.
+    """Layer norm over the channels of each pixel, without a copy in channels_last memory.
 
     Ba, Kiros & Hinton 2016. Shapes: (N, C, H, W) -> (N, C, H, W).
     """
@@ -141,46 +149,65 @@ def conv_norm(
     groups: int = 1,
     activation: MakeActivation | None = None,
 ) -> nn.Sequential:
-    """A convolution that keeps H and W at stride 1, its batch norm, and maybe an activation.
-
-    The norm's shift makes a bias superfluous.
+    """Build a convolution without bias, its batch norm and an optional activation. Stride 1 keeps H and W.
 
     Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)), odd kernels.
     """
-    conv = nn.Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=stride,
-        padding=kernel_size // 2,
-        groups=groups,
-        bias=False,
-    )
+    padding = kernel_size // 2
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), *([activation()] if activation else []))
 
 
 def relu() -> nn.Module:
-    """ReLU that overwrites its input, which no convolution, linear layer or norm before it needs for its gradient."""
+    """Build an in-place ReLU: no convolution, linear layer or norm needs its own output for the gradient."""
     return nn.ReLU(inplace=True)
 
 
 def batch_norms(net: nn.Module) -> list[_BatchNorm]:
-    """Every batch norm of `net`, those synchronised over ranks too."""
+    """Return every batch norm of `net`, including those synchronised over ranks."""
     return [layer for layer in net.modules() if isinstance(layer, _BatchNorm)]
 
 
 def set_batch_norm(net: nn.Module, *, eps: float | None = None, momentum: float | None = None) -> None:
-    """Give every batch norm of `net` these constants; None leaves one as it is."""
+    """Set the constants of every batch norm of `net`; None keeps the current value."""
     for norm in batch_norms(net):
         norm.eps = norm.eps if eps is None else eps
         norm.momentum = norm.momentum if momentum is None else momentum
 
 
-def spread_stochastic_depth(net: nn.Module, rate: float) -> None:
-    """Let the rate rise evenly from 0 in the first block to `rate` in the last.
+def check_residual_blocks(net: nn.Module) -> None:
+    """Raise TypeError for a block with stochastic depth that is no `ResidualBlock`, and so declares nothing."""
+    for module in net.modules():
+        has_residual = any(isinstance(child, StochasticDepth) for child in module.children())
+        if has_residual and not isinstance(module, ResidualBlock):
+            raise TypeError(f"{type(module).__name__} has stochastic depth: derive it from models.layers.ResidualBlock")
 
-    Huang et al. 2016, equation 4, begins at 1 / L of the rate; torchvision, timm and ConvNeXt at 0.
+
+def zero_last_norms(net: nn.Module) -> None:
+    """Start the scale of each block's `last_norm` at zero, so that the block starts as its shortcut.
+
+    Raises: AttributeError, TypeError for a declared name that is no batch norm of the block.
     """
+    check_residual_blocks(net)
+    for block in net.modules():
+        if isinstance(block, ResidualBlock) and block.last_norm is not None:
+            norm = block.get_submodule(block.last_norm)
+            if not isinstance(norm, _BatchNorm):
+                raise TypeError(f"{type(block).__name__}.last_norm={block.last_norm} is a {type(norm).__name__}")
+            nn.init.zeros_(norm.weight)
+
+
+def undecayed_parameters(net: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that modules declare as `no_decay`. Raises: AttributeError for an unknown name."""
+    return {module.get_parameter(name) for module in net.modules() for name in getattr(module, "no_decay", ())}
+
+
+def spread_stochastic_depth(net: nn.Module, rate: float) -> None:
+    """Let the rate rise linearly from 0 in the first block to `rate` in the last.
+
+    Huang et al. 2016, equation 4, starts at 1 / L of the rate; torchvision, timm and ConvNeXt start at 0.
+    """
+    check_residual_blocks(net)
     depths = [layer for layer in net.modules() if isinstance(layer, StochasticDepth)]
     for position, depth in enumerate(depths):
         depth.rate = rate * position / max(1, len(depths) - 1)

@@ -1,6 +1,4 @@
-"""What every builder takes beside its variant, and how a network is finished with it."""
-
-from __future__ import annotations
+"""The options that every builder takes beside its variant, and their effect on a network."""
 
 import difflib
 from collections.abc import Mapping
@@ -11,21 +9,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.layers import ConvNet, StochasticDepth, set_batch_norm, spread_stochastic_depth
 
-SMALL = 64  # images of this side in pixels and less get a stem without early stride
+SMALL_IMAGE = 64  # largest side in pixels for which networks get a stem without early stride
 
 V = TypeVar("V")
 
 
 class Options(TypedDict, total=False):
-    """The options of all builders; one that is left out, or None, is as the variant's paper has it.
+    """The options of all builders. A missing option, or None, takes the value of the variant's paper.
 
-    num_classes: how many logits; 1000 in most papers.
-    in_channels: of the images; 3 in most papers.
-    image_size: the side in pixels that the network is meant for; 64 and less get a stem without early
-        stride. Most networks take other sizes too.
-    dropout: share of the features that training leaves out before the last linear layer, in AlexNet and VGG
-        before two of the three.
-    stochastic_depth: share of the images for which training leaves out the last block; it falls to none at the first.
+    num_classes: number of logits; 1000 in most papers.
+    in_channels: channels of the images; 3 in most papers.
+    image_size: side in pixels the network is built for; up to 64 the stem has no early stride. Most networks take
+        other sizes too.
+    dropout: rate before the last linear layer; in AlexNet and VGG before two of the three.
+    stochastic_depth: rate of the last block, falling linearly to 0 at the first.
     norm_eps, norm_momentum: constants of the batch norms.
     """
 
@@ -39,7 +36,7 @@ class Options(TypedDict, total=False):
 
 
 class Settings(NamedTuple):
-    """The same, decided. A variant's row holds its own; the defaults here are those of ResNet and VGG."""
+    """Options with a value each. The defaults are those of ResNet and VGG; variants hold their own."""
 
     num_classes: int = 1000
     in_channels: int = 3
@@ -52,21 +49,29 @@ class Settings(NamedTuple):
     @property
     def small(self) -> bool:
         """Whether the stem keeps the resolution."""
-        return self.image_size <= SMALL
+        return self.image_size <= SMALL_IMAGE
 
 
-def find(variant: str, variants: Mapping[str, V]) -> V:
-    """The row of a variant. Raises: ValueError, with the nearest name, when there is none."""
+def find_variant(variant: str, variants: Mapping[str, V]) -> V:
+    """Return the row of a variant. Raises: ValueError, with the nearest name, when there is none."""
     if variant not in variants:
         near = difflib.get_close_matches(str(variant), variants, n=1, cutoff=0)[0]
-        raise ValueError(f"model.variant={variant} is not one of {', '.join(variants)}: did you mean {near}?")
+        raise ValueError(f"variant={variant} is not one of {', '.join(variants)}: did you mean {near}?")
     return variants[variant]
 
 
-def settle(own: Settings, options: Options, *, at_least: int = 1) -> Settings:
-    """The options given, over the variant's own. `at_least` is the smallest image side it takes.
+def _check_types(settings: Settings) -> None:
+    for name, default in Settings._field_defaults.items():
+        value = getattr(settings, name)
+        types, words = ((int, float), "a number") if isinstance(default, float) else (int, "an integer")
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise ValueError(f"{name}={value} must be {words}")
 
-    Raises: ValueError for values that no network can have.
+
+def resolve_options(own: Settings, options: Options, *, at_least: int = 1) -> Settings:
+    """Return the variant's own settings with `options` over them. `at_least` is the smallest image side it takes.
+
+    Raises: ValueError for an unknown option or an impossible value.
     """
     unknown = sorted(options.keys() - Options.__annotations__.keys())
     if unknown:
@@ -74,11 +79,7 @@ def settle(own: Settings, options: Options, *, at_least: int = 1) -> Settings:
         raise ValueError(f"{name}={value} is no option of a network, those are {', '.join(Options.__annotations__)}")
     given = {name: value for name, value in options.items() if value is not None}
     settings = Settings(**(own._asdict() | given))
-    for name, default in Settings._field_defaults.items():
-        value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(default, float) else int):
-            kind = "a number" if isinstance(default, float) else "a whole number"
-            raise ValueError(f"{name}={value} must be {kind}")
+    _check_types(settings)
     if settings.num_classes < 2:
         raise ValueError(f"num_classes={settings.num_classes}: a classifier needs at least 2 classes")
     if settings.in_channels < 1:
@@ -95,10 +96,10 @@ def settle(own: Settings, options: Options, *, at_least: int = 1) -> Settings:
     return settings
 
 
-def finish(net: ConvNet, settings: Settings, *, options: Options) -> ConvNet:
-    """Note the image size, set the batch norms' constants and the rates of stochastic depth, and return the network.
+def apply_options(net: ConvNet, settings: Settings, *, options: Options) -> ConvNet:
+    """Record the image size, set the batch norms' constants and the rates of stochastic depth; returns the network.
 
-    Raises: ValueError when an option was given for parts that the network does not have.
+    Raises: ValueError when an option is given for layers that the network does not have.
     """
     net.image_size = settings.image_size
     set_batch_norm(net, eps=settings.norm_eps, momentum=settings.norm_momentum)

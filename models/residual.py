@@ -1,4 +1,4 @@
-"""ResNet, Wide ResNet and ResNeXt: blocks whose input is added to what they compute, y = F(x) + x.
+"""ResNet, Wide ResNet and ResNeXt: blocks that add their input to their result, y = F(x) + x.
 
 He, Zhang, Ren & Sun 2016, "Deep residual learning for image recognition", table 1
 Zagoruyko & Komodakis 2016, "Wide residual networks", table 8: ResNet-50-2-bottleneck
@@ -13,21 +13,21 @@ from typing import NamedTuple, Unpack
 
 from torch import Tensor, nn
 
-from models.layers import ConvNet, PooledLinear, StochasticDepth, conv_norm, relu
-from models.options import Options, Settings, find, finish, settle
+from models.layers import ConvNet, PooledLinear, ResidualBlock, StochasticDepth, conv_norm, relu
+from models.options import Options, Settings, apply_options, find_variant, resolve_options
 
 
 class Variant(NamedTuple):
     """A column of a paper's table 1."""
 
-    block: type[BasicBlock] | type[Bottleneck]
+    block: type[BasicBlock | Bottleneck]
     depths: tuple[int, int, int, int]
     groups: int = 1  # "cardinality" in Xie et al.
-    group_width: int = 64  # channels of one group in the first stage's 3x3; 128 doubles them: a wide ResNet
+    group_width: int = 64  # channels of one group in the first stage's 3x3; a wide ResNet has twice as many
 
 
 def shortcut(in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
-    """The identity where shapes agree, else a strided 1x1 projection: option B of He et al., section 3.3.
+    """Return the identity for equal shapes, else a strided 1x1 projection: option B of He et al., section 3.3.
 
     Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
     """
@@ -36,13 +36,15 @@ def shortcut(in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
     return conv_norm(in_channels, out_channels, kernel_size=1, stride=stride)
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions and a shortcut: figure 5, left, of He et al.
 
     Shapes: (N, in_channels, H, W) -> (N, width, ceil(H / stride), ceil(W / stride)).
     """
 
     expansion = 1
+    last_norm = "conv2.1"
+    no_decay = ()
 
     def __init__(self, in_channels: int, width: int, *, stride: int, variant: Variant) -> None:
         super().__init__()
@@ -59,13 +61,15 @@ class BasicBlock(nn.Module):
         return activated
 
 
-class Bottleneck(nn.Module):
-    """1x1 to fewer channels, 3x3 in groups, 1x1 to four times as many: figure 5, right, of He et al.
+class Bottleneck(ResidualBlock):
+    """1x1 to fewer channels, grouped 3x3, 1x1 to four times as many: figure 5, right, of He et al.
 
     Shapes: (N, in_channels, H, W) -> (N, 4 width, ceil(H / stride), ceil(W / stride)).
     """
 
     expansion = 4
+    last_norm = "conv3.1"
+    no_decay = ()
 
     def __init__(self, in_channels: int, width: int, *, stride: int, variant: Variant) -> None:
         super().__init__()
@@ -108,18 +112,18 @@ STAGE_WIDTHS = (64, 128, 256, 512)
 
 
 def stem(in_channels: int, *, small: bool) -> nn.Sequential:
-    """7x7 at stride 2 and a pooling, as in table 1; for small images the 3x3 of section 4.2.
+    """Build a 7x7 at stride 2 and a pooling, as in table 1; for small images the 3x3 of section 4.2.
 
     Shapes: (N, in_channels, H, W) -> (N, 64, ceil(H / 4), ceil(W / 4)), for small images (N, 64, H, W).
     """
-    if small:  # with the same names, so that each says of the other's weights what does not fit
+    if small:  # under the same names, so that an error on the other's weights shows which shapes differ
         return nn.Sequential(conv_norm(in_channels, 64, kernel_size=3, activation=relu))
     conv = conv_norm(in_channels, 64, kernel_size=7, stride=2, activation=relu)
     return nn.Sequential(conv, nn.MaxPool2d(3, stride=2, padding=1))
 
 
 def stages(variant: Variant) -> dict[str, nn.Module]:
-    """Four stages of blocks; all but the first halve H and W in their first block."""
+    """Build four stages of blocks. All but the first halve H and W in their first block."""
     in_channels = 64
     built: dict[str, nn.Module] = {}
     for number, (width, depth) in enumerate(zip(STAGE_WIDTHS, variant.depths, strict=True), start=1):
@@ -133,31 +137,31 @@ def stages(variant: Variant) -> dict[str, nn.Module]:
 
 
 def build(variant: Variant, options: Options) -> ConvNet:
-    """The network of a table's column. Raises: ValueError for options that no network can have."""
-    settings = settle(Settings(), options)
+    """Build the network of a variant. Raises: ValueError for impossible options."""
+    settings = resolve_options(Settings(), options)
     features = STAGE_WIDTHS[-1] * variant.block.expansion
     head = PooledLinear(features, settings.num_classes, dropout=settings.dropout)
     net = ConvNet(stem(settings.in_channels, small=settings.small), stages(variant), head=head)
-    return finish(net, settings, options=options)
+    return apply_options(net, settings, options=options)
 
 
 def resnet(variant: str = "resnet50", **options: Unpack[Options]) -> ConvNet:
-    """A ResNet with 18 to 152 layers, or one of doubled width, equal to torchvision's of the same name.
+    """Build a ResNet with 18 to 152 layers, or of twice the width, equal to torchvision's of the same name.
 
-    Images of 64 pixels and less: a first 3x3 kernel without stride or pooling.
+    Up to 64 pixels: a first 3x3 kernel without stride or pooling.
 
     Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
     Raises: ValueError for an unknown variant or fewer than two classes.
     """
-    return build(find(variant, RESNETS), options)
+    return build(find_variant(variant, RESNETS), options)
 
 
 def resnext(variant: str = "resnext50_32x4d", **options: Unpack[Options]) -> ConvNet:
-    """A ResNeXt with 50 or 101 layers, equal to torchvision's of the same name.
+    """Build a ResNeXt with 50 or 101 layers, equal to torchvision's of the same name.
 
-    Images of 64 pixels and less: a first 3x3 kernel without stride or pooling.
+    Up to 64 pixels: a first 3x3 kernel without stride or pooling.
 
     Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
     Raises: ValueError for an unknown variant or fewer than two classes.
     """
-    return build(find(variant, RESNEXTS), options)
+    return build(find_variant(variant, RESNEXTS), options)

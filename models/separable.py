@@ -1,4 +1,4 @@
-"""MobileNet and EfficientNet: a standard convolution as one filter a channel, then a 1x1 across the channels.
+"""MobileNet and EfficientNet: a standard convolution factorised into one filter per channel and a 1x1 convolution.
 
 Howard et al. 2017, "MobileNets", table 1
 Sandler, Howard, Zhu, Zhmoginov & Chen 2018, "MobileNetV2", table 2
@@ -6,8 +6,10 @@ Howard et al. 2019, "Searching for MobileNetV3", tables 1 and 2
 Tan & Le 2019, "EfficientNet", table 1, scaled as in section 3.3
 Tan & Le 2021, "EfficientNetV2", table 4 for S; M and L as in its code
 
-A K x K convolution costs K^2 C_in C_out multiply-adds a pixel, its two factors cost K^2 C_in + C_in C_out: that is
-1 / C_out + 1 / K^2 of it, an eighth to a ninth for 3x3.
+A K x K convolution costs K^2 C_in C_out multiply-adds per pixel, its two factors K^2 C_in + C_in C_out. The ratio is
+1 / C_out + 1 / K^2, an eighth to a ninth for 3x3.
+
+Depthwise kernels have no weight decay: they have so few weights (Howard et al. 2017, section 3.2).
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from models.layers import (
     ConvNet,
     MakeActivation,
     PooledLinear,
+    ResidualBlock,
     SqueezeExcite,
     StochasticDepth,
     conv_norm,
     relu,
 )
-from models.options import Options, Settings, find, finish, settle
+from models.options import Options, Settings, apply_options, find_variant, resolve_options
 
 relu6: MakeActivation = partial(nn.ReLU6, inplace=True)
 hardswish: MakeActivation = partial(nn.Hardswish, inplace=True)
@@ -36,7 +39,7 @@ silu: MakeActivation = partial(nn.SiLU, inplace=True)
 
 
 class Block(NamedTuple):
-    """One block: its channels going in, inside and out, and what it does in between."""
+    """One block: its class, input, inner and output channels, and the layers between them."""
 
     kind: Callable[[Block], nn.Module]
     in_channels: int
@@ -45,7 +48,7 @@ class Block(NamedTuple):
     kernel_size: int
     stride: int
     activation: MakeActivation
-    gate: Callable[[int], SqueezeExcite] | None = None  # of so many channels
+    gate: Callable[[int], SqueezeExcite] | None = None  # from the number of channels
 
 
 class SeparableConv(nn.Sequential):
@@ -54,28 +57,28 @@ class SeparableConv(nn.Sequential):
     Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
     """
 
+    no_decay = ("depthwise.0.weight",)
+
     def __init__(self, block: Block) -> None:
         super().__init__()
-        channels, activation = block.in_channels, block.activation
+        channels, stride, activation = block.in_channels, block.stride, block.activation
         self.depthwise = conv_norm(
-            channels,
-            channels,
-            kernel_size=block.kernel_size,
-            stride=block.stride,
-            groups=channels,
-            activation=activation,
+            channels, channels, kernel_size=block.kernel_size, stride=stride, groups=channels, activation=activation
         )
         self.pointwise = conv_norm(channels, block.out_channels, kernel_size=1, activation=activation)
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(ResidualBlock):
     """1x1 to more channels, depthwise, 1x1 back without activation; a shortcut between the narrow ends.
 
-    Figure 4 of Sandler et al.; with a gate, figure 4 of Howard et al. 2019, and the MBConv of
-    EfficientNet. Where there is nothing to expand, the first 1x1 is left out.
+    Figure 4 of Sandler et al.; with a gate, figure 4 of Howard et al. 2019, and the MBConv of EfficientNet. A block
+    that does not expand has no first 1x1.
 
     Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
     """
+
+    last_norm = None
+    no_decay = ("depthwise.0.weight",)
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -97,13 +100,16 @@ class InvertedResidual(nn.Module):
         return self.stochastic_depth(narrow) + x if self.has_shortcut else narrow
 
 
-class FusedInvertedResidual(nn.Module):
+class FusedInvertedResidual(ResidualBlock):
     """An inverted residual whose first 1x1 and depthwise are one standard convolution: figure 2 of Tan & Le 2021.
 
-    Where there is nothing to expand, that convolution is all.
+    A block that does not expand has no second convolution.
 
     Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
     """
+
+    last_norm = None
+    no_decay = ()
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -137,13 +143,13 @@ class Row(NamedTuple):
     block: type[InvertedResidual] | type[FusedInvertedResidual]
     expansion: int
     kernel_size: int
-    stride: int  # of the first of the blocks
+    stride: int  # of the first block
     out_channels: int
     depth: int
 
 
-class MobileNet(NamedTuple):
-    """Its blocks and the widths around them: `last` of the 1x1 behind them, `hidden` of a layer in the head, 0 none."""
+class Variant(NamedTuple):
+    """Blocks and the widths around them: `last` of the 1x1 after them, `hidden` of a layer in the head; 0: none."""
 
     stem: int
     blocks: tuple[Block, ...]
@@ -151,17 +157,6 @@ class MobileNet(NamedTuple):
     hidden: int
     activation: MakeActivation
     settings: Settings
-
-
-class EfficientNet(NamedTuple):
-    """Rows of a table with the widths around them, and by what its widths and depths are scaled."""
-
-    stem: int
-    rows: tuple[Row, ...]
-    last: int
-    settings: Settings
-    width: float = 1.0
-    depth: float = 1.0
 
 
 # Output channels and stride of each depthwise-separable layer: table 1 of Howard et al. 2017.
@@ -246,13 +241,13 @@ EFFICIENTNET_V2_L = (
 
 
 def round_channels(channels: float) -> int:
-    """The nearest multiple of 8, but not less than nine tenths: what the papers' code does to scaled widths."""
+    """Return the nearest multiple of 8 that is at least nine tenths of `channels`, as in the papers' code."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 def v1_blocks() -> Iterator[Block]:
-    """The blocks of MobileNetV1."""
+    """Return the blocks of MobileNetV1."""
     in_channels = 32
     for out_channels, stride in MOBILENET_V1:
         yield Block(SeparableConv, in_channels, in_channels, out_channels, 3, stride, relu6)
@@ -260,7 +255,7 @@ def v1_blocks() -> Iterator[Block]:
 
 
 def v3_blocks(rows: Sequence[V3Row]) -> Iterator[Block]:
-    """The blocks of a MobileNetV3."""
+    """Return the blocks of a MobileNetV3."""
     in_channels = 16
     for kernel_size, inner, out_channels, gated, activation, stride in rows:
         gate = partial(SqueezeExcite, hidden=round_channels(inner // 4), gate=nn.Hardsigmoid) if gated else None
@@ -269,7 +264,7 @@ def v3_blocks(rows: Sequence[V3Row]) -> Iterator[Block]:
 
 
 def row_blocks(rows: Sequence[Row], in_channels: int, *, width: float = 1.0, depth: float = 1.0) -> Iterator[Block]:
-    """The blocks of a table's rows, as MobileNetV2 has them, scaled in width and depth."""
+    """Return the blocks of a table's rows, scaled in width and depth."""
     for row in rows:
         out_channels = round_channels(row.out_channels * width)
         for position in range(math.ceil(row.depth * depth)):
@@ -278,46 +273,48 @@ def row_blocks(rows: Sequence[Row], in_channels: int, *, width: float = 1.0, dep
             in_channels = out_channels
 
 
-# Momentum is Howard et al. 2019, section 6.1.1 ("decay 0.99"); dropout and eps are torchvision's. The "dropout of
-# 0.8" there is the share kept in the authors' code.
+def scale(
+    rows: Sequence[Row], settings: Settings, *, stem: int = 32, width: float = 1.0, depth: float = 1.0
+) -> Variant:
+    """Return an EfficientNet: rows scaled in width and depth, with gates and SiLU."""
+    stem, last = round_channels(stem * width), 4 * round_channels(1280 / 4 * width)
+    blocks = []
+    for block in row_blocks(rows, stem, width=width, depth=depth):
+        squeezed = max(1, block.in_channels // 4)  # from the narrow end; MobileNetV3 takes the wide one
+        blocks.append(block._replace(activation=silu, gate=partial(SqueezeExcite, hidden=squeezed, activation=silu)))
+    return Variant(stem, tuple(blocks), last, 0, silu, settings)
+
+
+# Momentum is Howard et al. 2019, section 6.1.1 ("decay 0.99"); dropout and eps are torchvision's. The paper's "dropout
+# of 0.8" is the share kept in the authors' code.
 V3 = Settings(dropout=0.2, norm_eps=1e-3, norm_momentum=0.01)
 MOBILENETS = {
-    "mobilenet_v1": MobileNet(32, tuple(v1_blocks()), 0, 0, relu6, Settings()),
-    "mobilenet_v2": MobileNet(32, tuple(row_blocks(MOBILENET_V2, 32)), 1280, 0, relu6, Settings(dropout=0.2)),
-    "mobilenet_v3_small": MobileNet(16, tuple(v3_blocks(MOBILENET_V3_SMALL)), 576, 1024, hardswish, V3),
-    "mobilenet_v3_large": MobileNet(16, tuple(v3_blocks(MOBILENET_V3_LARGE)), 960, 1280, hardswish, V3),
+    "mobilenet_v1": Variant(32, tuple(v1_blocks()), 0, 0, relu6, Settings()),
+    "mobilenet_v2": Variant(32, tuple(row_blocks(MOBILENET_V2, 32)), 1280, 0, relu6, Settings(dropout=0.2)),
+    "mobilenet_v3_small": Variant(16, tuple(v3_blocks(MOBILENET_V3_SMALL)), 576, 1024, hardswish, V3),
+    "mobilenet_v3_large": Variant(16, tuple(v3_blocks(MOBILENET_V3_LARGE)), 960, 1280, hardswish, V3),
 }
-# Tan & Le 2019, section 5.2: dropout rises from 0.2 to 0.5. Image sizes, of B2 too, and norm constants are those of
-# torchvision's weights.
+# Tan & Le 2019, section 5.2: dropout rises from 0.2 to 0.5. Image sizes and norm constants are torchvision's.
 B0 = Settings(dropout=0.2, stochastic_depth=0.2)
 B5 = B0._replace(norm_eps=1e-3, norm_momentum=0.01)
 V2 = B0._replace(norm_eps=1e-3)
 EFFICIENTNETS = {
-    "efficientnet_b0": EfficientNet(32, EFFICIENTNET_B0, 1280, B0),
-    "efficientnet_b1": EfficientNet(32, EFFICIENTNET_B0, 1280, B0._replace(image_size=240), 1.0, 1.1),
-    "efficientnet_b2": EfficientNet(32, EFFICIENTNET_B0, 1280, B0._replace(image_size=288, dropout=0.3), 1.1, 1.2),
-    "efficientnet_b3": EfficientNet(32, EFFICIENTNET_B0, 1280, B0._replace(image_size=300, dropout=0.3), 1.2, 1.4),
-    "efficientnet_b4": EfficientNet(32, EFFICIENTNET_B0, 1280, B0._replace(image_size=380, dropout=0.4), 1.4, 1.8),
-    "efficientnet_b5": EfficientNet(32, EFFICIENTNET_B0, 1280, B5._replace(image_size=456, dropout=0.4), 1.6, 2.2),
-    "efficientnet_b6": EfficientNet(32, EFFICIENTNET_B0, 1280, B5._replace(image_size=528, dropout=0.5), 1.8, 2.6),
-    "efficientnet_b7": EfficientNet(32, EFFICIENTNET_B0, 1280, B5._replace(image_size=600, dropout=0.5), 2.0, 3.1),
-    "efficientnet_v2_s": EfficientNet(24, EFFICIENTNET_V2_S, 1280, V2._replace(image_size=384)),
-    "efficientnet_v2_m": EfficientNet(24, EFFICIENTNET_V2_M, 1280, V2._replace(image_size=480, dropout=0.3)),
-    "efficientnet_v2_l": EfficientNet(32, EFFICIENTNET_V2_L, 1280, V2._replace(image_size=480, dropout=0.4)),
+    "efficientnet_b0": scale(EFFICIENTNET_B0, B0),
+    "efficientnet_b1": scale(EFFICIENTNET_B0, B0._replace(image_size=240), depth=1.1),
+    "efficientnet_b2": scale(EFFICIENTNET_B0, B0._replace(image_size=288, dropout=0.3), width=1.1, depth=1.2),
+    "efficientnet_b3": scale(EFFICIENTNET_B0, B0._replace(image_size=300, dropout=0.3), width=1.2, depth=1.4),
+    "efficientnet_b4": scale(EFFICIENTNET_B0, B0._replace(image_size=380, dropout=0.4), width=1.4, depth=1.8),
+    "efficientnet_b5": scale(EFFICIENTNET_B0, B5._replace(image_size=456, dropout=0.4), width=1.6, depth=2.2),
+    "efficientnet_b6": scale(EFFICIENTNET_B0, B5._replace(image_size=528, dropout=0.5), width=1.8, depth=2.6),
+    "efficientnet_b7": scale(EFFICIENTNET_B0, B5._replace(image_size=600, dropout=0.5), width=2.0, depth=3.1),
+    "efficientnet_v2_s": scale(EFFICIENTNET_V2_S, V2._replace(image_size=384), stem=24),
+    "efficientnet_v2_m": scale(EFFICIENTNET_V2_M, V2._replace(image_size=480, dropout=0.3), stem=24),
+    "efficientnet_v2_l": scale(EFFICIENTNET_V2_L, V2._replace(image_size=480, dropout=0.4)),
 }
 
 
-def stem(settings: Settings, width: int, *, activation: MakeActivation) -> nn.Module:
-    """A 3x3 convolution at stride 2, at stride 1 for small images.
-
-    Shapes: (N, in_channels, H, W) -> (N, width, ceil(H / 2), ceil(W / 2)), for small images (N, width, H, W).
-    """
-    stride = 1 if settings.small else 2
-    return conv_norm(settings.in_channels, width, kernel_size=3, stride=stride, activation=activation)
-
-
 def stages(blocks: Sequence[Block], *, small: bool) -> dict[str, nn.Module]:
-    """The blocks by resolution: a stride begins a stage. For small images the first block with a stride has none."""
+    """Return the blocks by resolution: each stride starts a stage. For small images the first stride is left out."""
     strides = [block.stride for block in blocks]
     early = strides.index(2) if small else None
     grouped: list[list[nn.Module]] = []
@@ -329,50 +326,46 @@ def stages(blocks: Sequence[Block], *, small: bool) -> dict[str, nn.Module]:
     return {f"stage{number}": nn.Sequential(*group) for number, group in enumerate(grouped, start=1)}
 
 
-def mobilenet(variant: str = "mobilenet_v2", **options: Unpack[Options]) -> ConvNet:
-    """A MobileNet: v2 and v3 equal to torchvision's, v1 to timm's `mobilenetv1_100`.
+def build(variant: Variant, settings: Settings, *, options: Options) -> ConvNet:
+    """Build the network of a variant. Raises: ValueError for options that it cannot use."""
+    features, activation = variant.blocks[-1].out_channels, variant.activation
+    head = nn.Sequential()
+    if variant.last:
+        head.append(conv_norm(features, variant.last, kernel_size=1, activation=activation))
+        features = variant.last
+    between: dict[str, nn.Module] = {}
+    if variant.hidden:  # figure 5 of Howard et al. 2019
+        between = {"hidden": nn.Linear(features, variant.hidden), "activation": activation()}
+        features = variant.hidden
+    head.append(PooledLinear(features, settings.num_classes, dropout=settings.dropout, between=between))
+    stride = 1 if settings.small else 2
+    stem = conv_norm(settings.in_channels, variant.stem, kernel_size=3, stride=stride, activation=activation)
+    net = ConvNet(stem, stages(variant.blocks, small=settings.small), head=head)
+    return apply_options(net, settings, options=options)
 
-    Images of 64 pixels and less: no stride in the stem and in the first block that has one.
+
+def mobilenet(variant: str = "mobilenet_v2", **options: Unpack[Options]) -> ConvNet:
+    """Build a MobileNet: v2 and v3 equal to torchvision's, v1 to timm's `mobilenetv1_100`.
+
+    Up to 64 pixels: no stride in the stem and the first strided block.
 
     Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
     Raises: ValueError for an unknown variant or fewer than two classes.
     """
-    table = find(variant, MOBILENETS)
-    settings = settle(table.settings, options)
-    features = table.blocks[-1].out_channels
-    head = nn.Sequential()
-    if table.last:
-        head.append(conv_norm(features, table.last, kernel_size=1, activation=table.activation))
-        features = table.last
-    between: dict[str, nn.Module] = {}
-    if table.hidden:  # figure 5 of Howard et al. 2019
-        between = {"hidden": nn.Linear(features, table.hidden), "activation": table.activation()}
-        features = table.hidden
-    head.append(PooledLinear(features, settings.num_classes, dropout=settings.dropout, between=between))
-    first = stem(settings, table.stem, activation=table.activation)
-    return finish(ConvNet(first, stages(table.blocks, small=settings.small), head=head), settings, options=options)
+    table = find_variant(variant, MOBILENETS)
+    return build(table, resolve_options(table.settings, options), options=options)
 
 
 def efficientnet(variant: str = "efficientnet_b0", **options: Unpack[Options]) -> ConvNet:
-    """An EfficientNet B0 to B7 or V2 S, M, L, equal to torchvision's of the same name.
+    """Build an EfficientNet B0 to B7 or V2 S, M, L, equal to torchvision's of the same name.
 
-    Images of 64 pixels and less: no stride in the stem and in the first block that has one.
+    Up to 64 pixels: no stride in the stem and the first strided block.
 
     Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
     Raises: ValueError for an unknown variant or fewer than two classes.
     """
-    table = find(variant, EFFICIENTNETS)
-    settings = settle(table.settings, options)
-    width, last = round_channels(table.stem * table.width), 4 * round_channels(table.last / 4 * table.width)
-    blocks = []
-    for block in row_blocks(table.rows, width, width=table.width, depth=table.depth):
-        squeezed = max(1, block.in_channels // 4)  # of the narrow end, where MobileNetV3 takes the wide one
-        blocks.append(block._replace(activation=silu, gate=partial(SqueezeExcite, hidden=squeezed, activation=silu)))
-    head = nn.Sequential(
-        conv_norm(blocks[-1].out_channels, last, kernel_size=1, activation=silu),
-        PooledLinear(last, settings.num_classes, dropout=settings.dropout),
-    )
-    first = stem(settings, width, activation=silu)
-    # Block i of L has i / L of the rate, counted from 0: the last one a little less than the whole.
-    settings = settings._replace(stochastic_depth=settings.stochastic_depth * (1 - 1 / len(blocks)))
-    return finish(ConvNet(first, stages(blocks, small=settings.small), head=head), settings, options=options)
+    table = find_variant(variant, EFFICIENTNETS)
+    settings = resolve_options(table.settings, options)
+    # Block i of L, counted from 0, has i / L of the rate: the last one less than the full rate.
+    rate = settings.stochastic_depth * (1 - 1 / len(table.blocks))
+    return build(table, settings._replace(stochastic_depth=rate), options=options)

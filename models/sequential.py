@@ -1,12 +1,10 @@
-"""LeNet, AlexNet and VGG: convolutions and poolings in a row, then fully connected layers.
+"""LeNet, AlexNet and VGG: a sequence of convolutions and poolings, then fully connected layers.
 
 LeCun, Bottou, Bengio & Haffner 1998, "Gradient-based learning applied to document recognition", section II.B
-Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks": AlexNet in one column instead of
-    the two of Krizhevsky, Sutskever & Hinton 2012
+Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks": AlexNet in one column, where
+    Krizhevsky, Sutskever & Hinton 2012 have two
 Simonyan & Zisserman 2015, "Very deep convolutional networks for large-scale image recognition", table 1
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple, Unpack
 
@@ -14,33 +12,20 @@ from torch import nn
 
 from models.equations.layers import with_reference_ops
 from models.layers import ConvNet, relu
-from models.options import Options, Settings, find, finish, settle
-
-
-class Lenet(NamedTuple):
-    """Feature maps of C1, C3 and C5 and units of F6: figure 2 of LeCun et al."""
-
-    maps: tuple[int, int, int]
-    units: int
-
-
-class Alexnet(NamedTuple):
-    """Filters of the five convolutions, and of how many pixels their kernels are wide."""
-
-    filters: tuple[int, int, int, int, int]
-    kernel_sizes: tuple[int, int, int, int, int]
+from models.options import Options, Settings, apply_options, find_variant, resolve_options
 
 
 class Vgg(NamedTuple):
-    """A column of table 1: convolutions before each of the five poolings."""
+    """A column of table 1: number of convolutions before each of the five poolings."""
 
     depths: tuple[int, int, int, int, int]
     batch_norm: bool = False  # not in the paper, which precedes it; torchvision's `_bn`
 
 
-LENETS = {"lenet5": Lenet((6, 16, 120), 84)}
-# The paper's fourth convolution has 384 filters; torchvision's, whose weights people have, 256.
-ALEXNETS = {"alexnet": Alexnet((64, 192, 384, 256, 256), (11, 5, 3, 3, 3))}
+# Feature maps of C1, C3 and C5 and units of F6: figure 2 of LeCun et al.
+LENETS = {"lenet5": (6, 16, 120, 84)}
+# Filters and kernel sizes. The paper's fourth convolution has 384 filters; torchvision's published weights have 256.
+ALEXNETS = {"alexnet": ((64, 192, 384, 256, 256), (11, 5, 3, 3, 3))}
 VGGS = {
     "vgg11": Vgg((1, 1, 2, 2, 2)),
     "vgg13": Vgg((2, 2, 2, 2, 2)),
@@ -53,14 +38,13 @@ VGGS = {
 }
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 HIDDEN = 4096  # units of each fully connected layer of AlexNet and VGG
-LENET_SIZES = (28, 32)  # MNIST's images, and those of the paper, which padded them
+LENET_SIZES = (28, 32)  # MNIST's images, and the paper's padded ones
 
 
 class FullyConnected(nn.Sequential):
-    """Two hidden layers and the classes: 59 of AlexNet's 61 million parameters, 124 of VGG-16's 138.
+    """Two hidden layers and a linear layer: 59 of AlexNet's 61 million parameters, 124 of VGG-16's 138.
 
-    `side` is what the features are pooled to before they are flattened: 6 in AlexNet, 7 in VGG.
-    `dropouts` are the shares left out in front of each of the three layers.
+    `side`: side of the pooled features, 6 in AlexNet, 7 in VGG. `dropouts`: rate before each of the three layers.
 
     Shapes: (N, C, H, W) -> (N, K), any H and W.
     """
@@ -80,47 +64,45 @@ class FullyConnected(nn.Sequential):
 
 
 def lenet(variant: str = "lenet5", *, ops: str = "torch", **options: Unpack[Options]) -> ConvNet:
-    """LeNet-5 for images of 28 or 32 pixels.
+    """Build LeNet-5 for images of 28 or 32 pixels.
 
-    Of today are: ReLU for the scaled tanh, max pooling for averages with a trained scale and
-    shift, C3 connected to all maps of S2 instead of table I, and a linear layer for the
-    distances to drawn letters. 61,706 parameters with one channel and ten classes.
+    Modernised: ReLU for the scaled tanh, max pooling for averages with a trained scale and shift, C3 connected to all
+    maps of S2 instead of table I, and a linear layer for the distances to drawn letters. 61,706 parameters with one
+    channel and ten classes.
 
-    `ops`: who computes it, "torch" or "reference", the equations of `models.reference`. Parameters are the same.
+    `ops`: "torch", or "reference" for the equations of `models.equations`, with the same parameters.
 
     Shapes: (N, in_channels, 28, 28) or (N, in_channels, 32, 32) -> (N, num_classes).
     Raises: ValueError for an unknown variant or ops, other sizes, fewer than two classes.
     """
-    table = find(variant, LENETS)
+    c1, c3, c5, f6 = find_variant(variant, LENETS)
     if ops not in ("torch", "reference"):
         raise ValueError(f"ops={ops} is not one of torch, reference: leave it out for torch's")
-    settings = settle(Settings(num_classes=10, image_size=32), options)
+    settings = resolve_options(Settings(num_classes=10, image_size=32), options)
     if settings.image_size not in LENET_SIZES:
         raise ValueError(f"image_size={settings.image_size}: LeNet-5 takes images of 28 or 32 pixels")
-    c1, c3, c5 = table.maps
-    padding = (32 - settings.image_size) // 2  # 28 pixels are padded to the paper's 32
+    padding = (32 - settings.image_size) // 2  # pads 28 pixels to the paper's 32
     stem = nn.Sequential(nn.Conv2d(settings.in_channels, c1, 5, padding=padding), relu())  # -> (N, 6, 28, 28)
     stages = {
         "stage1": nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(c1, c3, 5), relu()),  # -> (N, 16, 10, 10)
         "stage2": nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(c3, c5, 5), relu()),  # -> (N, 120, 1, 1)
     }
-    f6 = nn.Sequential(nn.Linear(c5, table.units), relu())
-    head = nn.Sequential(nn.Flatten(), f6, nn.Dropout(settings.dropout), nn.Linear(table.units, settings.num_classes))
-    net = finish(ConvNet(stem, stages, head=head), settings, options=options)
+    hidden = nn.Sequential(nn.Linear(c5, f6), relu())
+    head = nn.Sequential(nn.Flatten(), hidden, nn.Dropout(settings.dropout), nn.Linear(f6, settings.num_classes))
+    net = apply_options(ConvNet(stem, stages, head=head), settings, options=options)
     return net if ops == "torch" else with_reference_ops(net)
 
 
 def alexnet(variant: str = "alexnet", **options: Unpack[Options]) -> ConvNet:
-    """AlexNet in one column and without local response normalisation, equal to torchvision's.
+    """Build AlexNet in one column and without local response normalisation, equal to torchvision's.
 
-    Images of 64 pixels and less: a first 3x3 kernel at stride 1 without pooling, and features averaged to 1x1.
+    Up to 64 pixels: a first 3x3 kernel at stride 1 without pooling, and features averaged to 1x1.
 
-    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 63, of the small one 7.
+    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 63; 7 when built for small images.
     Raises: ValueError for an unknown variant, smaller images, fewer than two classes.
     """
-    table = find(variant, ALEXNETS)
-    settings = settle(Settings(dropout=0.5), options, at_least=7)
-    widths, kernels = table.filters, table.kernel_sizes
+    widths, kernels = find_variant(variant, ALEXNETS)
+    settings = resolve_options(Settings(dropout=0.5), options, at_least=7)
 
     def conv(position: int) -> list[nn.Module]:
         before, width, size = widths[position - 1], widths[position], kernels[position]
@@ -138,20 +120,19 @@ def alexnet(variant: str = "alexnet", **options: Unpack[Options]) -> ConvNet:
     side = 1 if settings.small else 6
     dropouts = (settings.dropout, settings.dropout, 0.0)
     head = FullyConnected(widths[-1], settings.num_classes, side=side, dropouts=dropouts)
-    return finish(ConvNet(stem, stages, head=head), settings, options=options)
+    return apply_options(ConvNet(stem, stages, head=head), settings, options=options)
 
 
 def vgg(variant: str = "vgg16", **options: Unpack[Options]) -> ConvNet:
-    """VGG with 11 to 19 layers, with or without batch norm (`_bn`), equal to torchvision's of the same name.
+    """Build a VGG with 11 to 19 layers, with or without batch norm (`_bn`), equal to torchvision's of the same name.
 
-    It has no stem. Images of 64 pixels and less: no pooling behind the first stage, and
-    features averaged to 1x1.
+    It has no stem. Up to 64 pixels: no pooling after the first stage, and features averaged to 1x1.
 
-    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 32, of the small one 16.
+    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 32; 16 when built for small images.
     Raises: ValueError for an unknown variant, smaller images, fewer than two classes.
     """
-    table = find(variant, VGGS)
-    settings = settle(Settings(dropout=0.5), options, at_least=16)
+    table = find_variant(variant, VGGS)
+    settings = resolve_options(Settings(dropout=0.5), options, at_least=16)
     in_channels = settings.in_channels
     stages: dict[str, nn.Module] = {}
     for number, (width, depth) in enumerate(zip(VGG_WIDTHS, table.depths, strict=True), start=1):
@@ -166,4 +147,4 @@ def vgg(variant: str = "vgg16", **options: Unpack[Options]) -> ConvNet:
     side = 1 if settings.small else 7
     dropouts = (0.0, settings.dropout, settings.dropout)
     head = FullyConnected(in_channels, settings.num_classes, side=side, dropouts=dropouts)
-    return finish(ConvNet(nn.Identity(), stages, head=head), settings, options=options)
+    return apply_options(ConvNet(nn.Identity(), stages, head=head), settings, options=options)

@@ -1,69 +1,40 @@
-"""What several tests need: small data sets, JPEGs made on the spot, and a way to type a command."""
+"""Fixtures of all tests: small data sets, and verbs as commands."""
 
 from __future__ import annotations
 
-import io
 import os
+import shutil
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
-# Beside another worker torch keeps to one thread: two that wait for the same cores cost more than they do. It reads
-# this when it is imported.
+# Beside another worker torch keeps to one thread: more would compete for the same cores. It reads this on import.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
 from hypothesis import settings
-from PIL import Image
 
 from data.shards import sources
 from data.shards.dataset import Dataset
 from data.shards.pack import pack
+from tests.support.commands import Run, run_module
+from tests.support.images import make_jpeg, orientation
 
-ROOT = Path(__file__).resolve().parent.parent
-CIFAR = (
-    ROOT.parent / "shared" / "data" / "cifar10-test.tar.xz"
-)  # real photographs, where the checkout has them beside it
-
-# No deadline: a property is not a speed. The same examples each time: a failure is the change's, not the day's.
+# No deadline: a property is not a speed. Derandomised: a failure belongs to the change, not to chance.
 settings.register_profile("convoy", deadline=None, derandomize=True)
 settings.load_profile("convoy")
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+FIRST = ("test_readme.py", "test_adding.py")  # the longest tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What is typed beside pytest's own."""
-    parser.addoption("--rewrite-golden", action="store_true", help="write tests/golden/ anew; read the diff")
+    """Add the project's options."""
+    parser.addoption("--rewrite-golden", action="store_true", help="rewrite tests/golden/; read the diff")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest test, so that no worker waits at the end for the one that has it."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
-
-
-def make_jpeg(height: int, width: int, seed: int = 0, **options: object) -> bytes:
-    """A JPEG with coarse and fine detail in all three colours."""
-    generator = np.random.default_rng(seed)
-    coarse = Image.fromarray(generator.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8))
-    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-    pixels = (pixels + generator.integers(-20, 21, pixels.shape)).clip(0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", **{"quality": 90, **options})
-    return buffer.getvalue()
-
-
-def make_folder(root: Path, *, classes: int = 3, images: int = 8, size: tuple[int, int] = (40, 56)) -> Path:
-    """Class folders of JPEGs, each image another."""
-    for label in range(classes):
-        for number in range(images):
-            path = root / f"class{label}" / f"{number:02d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(make_jpeg(*size, seed=label * images + number))
-    return root
+    """Start with the longest tests, so that no worker waits for them at the end."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
 
 
 @pytest.fixture(scope="session")
@@ -90,20 +61,16 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture
 def run_verb(tmp_path: Path) -> Run:
-    """Type `python -m pipeline.VERB ...` in an empty folder; returns exit code, stdout and stderr."""
+    """Run `python -m pipeline.VERB ...` in an empty folder."""
 
     def run(verb: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-        command = [sys.executable, "-m", f"pipeline.{verb}", *words]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        return run_module(tmp_path, f"pipeline.{verb}", *words, **variables)
 
     return run
 
 
-def orientation(value: int) -> Image.Exif:
-    """An EXIF block that says how the camera was held."""
-    exif = Image.Exif()
-    exif[0x0112] = value
-    return exif
+@pytest.fixture
+def with_digits(tmp_path: Path, digits: Dataset) -> Path:
+    """The folder of `run_verb`, with the digits packed where the config expects them."""
+    shutil.copytree(digits.root, tmp_path / "datasets" / "digits")
+    return tmp_path

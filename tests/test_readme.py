@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,16 @@ import torchvision
 
 from data.shards.dataset import Dataset
 from models.residual import resnet
-from pipeline.cli.config import check_command_line, compose
+from pipeline import pack
 from pipeline.report import __main__ as report
 from pipeline.train import __main__ as train
-from tests.conftest import ROOT, make_folder
+from tests.support.commands import call_verb, run_module
+from tests.support.images import make_folder
+from tests.support.paths import ROOT
 
-# What makes a command of the README short without changing what it is.
-SMALL = {
+README = (ROOT / "README.md").read_text()
+# What makes a command short without changing what it is.
+SHORTER = {
     "pipeline.train": [
         "recipe.epochs=1",
         "data.batch_size=10",
@@ -32,46 +33,43 @@ SMALL = {
     "pipeline.pack": [],
     "pipeline.report": ["effective_images=0", "batch_size=2", "data.image_size=64"],
 }
-# What is run in this process, which has loaded torch; what asks Hydra for its words, or starts processes, is not.
-HERE = {"pipeline.train": train.main, "pipeline.report": report.main}
-MAIN_JOB, NAMED = "python -m pipeline.train +model=resnet", "mine"  # the run that a reader gives a name
+# Verbs that run in this process, which has loaded torch; a comparison and several ranks need a process of their own.
+VERBS = {"pipeline.train": train, "pipeline.report": report, "pipeline.pack": pack}
+NEEDS_PROCESS = ("models=", "trainer=ddp")
+MAIN_JOB, NAME = "python -m pipeline.train +model=resnet", "mine"  # the run that the README calls NAME
 
 
 def blocks_of(language: str) -> list[str]:
-    blocks: list[str] = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks: list[str] = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
     return blocks
 
 
 def commands() -> list[str]:
     """The lines of the README's bash blocks, without comments."""
-    blocks = blocks_of("bash")
-    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.partition("#")[0].strip() for block in blocks_of("bash") for line in block.splitlines()]
     return [line for line in lines if line]
 
 
 def run(command: str, folder: Path) -> None:
-    """Run a command of the README in a folder; of `make`, look at what it would run."""
+    """Run a command of the README in a folder; for `make`, check its recipe."""
     words = command.split()
-    if words[0] == "make":  # its recipe is one of the commands that are run here or by the tests themselves
+    if words[0] == "make":  # the recipe is one of the commands that are run here, or runs these tests
         recipe = subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True, text=True, check=True)
         assert re.search(r"-m (pipeline\.train|pytest)", recipe.stdout), command
         return
     if words[:2] != ["python", "-m"]:
         assert words == ["source", ".venv/bin/activate"], f"no test runs {command}"
         return
-    small = [*words[3:], *SMALL[words[2]], *(["name=" + NAMED] if command == MAIN_JOB else [])]
-    small = [word.replace("runs/NAME", f"runs/{NAMED}") for word in small]
-    if "weights=resnet50.pth" in words:  # whose stem is that for large images
-        small.append("data.image_size=65")
-    if words[2] in HERE and not any(word.startswith(("models=", "trainer=ddp")) for word in words):
-        verb = words[2].partition(".")[2]
-        HERE[words[2]](compose(verb, check_command_line(verb, small)))
-        return
-    answer = subprocess.run(
-        [sys.executable, "-m", words[2], *small], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert answer.returncode == 0, f"{command}\n{answer.stderr[-2000:]}"
+    arguments = [*words[3:], *SHORTER[words[2]], *(["name=" + NAME] if command == MAIN_JOB else [])]
+    arguments = [word.replace("runs/NAME", f"runs/{NAME}") for word in arguments]
+    if "weights=resnet50.pth" in words:  # whose stem is the one for large images
+        arguments.append("data.image_size=65")
+    if any(word.startswith(NEEDS_PROCESS) for word in words):
+        answer = run_module(folder, words[2], *arguments)
+        assert answer.returncode == 0, f"{command}\n{answer.stderr[-2000:]}"
+    else:
+        verb = VERBS[words[2]]
+        call_verb(verb.VERB, verb.main, arguments)
 
 
 def test_every_command_of_the_readme_works(tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,3 +87,18 @@ def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> No
     (code,) = blocks_of("python")
     exec(code, {"net": resnet("resnet18")})
     assert "stages.stage4.1.conv2.0 Conv2d 3x3 (512, 7, 7)" in capsys.readouterr().out
+
+
+def test_the_readme_shows_numbers_first_and_a_command_soon() -> None:
+    lines = README.splitlines()
+    assert len(lines) < 200
+    assert any(line.startswith("| loader") for line in lines[:15])
+    assert any("GPU yet" in line for line in lines[:18])
+    assert "make demo" in "\n".join(lines[:25])
+
+
+def test_the_files_that_the_readme_names_exist() -> None:
+    paths = set(re.findall(r"`((?:models|data|pipeline|tests|conf|docs|benchmarks)/[\w./]+)`", README))
+    missing = {path for path in paths if not (ROOT / path).exists() and "NAME" not in path and "mine" not in path}
+    assert len(paths) > 12
+    assert missing == set()

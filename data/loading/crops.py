@@ -1,40 +1,38 @@
-"""Which window of each image a batch shows: numbers computed from the index before a pixel is decoded.
+"""The crop of each image in a batch, computed from the index before any pixel is decoded.
 
-The constants and the rounding are torchvision's reference presets for
-classification: RandomResizedCrop and RandomHorizontalFlip in training, Resize and
-CenterCrop in evaluation.
+Constants and rounding are those of torchvision's reference presets for classification: RandomResizedCrop and
+RandomHorizontalFlip in training, Resize and CenterCrop in evaluation.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.loading.order import Samples, uniform
+from data.draws import Samples, uniform
 
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop.get_params
 DRAWS = 4 * CROP_ATTEMPTS + 1  # area, ratio, top and left of each attempt, then the flip
 
 
-class Windows(NamedTuple):
-    """What to decode of each image and how to place it; rows before columns, every array contiguous.
+class CropWindows(NamedTuple):
+    """The rectangle to decode of each image, and its part that becomes the output; rows before columns, contiguous.
 
-    The region in [roi_start, roi_end), in pixels of the decoded window, becomes the
-    output; pixels around it only feed the filter at its border. None: the whole window.
+    The part is [roi_start, roi_end) in pixels of the rectangle; pixels around it only feed the resize filter. None is
+    the entire rectangle.
     """
 
     anchor: NDArray[np.int32]  # (N, 2) first row and column to decode
     shape: NDArray[np.int32]  # (N, 2) rows and columns to decode
-    mirror: NDArray[np.int32]  # (N,) 1 where left and right change places
+    mirror: NDArray[np.int32]  # (N,) 1 flips left and right
     roi_start: NDArray[np.float32] | None = None  # (N, 2)
     roi_end: NDArray[np.float32] | None = None  # (N, 2)
 
 
-class View(Protocol):
-    """Which part of each image is shown."""
+@runtime_checkable
+class CropPolicy(Protocol):
+    """Chooses the crop of each image. To add one: a class with these members and a YAML in `conf/augment/`."""
 
     @property
     def image_size(self) -> int:
@@ -42,19 +40,17 @@ class View(Protocol):
 
     @property
     def has_margin(self) -> bool:
-        """Whether windows hold pixels around the region that is shown, to feed the filter at its border."""
+        """Whether `crops` sets roi_start and roi_end."""
 
-    def windows(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> Windows:
-        """A window an image. Shapes: sizes (N, 2) height and width, samples (N,) -> arrays of (N, ...)."""
+    def crops(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> CropWindows:
+        """Choose one crop per image. Shapes: sizes (N, 2) height and width, samples (N,) -> arrays of (N, ...)."""
 
 
 @dataclass(frozen=True)
-class TrainingView:
-    """A random part of each image, as large as `scale` of its area and of a `ratio` of width to height, maybe mirrored.
+class TrainingCrop:
+    """Random crop with a share of the area in `scale`, width / height in `ratio`, mirrored with probability `flip`.
 
-    Szegedy et al. 2015, section 6. `flip` is the probability of the mirror image.
-
-    Raises: ValueError for a range that is none.
+    Szegedy et al. 2015, section 6. Raises: ValueError for an invalid range or probability.
     """
 
     image_size: int
@@ -68,32 +64,27 @@ class TrainingView:
         _check_image_size(self.image_size)
         for name, value in (("scale", self.scale), ("ratio", self.ratio)):
             if len(value) != 2:
-                raise ValueError(f"augment.training.{name}={list(value)} must be a range of two numbers")
+                raise ValueError(f"{name}={list(value)} must be a range of two numbers")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"augment.training.scale={list(self.scale)} must rise from above 0 to at most 1")
+            raise ValueError(f"scale={list(self.scale)} must rise from above 0 to at most 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"augment.training.ratio={list(self.ratio)} must rise from above 0")
+            raise ValueError(f"ratio={list(self.ratio)} must rise from above 0")
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"augment.training.flip={self.flip} is a probability: 0 to 1")
+            raise ValueError(f"flip={self.flip} must be a probability: 0 to 1")
 
-    def windows(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> Windows:
-        """Draw a window for each image as a function of (seed, epoch, sample) alone.
-
-        Shapes: sizes (N, 2) height and width, samples (N,) -> arrays of (N, ...).
-        """
+    def crops(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> CropWindows:
+        """Draw one crop per image, a function of (seed, epoch, sample) alone."""
         draws = uniform(samples, DRAWS, seed=seed, epoch=epoch)  # (N, DRAWS)
         anchor, shape = random_resized_crop(sizes, draws[:, :-1], scale=self.scale, ratio=self.ratio)
         mirror = (draws[:, -1] < self.flip).astype(np.int32)
-        return Windows(anchor.astype(np.int32), shape.astype(np.int32), mirror)
+        return CropWindows(anchor.astype(np.int32), shape.astype(np.int32), mirror)
 
 
 @dataclass(frozen=True)
-class EvaluationView:
-    """The centre of each image: its shorter side resized to image_size / crop_fraction, then a square cut out.
+class EvaluationCrop:
+    """Central square of each image after a resize of its shorter side to image_size / crop_fraction.
 
-    224 pixels at 0.875 are torchvision's 256 and 224.
-
-    Raises: ValueError for a fraction that is none.
+    224 and 0.875 are torchvision's Resize(256), CenterCrop(224). Raises: ValueError for a fraction outside (0, 1].
     """
 
     image_size: int
@@ -104,22 +95,17 @@ class EvaluationView:
     def __post_init__(self) -> None:
         _check_image_size(self.image_size)
         if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"augment.evaluation.crop_fraction={self.crop_fraction} must be above 0 and at most 1")
+            raise ValueError(f"crop_fraction={self.crop_fraction} must be above 0 and at most 1")
 
-    def windows(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> Windows:
-        """The same window for an image whatever the seed, the epoch and the other images.
-
-        Shapes: sizes (N, 2) height and width, samples (N,) -> arrays of (N, ...).
-        """
+    def crops(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> CropWindows:
+        """Return the central crop of each image; samples, seed and epoch do not matter."""
         return center_crop(sizes, image_size=self.image_size, resize=round(self.image_size / self.crop_fraction))
 
 
 def random_resized_crop(
     sizes: NDArray[np.int64], draws: NDArray[np.float64], *, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Anchors and shapes of random windows by the algorithm of torchvision's RandomResizedCrop.
-
-    The first of ten attempts that fits is taken, else the largest centred window within `ratio`.
+    """Compute anchors and shapes of torchvision's RandomResizedCrop: ten attempts, then the largest central crop.
 
     Shapes: sizes (N, 2), draws (N, 40) in [0, 1) -> (N, 2), (N, 2), rows before columns.
     """
@@ -128,38 +114,31 @@ def random_resized_crop(
     aspect = np.exp(np.log(ratio[0]) + ratio_draw * (np.log(ratio[1]) - np.log(ratio[0])))
     shape = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], axis=2).astype(np.int64)
     fits = ((shape > 0) & (shape <= sizes[:, None])).all(axis=2)  # (N, attempts)
-    first = fits.argmax(axis=1), np.arange(len(sizes))
-    chosen = shape[first[1], first[0]]  # (N, 2)
-    position = np.stack([top_draw[first[1], first[0]], left_draw[first[1], first[0]]], axis=1)
+    image, attempt = np.arange(len(sizes)), fits.argmax(axis=1)
+    chosen = shape[image, attempt]  # (N, 2)
+    position = np.stack([top_draw[image, attempt], left_draw[image, attempt]], axis=1)
     anchor = np.floor(position * (sizes - chosen + 1)).astype(np.int64)
     largest = _largest_within(sizes, ratio)
     none = ~np.any(fits, axis=1, keepdims=True)  # (N, 1)
     return np.where(none, (sizes - largest) // 2, anchor), np.where(none, largest, chosen)
 
 
-def center_crop(sizes: NDArray[np.int64], *, image_size: int, resize: int) -> Windows:
-    """The windows of torchvision's Resize(resize) and CenterCrop(image_size), image_size <= resize.
+def center_crop(sizes: NDArray[np.int64], *, image_size: int, resize: int) -> CropWindows:
+    """Compute the crops of torchvision's Resize(resize) and CenterCrop(image_size), image_size <= resize.
 
-    Only what the crop and its filter need is decoded; resizing that region alone
-    gives the pixels that resizing all and cutting would.
-
-    Shapes: (N, 2) -> arrays of (N, ...).
+    Only the crop and the reach of the resize filter are decoded, which gives the same pixels.
     """
     shorter = sizes.min(axis=1, keepdims=True)
     resized = resize * sizes // shorter  # (N, 2), torchvision truncates the longer side
     corner = np.rint((resized - image_size) / 2)  # Python's rounding, as torchvision's
-    pixels = sizes / resized  # (N, 2) input pixels an output pixel
+    pixels = sizes / resized  # (N, 2) input pixels per output pixel
     start, end = corner * pixels, (corner + image_size) * pixels
     support = np.ceil(np.maximum(pixels, 1)) + 1  # reach of the triangular filter
     anchor = np.maximum(np.floor(start - support), 0)
     stop = np.minimum(np.ceil(end + support), sizes)
-    return Windows(
-        anchor.astype(np.int32),
-        (stop - anchor).astype(np.int32),
-        np.zeros(len(sizes), np.int32),
-        (start - anchor).astype(np.float32),
-        (end - anchor).astype(np.float32),
-    )
+    mirror, shape = np.zeros(len(sizes), np.int32), (stop - anchor).astype(np.int32)
+    roi_start, roi_end = (start - anchor).astype(np.float32), (end - anchor).astype(np.float32)
+    return CropWindows(anchor.astype(np.int32), shape, mirror, roi_start, roi_end)
 
 
 def _largest_within(sizes: NDArray[np.int64], ratio: tuple[float, float]) -> NDArray[np.int64]:
@@ -172,4 +151,4 @@ def _largest_within(sizes: NDArray[np.int64], ratio: tuple[float, float]) -> NDA
 
 def _check_image_size(image_size: int) -> None:
     if image_size < 1:
-        raise ValueError(f"data.image_size={image_size} must be at least 1 pixel")
+        raise ValueError(f"image_size={image_size} must be at least 1 pixel")

@@ -1,6 +1,4 @@
-"""The loaders of a data set for Lightning: which rank and which device is known only once it has started."""
-
-from __future__ import annotations
+"""The loaders of a data set for Lightning, which knows rank and device only after it has started."""
 
 import os
 from dataclasses import dataclass
@@ -8,110 +6,103 @@ from dataclasses import dataclass
 import pytorch_lightning as pl
 import torch
 
-from data.loading.crops import EvaluationView, TrainingView
-from data.loading.graph import Decode
-from data.loading.loader import Loader, LocalShards, TrainingLoader
+from data.cores import available_cores
+from data.loading.crops import CropPolicy
+from data.loading.graph import DecodeSettings
+from data.loading.loader import Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, TrainingPlan
+from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
-from data.shards.parallel import available_cores
 
 
 @dataclass(frozen=True)
-class Feeding:
-    """How a rank is fed: `batch_size` images a step and device, a global batch every `accumulate` steps.
+class LoaderSettings:
+    """Settings of both loaders; `batch_size` is per step and device, `threads=None` this rank's share of the cores.
 
-    `window` samples are shuffled together; `readahead` batches are fetched before they
-    are needed; `threads` decode, None means this rank's share of the cores.
-
+    `shuffle_window` samples are shuffled together, `readahead` batches are read before they are needed.
     Raises: ValueError for a number below 1.
     """
 
     batch_size: int
     accumulate: int = 1
     seed: int = 0
-    window: int = 4_000_000
+    shuffle_window: int = 4_000_000
     readahead: int = 4
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "window", "readahead", "threads"):
+        for name in ("batch_size", "accumulate", "shuffle_window", "readahead", "threads"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"data.{name}={value} must be a whole number of at least 1")
+                raise ValueError(f"{name}={value} must be an integer of at least 1")
 
 
 class ShardData(pl.LightningDataModule):
-    """Training batches in shuffled order, evaluation batches that hold every image of the split once.
+    """Training batches in shuffled order; evaluation batches that contain every image of the split once.
 
-    `limit_batches` shortens an epoch of training to so many batches a rank, the next one begins another order.
+    `limit_batches` shortens a training epoch to that number of batches per rank; each epoch has its own order.
     """
 
     def __init__(
-        self, dataset: Dataset, *, training_view: TrainingView, evaluation_view: EvaluationView, feeding: Feeding
+        self, dataset: Dataset, *, training_crop: CropPolicy, evaluation_crop: CropPolicy, settings: LoaderSettings
     ) -> None:
         super().__init__()
-        self.dataset, self.feeding = dataset, feeding
-        self.training_view, self.evaluation_view = training_view, evaluation_view
-        self.training_index = dataset.index("train")
+        self.dataset, self.settings = dataset, settings
+        self.training_crop, self.evaluation_crop = training_crop, evaluation_crop
+        self.training_index, self._storage = dataset.index("train"), LocalShards(dataset.root)
         self.limit_batches: int | None = None
-        # Where nobody has split off a validation set, the test set is what there is to look at.
+        # The test set serves data sets without a validation set.
         self.evaluation_split = next((split for split in ("val", "test") if split in dataset.splits), None)
 
     @property
     def num_evaluation_images(self) -> int:
-        """Images in the split that evaluation sees, 0 without one."""
+        """Images in the evaluation split, 0 without one."""
         return self.dataset.splits[self.evaluation_split].samples if self.evaluation_split else 0
 
     def training_plan(self, rank: int, world_size: int) -> TrainingPlan:
-        """What a rank trains on. Raises: ValueError when there are fewer images than a global batch."""
-        feeding = self.feeding
+        """Return a rank's training plan. Raises: ValueError when there are fewer images than a global batch."""
         return TrainingPlan(
             self.training_index.shard_samples,
-            seed=feeding.seed,
-            window=feeding.window,
-            batch_size=feeding.batch_size,
-            accumulate=feeding.accumulate,
+            seed=self.settings.seed,
+            shuffle_window=self.settings.shuffle_window,
+            batch_size=self.settings.batch_size,
+            accumulate=self.settings.accumulate,
             rank=rank,
             world_size=world_size,
             limit=self.limit_batches,
         )
 
     def checked_plan(self, world_size: int) -> TrainingPlan:
-        """The first rank's plan. Raises: ValueError when there are too few images for so many ranks."""
+        """Return the first rank's plan. Raises: ValueError for too few images to train on or to evaluate."""
         if self.evaluation_split is not None:
-            EvaluationPlan(self.num_evaluation_images, self.feeding.batch_size, world_size=world_size)
+            EvaluationPlan(self.num_evaluation_images, self.settings.batch_size, world_size=world_size)
         return self.training_plan(0, world_size)
 
     def train_dataloader(self) -> TrainingLoader:
-        """This rank's training batches."""
+        """Return this rank's training batches."""
         assert self.trainer is not None
-        return TrainingLoader(
-            self.training_index,
-            LocalShards(self.dataset.root),
-            plan=self.training_plan(self.trainer.global_rank, self.trainer.world_size),
-            view=self.training_view,
-            decode=self._decode(),
-            seed=self.feeding.seed,
-        )
+        plan, decode = self.training_plan(self.trainer.global_rank, self.trainer.world_size), self._decode_settings()
+        index, crop, seed = self.training_index, self.training_crop, self.settings.seed
+        return TrainingLoader(index, self._storage, plan=plan, crop=crop, decode=decode, seed=seed)
 
     def val_dataloader(self) -> Loader | list[Loader]:
-        """This rank's share of the evaluation split; an empty list without one."""
+        """Return this rank's share of the evaluation split; an empty list without one."""
         assert self.trainer is not None
         if self.evaluation_split is None:
             return []
-        index = self.dataset.index(self.evaluation_split)
-        plan = EvaluationPlan(
-            len(index), self.feeding.batch_size, rank=self.trainer.global_rank, world_size=self.trainer.world_size
-        )
-        return Loader(
-            index, LocalShards(self.dataset.root), plan=plan, view=self.evaluation_view, decode=self._decode()
-        )
+        index, batch_size = self.dataset.index(self.evaluation_split), self.settings.batch_size
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        plan = EvaluationPlan(len(index), batch_size, rank=rank, world_size=world_size)
+        return Loader(index, self._storage, plan=plan, crop=self.evaluation_crop, decode=self._decode_settings())
 
-    def _decode(self) -> Decode:
+    def _decode_settings(self) -> DecodeSettings:
         assert self.trainer is not None
         device: torch.device = self.trainer.strategy.root_device
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.num_devices))
-        threads = self.feeding.threads or max(1, available_cores() // ranks_here)
-        device_id = device.index if device.type == "cuda" else None
-        dataset, readahead = self.dataset, self.feeding.readahead
-        return Decode(dataset.mean, dataset.std, device_id=device_id, threads=threads, readahead=readahead)
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.num_devices))
+        return DecodeSettings(
+            self.dataset.mean,
+            self.dataset.std,
+            device_id=device.index if device.type == "cuda" else None,
+            threads=self.settings.threads or max(1, available_cores() // local_ranks),
+            readahead=self.settings.readahead,
+        )

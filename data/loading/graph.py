@@ -1,25 +1,24 @@
 """From encoded images to normalised batches: one DALI graph for CPU and GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 
-from data.loading.crops import View
+from data.loading.crops import CropPolicy
+
+Resizer = Literal["torch", "dali"]
 
 
 @dataclass(frozen=True)
-class Decode:
-    """How batches are made: mean and standard deviation as fractions of 255, and where.
+class DecodeSettings:
+    """How batches are decoded: `mean` and `std` are fractions of 255; `device_id` is a GPU, None the CPU.
 
-    `device_id` is the GPU that decodes, None the CPU; `threads` are DALI's;
-    `readahead` batches are fetched before they are asked for.
+    DALI uses `threads` CPU threads. `readahead` batches are read before they are needed.
     """
 
     mean: tuple[float, float, float]
@@ -30,43 +29,47 @@ class Decode:
 
     @property
     def device(self) -> str:
-        """What DALI calls the place of its decoder; "mixed" takes the hardware decoder where there is one."""
+        """DALI's device for decoders; "mixed" uses the hardware decoder if the GPU has one."""
         return "cpu" if self.device_id is None else "mixed"
 
 
-def build_pipeline(source: Callable[[], tuple[Any, ...]], *, decode: Decode, view: View, batch_size: int) -> Pipeline:
-    """The graph: decode a window, resize the region shown, mirror, normalise.
+def choose_resizer(decode: DecodeSettings, crop: CropPolicy) -> Resizer:
+    """Choose torch on a CPU, where it is a third cheaper, unless the crop has a margin, which only DALI supports."""
+    return "torch" if decode.device_id is None and not crop.has_margin else "dali"
 
-    `source` returns a list of encoded images, then what the view's `Windows` hold;
-    the output is float32 (N, H, W, 3).
+
+def build_pipeline(
+    source: Callable[[], tuple[Any, ...]],
+    *,
+    decode: DecodeSettings,
+    crop: CropPolicy,
+    batch_size: int,
+    resizer: Resizer,
+) -> Pipeline:
+    """Build the graph: decode a rectangle, resize the crop in it, mirror, normalise to float32 (N, H, W, 3).
+
+    `source` returns a list of encoded images, then the arrays of their `CropWindows`.
     """
-    pipeline = Pipeline(
-        batch_size=batch_size,
-        num_threads=decode.threads,
-        device_id=decode.device_id,
-        exec_dynamic=True,  # the other executor writes over batches that are still held
-    )
+    # exec_dynamic: the other executor overwrites batches that are still referenced.
+    threads, device_id = decode.threads, decode.device_id
+    pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, exec_dynamic=True)
     with pipeline:
         encoded, anchor, shape, mirror, *region = fn.external_source(
-            source=source, num_outputs=6 if view.has_margin else 4, batch=True, no_copy=True
+            source=source, num_outputs=6 if crop.has_margin else 4, batch=True, no_copy=True
         )
         decoded = fn.decoders.image_slice(
             encoded, anchor, shape, axis_names="HW", device=decode.device, output_type=types.DALIImageType.RGB
         )
-        if decode.device_id is None and not view.has_margin:
-            resize = TorchResize(batch_size, view.image_size)
+        if resizer == "torch":
+            resize = TorchResize(batch_size, crop.image_size)
             resized = fn.python_function(decoded, function=resize, batch_processing=True, output_layouts="HWC")
         else:
-            size, linear = [view.image_size, view.image_size], types.DALIInterpType.INTERP_LINEAR
-            region_of = dict(zip(("roi_start", "roi_end"), region, strict=False))
-            resized = fn.resize(decoded, size=size, interp_type=linear, antialias=True, **region_of)
+            size, linear = [crop.image_size, crop.image_size], types.DALIInterpType.INTERP_LINEAR
+            part = {"roi_start": region[0], "roi_end": region[1]} if region else {}
+            resized = fn.resize(decoded, size=size, interp_type=linear, antialias=True, **part)
+        mean, std = [value * 255 for value in decode.mean], [value * 255 for value in decode.std]
         images = fn.crop_mirror_normalize(
-            resized,
-            mirror=mirror,
-            mean=[value * 255 for value in decode.mean],
-            std=[value * 255 for value in decode.std],
-            dtype=types.DALIDataType.FLOAT,
-            output_layout="HWC",
+            resized, mirror=mirror, mean=mean, std=std, dtype=types.DALIDataType.FLOAT, output_layout="HWC"
         )
         pipeline.set_outputs(images)
     pipeline.build()
@@ -74,39 +77,36 @@ def build_pipeline(source: Callable[[], tuple[Any, ...]], *, decode: Decode, vie
 
 
 class TorchResize:
-    """torch's antialiased resize of whole images, as a step of the graph on a CPU.
+    """torch's antialiased resize as a step of the graph on a CPU: torchvision's v2 Resize to the bit.
 
-    To the bit what torchvision's v2 Resize makes of a tensor. DALI's own, which runs on
-    GPUs, stays within a level of it except at the border, where it repeats the last
-    pixel, and on a CPU it takes as long as the decoding (benchmarks/README.md).
+    DALI's own resize stays within a level of it except at the border, where it repeats the last pixel, and takes as
+    long as decoding on a CPU (benchmarks/README.md).
 
-    Shapes: arrays (h, w, 3) of uint8, each of its own size -> (image_size, image_size, 3) each.
+    Shapes: uint8 arrays (h, w, 3), sizes may differ -> (image_size, image_size, 3) each.
     """
 
     def __init__(self, batch_size: int, image_size: int) -> None:
-        # Written again and again, because DALI copies what it is given: fresh memory would cost as much as the resize.
-        self._resized = torch.empty(
-            (batch_size, 3, image_size, image_size), dtype=torch.uint8, memory_format=torch.channels_last
-        )
+        # Reused for every batch, because DALI copies the result: fresh memory would cost as much as the resize.
+        shape = (batch_size, 3, image_size, image_size)
+        self._resized = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
 
     def __call__(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
         """Resize a batch."""
         size = list(self._resized.shape[2:])
-        for number, image in enumerate(images):
-            whole = torch.from_numpy(image).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w), no copy
+        for number, array in enumerate(images):
+            image = torch.from_numpy(array).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w), no copy
             resized = self._resized[number : number + 1]
-            # What functional.interpolate calls, which cannot be told where to write.
-            torch.ops.aten._upsample_bilinear2d_aa.out(whole, size, align_corners=False, out=resized)
+            # functional.interpolate calls this too, but has no `out`.
+            torch.ops.aten._upsample_bilinear2d_aa.out(image, size, align_corners=False, out=resized)
         return list(self._resized[: len(images)].permute(0, 2, 3, 1).numpy())  # (N, 3, H, W) -> (N, H, W, 3), views
 
 
-def can_decode(encoded: NDArray[np.uint8], device_id: int | None) -> bool:
-    """Whether DALI takes these bytes for an image, by trying."""
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id)
-    device = "cpu" if device_id is None else "mixed"
+def can_decode(encoded: NDArray[np.uint8], decode: DecodeSettings) -> bool:
+    """Try to decode one image with DALI."""
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=decode.device_id)
     with pipeline:
         source = fn.external_source(source=lambda: [encoded], batch=True)
-        pipeline.set_outputs(fn.decoders.image(source, device=device, output_type=types.DALIImageType.RGB))
+        pipeline.set_outputs(fn.decoders.image(source, device=decode.device, output_type=types.DALIImageType.RGB))
     try:
         pipeline.run()
     except RuntimeError:

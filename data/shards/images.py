@@ -1,82 +1,63 @@
-"""What packing and indexing ask of an encoded image: its size, whether it is whole, its colours, a smaller copy."""
-
-from __future__ import annotations
+"""Encoded images: size, integrity, colour statistics, a smaller copy."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
+FORMATS = ("JPEG", "PNG", "WEBP")
 EXIF_ORIENTATION = 0x0112
-# What PIL raises on bytes that are no image, or only a part of one.
+# PIL's exceptions for bytes that are not an image, or only a part of one.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 class UnreadableImage(ValueError):
-    """Bytes that are no whole image of a readable kind; the text says why."""
+    """Bytes that are not a complete image of a supported format; the message is the reason."""
 
 
 def oriented_size(encoded: bytes) -> tuple[int, int]:
-    """Height and width in pixels after EXIF orientation, read from the header alone.
-
-    Raises: UnreadableImage when there is no header, or it promises more pixels than
-    PIL takes for honest (a file of 1.5 kB may say 14000 x 14000).
-    """
-    try:
-        with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as image:
-            _check_pixels(image)
-            width, height = image.size
-            # Without this look first, PIL decodes a whole PNG to find that it has no EXIF block.
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1) if "exif" in image.info else 1
-    except UNREADABLE as error:
-        raise _unreadable(encoded, error) from error
+    """Read height and width in pixels, after EXIF orientation, from the header alone. Raises: UnreadableImage."""
+    with _open(encoded) as image:
+        width, height = image.size
+        # Without the first check PIL decodes an entire PNG only to report that it has no EXIF block.
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1) if "exif" in image.info else 1
     return (width, height) if orientation >= 5 else (height, width)
 
 
-def whole_size(encoded: bytes) -> tuple[int, int]:
-    """`oriented_size` of an image that decodes to its end. Raises: UnreadableImage when a part is missing too."""
-    check_whole(encoded)
+def intact_size(encoded: bytes) -> tuple[int, int]:
+    """Return the `oriented_size` of an image that decodes completely. Raises: UnreadableImage."""
+    check_intact(encoded)
     return oriented_size(encoded)
 
 
-def check_whole(encoded: bytes) -> None:
-    """Decode the image and throw it away; a JPEG at an eighth of its size, which still reads every byte.
-
-    Raises: UnreadableImage when a part is missing.
-    """
-    try:
-        with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as image:
-            _check_pixels(image)
-            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
-            image.load()
-    except UNREADABLE as error:
-        raise _unreadable(encoded, error) from error
+def check_intact(encoded: bytes) -> None:
+    """Decode the image and discard it. Raises: UnreadableImage when a part is missing."""
+    with _open(encoded) as image:
+        # A JPEG at an eighth of its size, which still reads every byte.
+        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+        image.load()
 
 
 def colour_sums(encoded: bytes) -> NDArray[np.float64]:
-    """Pixels, then the sum and the sum of squares of red, green and blue as fractions of 255: (7,)."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
-    except UNREADABLE as error:
-        raise _unreadable(encoded, error) from error
-    # Counting the 256 levels of a channel is exact and faster than squaring every pixel.
+    """Return the number of pixels, then the sums and the sums of squares of red, green and blue / 255: (7,)."""
+    with _open(encoded) as image:
+        pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
+    # Counting the 256 levels of a channel is exact, and faster than squaring every pixel.
     counts = np.stack([np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)])  # (3, 256)
     levels = np.arange(256) / 255
     return np.concatenate([[pixels.shape[0] * pixels.shape[1]], counts @ levels, counts @ levels**2])
 
 
 def shrink(encoded: bytes, shorter_side: int) -> bytes:
-    """Re-encode as JPEG of quality 95 with this shorter side in pixels; an image no larger comes back as it is."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            if min(image.size) <= shorter_side:
-                return encoded
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except UNREADABLE as error:
-        raise _unreadable(encoded, error) from error
+    """Re-encode as JPEG of quality 95 with this shorter side in pixels; a smaller image is returned unchanged."""
+    with _open(encoded) as image:
+        if min(image.size) <= shorter_side:
+            return encoded
+        upright = ImageOps.exif_transpose(image).convert("RGB")
     scale = shorter_side / min(upright.size)
     smaller = upright.resize((round(upright.width * scale), round(upright.height * scale)), Image.Resampling.BICUBIC)
     return to_jpeg(smaller, quality=95)
@@ -89,15 +70,17 @@ def to_jpeg(image: Image.Image, *, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _check_pixels(image: Image.Image) -> None:
-    assert Image.MAX_IMAGE_PIXELS is not None
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
-
-
-def _unreadable(encoded: bytes, error: Exception) -> UnreadableImage:
-    if not encoded:
-        return UnreadableImage("the file is empty")
-    if isinstance(error, UnidentifiedImageError):
-        return UnreadableImage("no JPEG, PNG or WebP image")
-    return UnreadableImage(str(error) or type(error).__name__)
+@contextmanager
+def _open(encoded: bytes) -> Iterator[Image.Image]:
+    """Open an image; its errors, also those inside the block, become UnreadableImage."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:  # a file of 1.5 kB may declare 14000 x 14000
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {limit:,}")
+            yield image
+    except UNREADABLE as error:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not a JPEG, PNG or WebP image"
+        raise UnreadableImage(reason if encoded else "the file is empty") from error

@@ -1,10 +1,7 @@
 """From a source to shuffled tar shards, a manifest and an index: the same bytes for the same images and seed.
 
-Each shard is written, then read back by the code that indexes anybody's tars, so
-that what the index says is what is there.
+Each shard is written, then read back by the code that indexes foreign tars, so that the index describes the file.
 """
-
-from __future__ import annotations
 
 import shutil
 import tempfile
@@ -16,33 +13,33 @@ from pathlib import Path
 import numpy as np
 import webdataset as wds
 
-from data.loading import order
+from data import draws
+from data.cores import available_cores
 from data.shards import images
 from data.shards.dataset import SPLITS, Dataset, read_manifest
-from data.shards.indexing import assemble, statistics_shares
-from data.shards.parallel import available_cores, map_tasks
+from data.shards.index_writer import statistics_shares, write_dataset
+from data.shards.parallel import map_tasks
 from data.shards.sources import Item, Source
-from data.shards.tars import LeftOut, ShardRows, read_shard
+from data.shards.tars import ShardRows, SkippedSample, TarTask, read_shard
 
-IMAGES_WORTH_A_POOL = 4_000  # fewer are packed before another process has imported what it needs
+POOL_IMAGES = 4_000  # up to here, packing is faster than the imports of another process
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A tar to write: its split, its name and its items in their order."""
+    """A tar to write: its split, the task to read it back, its items in order."""
 
     split: str
-    file: str
+    tar: TarTask
     items: list[Item]
-    statistics_images: int
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The data set that packing wrote, and what it left out."""
+    """The data set that was written, the skipped samples, and the source's ignored files by suffix."""
 
     dataset: Dataset
-    left_out: list[LeftOut]
+    skipped: list[SkippedSample]
     ignored: Counter[str]
 
 
@@ -55,11 +52,10 @@ def pack(
     resize: int | None = None,
     strict: bool = False,
 ) -> Packed:
-    """Write `source` as a data set into `folder`, which appears whole or not at all.
+    """Write `source` as a data set into `folder`, which appears only when it is complete.
 
-    `shard_samples` images a shard; `resize` re-encodes larger images to that shorter
-    side in pixels, otherwise bytes are copied. Unreadable images are left out and
-    reported, or end the work when `strict`.
+    `resize` re-encodes larger images to that shorter side in pixels; None copies the bytes. Unreadable images are
+    skipped and returned, or raise when `strict`.
 
     Raises: FileExistsError when `folder` exists; ValueError.
     """
@@ -68,76 +64,70 @@ def pack(
     if shard_samples < 1:
         raise ValueError(f"shard_samples={shard_samples} must be at least 1")
     if resize is not None and (not isinstance(resize, int) or resize < 1):
-        raise ValueError(f"resize={resize} must be null or a whole number of pixels, at least 1")
+        raise ValueError(f"resize={resize} must be an integer of at least 1 pixel, or unset to copy the bytes")
     if len(source.classes) < 2:
         raise ValueError(f"{source.name} has one class, {source.classes[0]}: a classifier needs at least 2")
     plans = plan_shards(source, seed=seed, shard_samples=shard_samples)
+    sizes = [len(plan.items) for plan in plans]
+    workers = available_cores() if sum(sizes) > POOL_IMAGES else 1
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    partial_folder.chmod(0o755)  # mkdtemp keeps to itself what is no secret
+    partial_folder.chmod(0o755)  # mkdtemp creates 0700; data sets are readable by all
     try:
         write = partial(write_shard, partial_folder, resize=resize, strict=strict)
-        sizes = [len(plan.items) for plan in plans]
-        workers = available_cores() if sum(sizes) > IMAGES_WORTH_A_POOL else 1
-        shards = map_tasks(write, plans, workers=workers, label=f"pack {source.name}", unit="images", sizes=sizes)
-        by_split: dict[str, list[ShardRows]] = {}
-        for plan, rows in zip(plans, shards, strict=True):
-            by_split.setdefault(plan.split, []).append(rows)
-        check_classes(source, by_split)
-        assemble(partial_folder, partial_folder, shards=by_split, name=source.name, classes=source.classes)
+        rows = map_tasks(write, plans, workers=workers, label=f"pack {source.name}", unit="images", sizes=sizes)
+        shards: dict[str, list[ShardRows]] = {}
+        for plan, shard in zip(plans, rows, strict=True):
+            shards.setdefault(plan.split, []).append(shard)
+        check_classes(source, shards)
+        write_dataset(partial_folder, partial_folder, shards=shards, name=source.name, classes=source.classes)
         partial_folder.rename(folder)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
-    left_out = [sample for rows in shards for sample in rows.left_out]
-    return Packed(read_manifest(folder, folder), left_out, source.ignored)
+    return Packed(read_manifest(folder, folder), [sample for shard in rows for sample in shard.skipped], source.ignored)
 
 
 def check_classes(source: Source, shards: dict[str, list[ShardRows]]) -> None:
-    """Raise ValueError when every image of a class was left out of a split."""
+    """Raise ValueError when every image of a class was skipped in a split."""
     for split, rows in shards.items():
-        labels = {label for shard in rows for label in shard.labels}
+        labels = {row.label for shard in rows for row in shard.rows}
         expected = {item.label for item in source.splits[split]}
         for label in sorted(expected - labels):
             raise ValueError(f"class {source.classes[label]} has no readable image in split {split}")
 
 
 def plan_shards(source: Source, *, seed: int, shard_samples: int) -> list[ShardPlan]:
-    """Shuffle each split by `seed` and cut it into shards; a split's last shard may be smaller."""
+    """Shuffle each split by `seed` and cut it into shards; the last of a split may be smaller."""
     plans = []
     for number, split in enumerate(SPLITS):
         items = source.splits.get(split, [])
-        places: order.Samples = order.permute(
-            np.arange(len(items)), len(items), permutation=order.key(order.PACK, seed, number)
-        )
-        shuffled = [items[place] for place in places]
-        cuts = range(0, len(shuffled), shard_samples)
-        counts = statistics_shares(len(cuts)) if split == "train" else [0] * len(cuts)
-        for shard, (start, count) in enumerate(zip(cuts, counts, strict=True)):
-            plans.append(ShardPlan(split, f"{split}-{shard:06d}.tar", shuffled[start : start + shard_samples], count))
+        permutation = draws.key(draws.PACK, seed, number)
+        shuffled = [items[place] for place in draws.permute(np.arange(len(items)), len(items), permutation=permutation)]
+        starts = range(0, len(shuffled), shard_samples)
+        counts = statistics_shares(len(starts)) if split == "train" else [0] * len(starts)
+        for shard, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            tar = TarTask(f"{split}-{shard:06d}.tar", count)
+            plans.append(ShardPlan(split, tar, shuffled[start : start + shard_samples]))
     return plans
 
 
 def write_shard(folder: Path, plan: ShardPlan, *, resize: int | None, strict: bool) -> ShardRows:
-    """Write one tar with webdataset's writer and read its rows back.
-
-    Raises: UnreadableImage, named with its path, when `strict`.
-    """
-    left_out = []
-    # A fixed modification time: the bytes of a shard are those of its images, not those of the day.
-    with open(folder / plan.file, "wb") as stream, wds.TarWriter(stream, encoder=False, mtime=0) as writer:
+    """Write one tar with webdataset's writer and read its rows back. Raises: UnreadableImage when `strict`."""
+    skipped = []
+    # A fixed modification time: the bytes of a shard depend on its images, not on the day.
+    with open(folder / plan.tar.file, "wb") as stream, wds.TarWriter(stream, encoder=False, mtime=0) as writer:
         for item in plan.items:
             try:
                 original = item.read()
-                images.check_whole(original)
+                images.check_intact(original)
                 encoded = original if resize is None else images.shrink(original, resize)
             except (OSError, images.UnreadableImage) as error:
                 if strict:
                     raise images.UnreadableImage(f"{item.path}: {error}") from error
-                left_out.append(LeftOut(str(item.path or item.key), str(error)))
+                skipped.append(SkippedSample(str(item.path or item.key), str(error)))
                 continue
             suffix = item.suffix if encoded is original else "jpg"
             writer.write({"__key__": item.key, suffix: encoded, "cls": str(item.label).encode()})
-    count = plan.statistics_images
-    rows = read_shard(folder, plan.file, label_field="label", statistics_images=count, size_of=images.oriented_size)
-    rows.left_out = left_out + rows.left_out
-    return rows
+    shard = read_shard(folder, plan.tar, label_field="label", size_of=images.oriented_size)
+    shard.skipped = skipped + shard.skipped
+    return shard

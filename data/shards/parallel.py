@@ -1,14 +1,10 @@
-"""Run one function over many tasks on all cores, with a progress bar on a terminal, a line now and then elsewhere."""
-
-from __future__ import annotations
+"""Run a function over many tasks in parallel, with a progress bar on a terminal and progress lines elsewhere."""
 
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,17 +14,6 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 SECONDS_BETWEEN_LINES = 10.0
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as a container sees its own
-
-
-def available_cores() -> int:
-    """Cores that this process may use: fewer than the machine has under taskset, Slurm or a container's limits."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = CPU_QUOTA.read_text().split()  # microseconds of CPU in microseconds of time, or "max"
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def map_tasks(
@@ -40,36 +25,31 @@ def map_tasks(
     unit: str = "shards",
     sizes: Sequence[int] | None = None,
 ) -> list[Result]:
-    """Apply `function` to each task in `workers` processes; results come in the order of the tasks.
+    """Apply `function` to each task in `workers` processes (1 is this process); results keep the order of the tasks.
 
-    The progress counts `sizes`, so many `unit` a task; one of each without them. One worker is this process.
+    Progress counts `sizes` of each task in `unit`, 1 per task by default.
     """
-    report = partial(_shown, label=label, unit=unit, sizes=sizes or [1] * len(tasks))
+    show = partial(_show_progress, label=label, unit=unit, sizes=sizes or [1] * len(tasks))
     if workers <= 1 or len(tasks) <= 1:
-        return list(report(map(function, tasks)))
-    # A fork server: a plain fork copies the locks of torch's threads, a spawn imports everything once a worker.
+        return list(show(map(function, tasks)))
+    # forkserver: fork would copy the locks of torch's threads, spawn would import everything once per worker.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([getattr(function, "func", function).__module__])  # a partial's own is functools
+    context.set_forkserver_preload([getattr(function, "func", function).__module__])  # .func: that of a partial
     with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
-        return list(report(pool.map(function, tasks)))
+        return list(show(pool.map(function, tasks)))
 
 
-def _shown(results: Iterable[Result], *, label: str, unit: str, sizes: Sequence[int]) -> Iterator[Result]:
+def _show_progress(results: Iterable[Result], *, label: str, unit: str, sizes: Sequence[int]) -> Iterator[Result]:
     console = Console(stderr=True)
-    total, done, spoken = sum(sizes), 0, time.monotonic()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    total, done, last_line = sum(sizes), 0, time.monotonic()
+    text, count = TextColumn("{task.description}"), MofNCompleteColumn()
+    columns = (text, BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(label, total=total)
         for result, size in zip(results, sizes, strict=True):
             done += size
             progress.advance(bar, size)
-            if not console.is_terminal and time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
-                spoken = time.monotonic()
+            if not console.is_terminal and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
                 console.print(f"{label}: {done:,} of {total:,} {unit}")
             yield result

@@ -1,10 +1,4 @@
-"""Where images come from before they are packed: scikit-learn's digits, or class folders.
-
-A source is a name, class names, and for each split a list of items; adding one
-is a function that returns a `Source` and a YAML in `conf/source/`.
-"""
-
-from __future__ import annotations
+"""Sources of images to pack. To add one: a function that returns a `Source`, and a YAML in `conf/source/`."""
 
 import os
 from collections import Counter
@@ -13,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.loading import order
+from data import draws
 from data.shards import images
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
@@ -21,7 +15,7 @@ SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "valid": "
 
 @dataclass(frozen=True)
 class Item:
-    """One image to pack: its key in the shard, its label, and where its bytes are."""
+    """One image to pack: its key in the shard, its label, and its bytes or their path."""
 
     key: str
     label: int
@@ -30,16 +24,13 @@ class Item:
     encoded: bytes = b""
 
     def read(self) -> bytes:
-        """The encoded image, as it is on disk."""
+        """Return the encoded image unchanged."""
         return self.encoded if self.path is None else self.path.read_bytes()
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to pack: the data set's name, its classes in the order of their labels, the items of each split.
-
-    `ignored` counts files by suffix that are no images and stay behind.
-    """
+    """A data set to pack: name, classes in label order, items by split; `ignored` counts other files by suffix."""
 
     name: str
     classes: tuple[str, ...]
@@ -48,12 +39,12 @@ class Source:
 
 
 def digits(name: str = "digits", *, val_fraction: float, seed: int) -> Source:
-    """The 1,797 handwritten digits that come with scikit-learn, 8x8 pixels of 17 grey levels, as JPEGs of quality 100.
+    """The 1,797 handwritten digits of scikit-learn, 8x8 pixels of 17 grey levels, as JPEGs of quality 100.
 
-    Alpaydin & Kaynak 1998, "Optical recognition of handwritten digits" (its test half).
+    The test half of Alpaydin & Kaynak 1998, "Optical recognition of handwritten digits".
     """
     from PIL import Image
-    from sklearn.datasets import load_digits  # 1.5 s to import, and only this source needs it
+    from sklearn.datasets import load_digits  # takes 1.5 s to import
 
     bunch = load_digits()
     items = []
@@ -67,83 +58,83 @@ def digits(name: str = "digits", *, val_fraction: float, seed: int) -> Source:
 def folder(root: Path | str, name: str, *, val_fraction: float, seed: int) -> Source:
     """Class folders of images, as torchvision's ImageFolder reads them, searched to any depth.
 
-    With `train/` and `val/` (or `validation/`, `valid/`) or `test/` below `root`, these
-    are the splits; otherwise `val_fraction` of each class is split off by `seed`.
+    `train/` and `val/` (or `validation/`, `valid/`) or `test/` below `root` are the splits; without them
+    `val_fraction` of each class is split off by `seed`.
 
-    Raises: FileNotFoundError, ValueError when there is no folder, no class, a class
-    without images, or a class of another split that `train/` does not have.
+    Raises: FileNotFoundError; ValueError without classes, for a class without images or one that `train/` lacks.
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"source.root={root} is no folder")
+        raise FileNotFoundError(f"root={root} is not a folder")
+    folders = _split_folders(root)
+    if list(folders) == ["train"]:
+        root, folders = folders["train"], {}
     ignored: Counter[str] = Counter()
-    parts: dict[str, Path] = {}
-    for part, split in SPLIT_FOLDERS.items():
-        if (root / part).is_dir():
-            if split in parts:
-                raise ValueError(f"{parts[split]} and {root / part} are both split {split}: keep one")
-            parts[split] = root / part
-    if list(parts) == ["train"]:  # nothing beside it: its classes are all there is
-        root, parts = parts["train"], {}
-    if "train" not in parts:
-        classes = _class_names(root)
-        items = _class_items(root, classes, ignored=ignored)
-        return Source(name, classes, split_off(items, val_fraction=val_fraction, seed=seed), ignored)
-    classes = _class_names(parts["train"])
-    splits = {split: _class_items(path, classes, ignored=ignored) for split, path in parts.items()}
+    classes = _class_names(folders.get("train", root))
+    if "train" in folders:
+        splits = {split: _class_items(path, classes, ignored=ignored) for split, path in folders.items()}
+    else:
+        splits = split_off(_class_items(root, classes, ignored=ignored), val_fraction=val_fraction, seed=seed)
     return Source(name, classes, splits, ignored)
 
 
 def split_off(items: list[Item], *, val_fraction: float, seed: int) -> dict[str, list[Item]]:
     """Split `val_fraction` of each class off for validation, at least one image of every class that has two.
 
-    Raises: ValueError when the fraction is not between 0 and 1; 0 leaves no validation split.
+    0 means no validation split. Raises: ValueError for a fraction outside [0, 1).
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must be at least 0 and less than 1")
     if val_fraction == 0:
         return {"train": items}
-    members: dict[int, list[Item]] = {}
+    by_label: dict[int, list[Item]] = {}
     for item in items:
-        members.setdefault(item.label, []).append(item)
+        by_label.setdefault(item.label, []).append(item)
     splits: dict[str, list[Item]] = {"train": [], "val": []}
-    for label, mine in members.items():
-        count = min(max(round(len(mine) * val_fraction), 1), len(mine) - 1)
-        places = order.permute(np.arange(len(mine)), len(mine), permutation=order.key(order.SPLIT, seed, label))
-        for item, place in zip(mine, places, strict=True):
+    for label, members in by_label.items():
+        count = min(max(round(len(members) * val_fraction), 1), len(members) - 1)
+        places = draws.permute(np.arange(len(members)), len(members), permutation=draws.key(draws.SPLIT, seed, label))
+        for item, place in zip(members, places, strict=True):
             splits["val" if place < count else "train"].append(item)
     return splits
 
 
+def _split_folders(root: Path) -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for name, split in SPLIT_FOLDERS.items():
+        if (root / name).is_dir():
+            if split in folders:
+                raise ValueError(f"{folders[split]} and {root / name} are both split {split}: keep one")
+            folders[split] = root / name
+    return folders
+
+
 def _class_names(root: Path) -> tuple[str, ...]:
-    classes = tuple(
-        sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    )
-    if not classes:
-        raise ValueError(f"{root} holds no class folders: put the images of each class into a folder named after it")
-    return classes
+    names = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+    if not names:
+        raise ValueError(f"{root} contains no class folders: put the images of each class into a folder named after it")
+    return tuple(sorted(names))
 
 
 def _class_items(root: Path, classes: tuple[str, ...], *, ignored: Counter[str]) -> list[Item]:
-    strangers = sorted(set(_class_names(root)) - set(classes))
-    if strangers:
-        raise ValueError(f"{root / strangers[0]} is a class that the training split does not have")
+    unknown = sorted(set(_class_names(root)) - set(classes))
+    if unknown:
+        raise ValueError(f"{root / unknown[0]} is a class that the training split does not have")
     items: list[Item] = []
-    used: set[str] = set()
+    keys: set[str] = set()
     for label, name in enumerate(classes):
-        before = len(items)
-        for path in _image_paths(root / name, ignored):
-            stem = path.relative_to(root).with_suffix("").as_posix()
-            key = _unique_key(stem, used)
+        paths = _image_paths(root / name, ignored)
+        if not paths:
+            raise ValueError(f"class {name} has no images: {root / name} contains no {', '.join(images.SUFFIXES)} file")
+        for path in paths:
+            key = _unique_key(path.relative_to(root).with_suffix("").as_posix(), keys)
             items.append(Item(key, label, path.suffix[1:].lower(), path))
-        if len(items) == before:
-            raise ValueError(f"class {name} has no images: {root / name} holds no {', '.join(images.SUFFIXES)} file")
     return items
 
 
 def _image_paths(folder: Path, ignored: Counter[str]) -> list[Path]:
     paths = []
-    for parent, folders, files in os.walk(folder, onerror=_unreadable_folder):
+    for parent, folders, files in os.walk(folder, onerror=_raise_unless_missing):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in sorted(files):
             suffix = os.path.splitext(file)[1].lower()
@@ -156,19 +147,18 @@ def _image_paths(folder: Path, ignored: Counter[str]) -> list[Path]:
     return paths
 
 
-def _unreadable_folder(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # a class that a split does not have is named as such
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # a class missing from a split has its own message
         raise error
 
 
 def _unique_key(stem: str, used: set[str]) -> str:
-    """A key that no sample before it has, without dots after its last slash, where WebDataset cuts names, and
-    without the two underscores at which it takes a file for its own."""
+    """Make an unused key: no leading "__", which WebDataset reserves, and no dot in the name, where it cuts."""
     parent, slash, name = stem.removeprefix("__").rpartition("/")
-    key = wanted = parent + slash + name.replace(".", "_")
+    key = base = parent + slash + name.replace(".", "_")
     number = 1
     while key in used:
         number += 1
-        key = f"{wanted}-{number}"
+        key = f"{base}-{number}"
     used.add(key)
     return key

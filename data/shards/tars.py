@@ -1,10 +1,4 @@
-"""One WebDataset tar, ours or anybody's: which samples it holds, where their images lie, and what they are.
-
-A tar is read once: its SHA-256, each image's place, size in pixels and label, and
-the colours of its first images.
-"""
-
-from __future__ import annotations
+"""Reads one WebDataset tar, ours or foreign: its samples, their labels, and the position and size of their images."""
 
 import hashlib
 import json
@@ -12,6 +6,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -21,151 +16,128 @@ from numpy.typing import NDArray
 
 from data.shards import images
 
-METADATA = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself, and passes over
+RESERVED = re.compile(r"__[^/]*__($|/)")  # names that WebDataset reserves and skips
+SizeOf = Callable[[bytes], tuple[int, int]]  # height and width of an encoded image; raises UnreadableImage
+Place = tuple[int, int]  # offset and size of a file in a tar, in bytes
 
 
-class LeftOut(NamedTuple):
-    """A sample that is not in the index, and why."""
+class SkippedSample(NamedTuple):
+    """A sample that is not in the index, and the reason."""
 
     name: str
     reason: str
 
 
-# Height and width of an encoded image; raises UnreadableImage.
-SizeOf = Callable[[bytes], tuple[int, int]]
+class TarTask(NamedTuple):
+    """A tar to read, and the number of its images to decode for the colour statistics."""
+
+    file: str
+    statistics_images: int
 
 
-class Member(NamedTuple):
-    """Where a file lies in a tar, in bytes."""
+class SampleRow(NamedTuple):
+    """A row of the index, with the label as it is in the tar."""
 
+    key: str
     offset: int
     size: int
+    label: int | str
+    height: int
+    width: int
 
 
 @dataclass
 class ShardRows:
-    """What one tar holds: a list a column of the index, and sums of colours as `images.colour_sums` gives them."""
+    """The rows of one tar, the samples it skipped, and the sums of `images.colour_sums`."""
 
     file: str
     bytes: int = 0
     modified_ns: int = 0  # before it was read
     sha256: str = ""
-    columns: dict[str, list[int]] = field(
-        default_factory=lambda: {name: [] for name in ("offset", "size", "height", "width")}
-    )
-    labels: list[int | str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
+    rows: list[SampleRow] = field(default_factory=list)
+    skipped: list[SkippedSample] = field(default_factory=list)
     colours: NDArray[np.float64] = field(default_factory=lambda: np.zeros(7))
 
 
-def read_shard(root: Path, file: str, *, label_field: str, statistics_images: int, size_of: SizeOf) -> ShardRows:
-    """Read one tar; `statistics_images` of its images are decoded for their colours.
+def read_shard(root: Path, task: TarTask, *, label_field: str, size_of: SizeOf) -> ShardRows:
+    """Read one tar. Raises: ValueError when it is cut short or not a tar.
 
-    `size_of` is `images.whole_size`, or `images.oriented_size` where every image has
-    been decoded before.
-
-    Raises: ValueError when it is cut short or no tar.
+    `size_of` is `images.intact_size`, or `images.oriented_size` where every image has been decoded before.
     """
-    shard = ShardRows(file)
-    with open(root / file, "rb") as stream:
+    path, shard = root / task.file, ShardRows(task.file)
+    with path.open("rb") as stream:
         shard.modified_ns = os.fstat(stream.fileno()).st_mtime_ns
         shard.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         shard.bytes = stream.tell()
         try:
             samples, repeated = list_samples(stream)
         except tarfile.TarError as error:
-            raise ValueError(f"{root / file} is damaged or cut short ({error}): copy or pack it again") from error
+            raise ValueError(f"{path} is damaged or cut short ({error}): copy or pack it again") from error
         for key, files in samples.items():
             try:
-                _append_row(shard, key, row=_read_row(stream, files, label_field=label_field, size_of=size_of))
+                shard.rows.append(_read_row(stream, key, files=files, label_field=label_field, size_of=size_of))
             except ValueError as error:
-                shard.left_out.append(LeftOut(f"{root / file}: {key}", str(error)))
-        again = "a second file of this name: the first is used"
-        shard.left_out += [LeftOut(f"{root / file}: {name}", again) for name in repeated]
-        places = list(zip(shard.columns["offset"], shard.columns["size"], strict=True))
-        shard.colours = _colours(stream, [Member(*place) for place in places[:statistics_images]])
+                shard.skipped.append(SkippedSample(f"{path}: {key}", str(error)))
+        reason = "a second file of this name: the first is used"
+        shard.skipped += [SkippedSample(f"{path}: {name}", reason) for name in repeated]
+        for row in shard.rows[: task.statistics_images]:
+            with suppress(images.UnreadableImage):  # its header is intact; the loader names it when it decodes it
+                shard.colours += images.colour_sums(_bytes_at(stream, (row.offset, row.size)))
     return shard
 
 
-def list_samples(stream: BinaryIO) -> tuple[dict[str, dict[str, Member]], list[str]]:
-    """The files of a tar by sample key and lower-case suffix; a key ends at the first dot of the file's name.
+def list_samples(stream: BinaryIO) -> tuple[dict[str, dict[str, Place]], list[str]]:
+    """List the files of a tar by sample key (up to the first dot of the name) and lower-case suffix; repeated names.
 
-    Also returns the names that come a second time.
-
-    Raises: tarfile.TarError when the tar does not end as a tar ends.
+    Raises: tarfile.TarError when the tar has no end mark.
     """
-    samples: dict[str, dict[str, Member]] = {}
+    samples: dict[str, dict[str, Place]] = {}
     repeated = []
     stream.seek(0)
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             folder, slash, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
-            if not member.isfile() or not stem or METADATA.match(member.name):
+            if not member.isfile() or not stem or RESERVED.match(member.name):
                 continue
             files = samples.setdefault(folder + slash + stem, {})
             if suffix.lower() in files:
                 repeated.append(member.name)
-            files.setdefault(suffix.lower(), Member(member.offset_data, member.size))
+            files.setdefault(suffix.lower(), (member.offset_data, member.size))
         stream.seek(tar.offset)
-    # A tar ends in blocks of zeros. Python takes one that was cut between two files, or goes on as garbage, for whole.
+    # A tar ends in blocks of zeros. Python accepts one that is cut between two files or continues as garbage.
     if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("no end-of-archive mark after the last whole file")
+        raise tarfile.ReadError("no end-of-archive mark after the last complete file")
     return samples, repeated
 
 
-class _Row(NamedTuple):
-    image: Member
-    height: int
-    width: int
-    label: int | str
-
-
-def _read_row(stream: BinaryIO, files: dict[str, Member], *, label_field: str, size_of: SizeOf) -> _Row:
+def _read_row(stream: BinaryIO, key: str, *, files: dict[str, Place], label_field: str, size_of: SizeOf) -> SampleRow:
     image = next((files[suffix] for suffix in images.SUFFIXES if suffix in files), None)
     if image is None:
         raise ValueError(f"no {', '.join(images.SUFFIXES)} file")
-    label = _label(stream, files, label_field=label_field)
-    height, width = size_of(_bytes_at(stream, image))
-    return _Row(image, height, width, label)
-
-
-def _append_row(shard: ShardRows, key: str, *, row: _Row) -> None:
-    columns = {"offset": row.image.offset, "size": row.image.size, "height": row.height, "width": row.width}
-    for name, value in columns.items():
-        shard.columns[name].append(value)
-    shard.labels.append(row.label)
-    shard.keys.append(key)
-
-
-def _label(stream: BinaryIO, files: dict[str, Member], *, label_field: str) -> int | str:
     if "cls" in files:
-        label = _bytes_at(stream, files["cls"]).decode(errors="replace").strip()
+        text = _bytes_at(stream, files["cls"]).decode(errors="replace").strip()
     elif "json" in files:
-        fields = json.loads(_bytes_at(stream, files["json"]))
-        if not isinstance(fields, dict) or label_field not in fields:
-            found = ", ".join(fields) if isinstance(fields, dict) else type(fields).__name__
-            raise ValueError(f"its .json has no field {label_field} (data.label_field=NAME names another): {found}")
-        found = fields[label_field]
-        if isinstance(found, bool) or not isinstance(found, int | str):
-            raise ValueError(f"its label {json.dumps(found)} is neither a whole number nor a name")
-        label = str(found).strip()
+        text = _json_label(_bytes_at(stream, files["json"]), label_field)
     else:
         raise ValueError("no label: neither a .cls nor a .json file")
-    return int(label) if re.fullmatch(r"[+-]?\d+", label) else label
+    label = int(text) if re.fullmatch(r"[+-]?\d+", text) else text
+    height, width = size_of(_bytes_at(stream, image))
+    return SampleRow(key, *image, label, height, width)
 
 
-def _colours(stream: BinaryIO, places: list[Member]) -> NDArray[np.float64]:
-    total = np.zeros(7)
-    for place in places:
-        try:
-            total += images.colour_sums(_bytes_at(stream, place))
-        except images.UnreadableImage:
-            continue  # its header was right; the loader names it if it is ever asked for
-    return total
+def _json_label(text: bytes, label_field: str) -> str:
+    fields = json.loads(text)
+    if not isinstance(fields, dict) or label_field not in fields:
+        content = ", ".join(fields) if isinstance(fields, dict) else type(fields).__name__
+        raise ValueError(f"its .json has no field {label_field} (label_field=NAME selects another): {content}")
+    label = fields[label_field]
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        raise ValueError(f"its label {json.dumps(label)} is neither an integer nor a name")
+    return str(label).strip()
 
 
-def _bytes_at(stream: BinaryIO, member: Member) -> bytes:
-    stream.seek(member.offset)
-    return stream.read(member.size)
+def _bytes_at(stream: BinaryIO, place: Place) -> bytes:
+    offset, size = place
+    stream.seek(offset)
+    return stream.read(size)

@@ -1,7 +1,7 @@
-"""What a tensor sees of the image: which of its dimensions are rows and columns of a map, and what each position reads.
+"""The receptive field of a tensor: which dimensions hold rows and columns, and which pixels each position reads.
 
-Layouts change all the time, (N, C, H, W) to (N, H, W, C), to (N, L, C), to (N H W, C), and a field can only be followed
-as long as it is known which dimension is which. So each dimension is a product of parts, and each part knows its axis.
+To follow changes of layout, (N, C, H, W) to (N, H, W, C), to (N, L, C), to (N H W, C), each dimension is a product of
+factors, and each factor knows its axis.
 """
 
 from __future__ import annotations
@@ -14,261 +14,259 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from models.analysis.intervals import Field, Interval, Reading, distance, hull, union
+from models.analysis.intervals import Interval, Intervals, TapPattern, distance, hull, union
 
 ROWS, COLUMNS = 0, 1
 AXES = (ROWS, COLUMNS)
-NAMES = ("rows", "columns")
+AXIS_NAMES = ("rows", "columns")
 
 
 class UnknownReceptiveField(ValueError):
-    """Why the receptive field behind an operation is not known."""
+    """The receptive field of an operation is unknown, for the reason in the message."""
 
 
-class Part(NamedTuple):
-    """A factor of a dimension: so many rows or columns, or, without an axis, channels, images, heads."""
+class Factor(NamedTuple):
+    """A factor of a dimension: a number of rows or columns, or, without an axis, of channels, images or heads."""
 
     size: int
     axis: int | None = None
 
+    @property
+    def is_map(self) -> bool:
+        """Whether it holds several positions of an axis."""
+        return self.axis is not None and self.size > 1
 
-Dims = tuple[tuple[Part, ...], ...]
+
+Dims = tuple[tuple[Factor, ...], ...]
 
 
 @dataclass(frozen=True)
-class Axis:
-    """What the positions along the rows or columns of a map read.
+class AxisField:
+    """Which pixels the positions along the rows or columns of a map read.
 
-    `field` is that of the paths made of windows, None where there is none; `whole` says that some path reads all of the
-    image, through a mean, a gate or attention. `spread` is the largest distance in pixels between the middles of fields
-    of branches that met, 0 where all were aligned. `image` is the image's own size, `count` the map's.
+    `local` holds the intervals of the paths made of kernels, None without such a path. `is_global` says that some path
+    reads the entire axis, through a mean, a gate or attention. `misalignment` is the largest distance in pixels between
+    the centers of branches that met. `image_side` is the size of the image, `size` that of the map.
     """
 
-    field: Field | None
-    image: int
-    count: int
-    whole: bool = False
-    spread: Fraction = Fraction(0)
-    cut: tuple[int, int] = (0, 0)  # pixels at both ends that slices and strides have left out
+    local: Intervals | None
+    image_side: int
+    size: int
+    is_global: bool = False
+    misalignment: Fraction = Fraction(0)
+    unread: tuple[int, int] = (0, 0)  # pixels at both ends that slices and strides have left out
 
-    def through(self, reading: Reading, count: int) -> Axis:
-        """Behind an operation that reads this axis so, and leaves `count` positions."""
-        return replace(
-            self, field=self.field and self.field.through(reading), count=count, cut=self._cut(reading, count)
-        )
+    def through(self, pattern: TapPattern, size: int) -> AxisField:
+        """The field after an operation with this pattern and `size` outputs."""
+        local = self.local and self.local.through(pattern)
+        return replace(self, local=local, size=size, unread=self._unread_after(pattern, size))
 
-    def reads_all(self) -> bool:
-        """Whether all positions together read the image, but for less than a jump that strides leave over."""
-        spare = self.field.jump if self.field else 1
-        return max(self.cut) < spare
+    def made_global(self, name: str) -> AxisField:
+        """The field after a reduction over all positions, which must read the image up to less than a stride."""
+        if self.local is not None and max(self.unread) >= self.local.stride:
+            raise UnknownReceptiveField(f"it uses {self.size} {name}, which do not cover the image, as the entire axis")
+        return replace(self, local=None, is_global=True)
 
-    def _cut(self, reading: Reading, count: int) -> tuple[int, int]:
-        """What is left out behind an operation: padding brings nothing back."""
-        read = _read_of(self.count, reading, outputs=count)
-        if self.field is None or read == (0, self.count - 1):
-            return self.cut
-        pixels = hull(self.field.at(place) for place in read) if read is not None else None
-        first, last = pixels or (self.image, -1)
-        return (max(self.cut[0], first), max(self.cut[1], self.image - 1 - last))
+    def _unread_after(self, pattern: TapPattern, size: int) -> tuple[int, int]:
+        """Pixels left out after an operation; padding brings none back."""
+        positions = _positions_read(self.size, pattern, outputs=size)
+        if self.local is None or positions == (0, self.size - 1):
+            return self.unread
+        pixels = hull(map(self.local.at, positions)) if positions is not None else None
+        first, last = pixels or (self.image_side, -1)
+        return (max(self.unread[0], first), max(self.unread[1], self.image_side - 1 - last))
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What a tensor sees: its dimensions, and each axis of the map that they hold."""
+class TensorAxes:
+    """The dimensions of a tensor, and the receptive field along both axes of the map that they hold.
+
+    Methods return those after an operation. They raise UnknownReceptiveField for parts of axes and other operations
+    that the fields cannot follow.
+    """
 
     dims: Dims
-    axes: tuple[Axis, Axis]
-    mixture: bool = False  # some channels see less than others; the axes are those of all together
+    fields: tuple[AxisField, AxisField]
+    is_mixed: bool = False  # some channels read fewer pixels than others; `fields` covers all of them
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's."""
-        return tuple(math.prod(part.size for part in dim) for dim in self.dims)
+        """Shape of the tensor."""
+        return tuple(_size(dim) for dim in self.dims)
 
     @property
-    def local(self) -> bool:
-        """Whether windows alone lead from the image to here, on one path at least."""
-        return all(axis.field is not None for axis in self.axes)
+    def has_local_field(self) -> bool:
+        """Whether some path made of kernels leads here from the image along both axes."""
+        return all(field.local is not None for field in self.fields)
 
     @property
-    def whole(self) -> bool:
-        """Whether each position sees all of the image."""
-        return all(axis.whole for axis in self.axes)
+    def is_global(self) -> bool:
+        """Whether each position depends on the entire image."""
+        return all(field.is_global for field in self.fields)
 
     def axis_of(self, dim: int) -> int | None:
-        """The axis that a dimension is, None where it holds none. Raises: UnknownReceptiveField where it holds more."""
-        found = [part for part in self.dims[dim] if part.axis is not None]
-        if not found:
+        """The axis of a dimension that holds nothing else, None without one."""
+        on_axes = [factor for factor in self.dims[dim] if factor.axis is not None]
+        if not on_axes:
             return None
-        if len(found) > 1 or math.prod(part.size for part in self.dims[dim]) != found[0].size:
-            raise UnknownReceptiveField(f"it takes {_words(self.dims[dim])} for one axis")
-        return found[0].axis
+        if len(on_axes) > 1 or _size(self.dims[dim]) != on_axes[0].size:
+            raise UnknownReceptiveField(f"it treats {_describe(self.dims[dim])} as one axis")
+        return on_axes[0].axis
 
-    def rearranged(self, dims: Iterable[Sequence[Part]]) -> Sight:
-        """The same with other dimensions."""
+    def rearranged(self, dims: Iterable[Sequence[Factor]]) -> TensorAxes:
+        """The same fields with other dimensions."""
         return replace(self, dims=tuple(tuple(dim) for dim in dims))
 
-    def along(self, dim: int, reading: Reading, *, count: int) -> Sight:
-        """Behind an operation that reads a dimension so, and leaves `count` positions, channels or images of it."""
-        axis, dims, axes = self.axis_of(dim), list(self.dims), list(self.axes)
-        if axis is None and count < self.shape[dim] and self.mixture:
-            raise UnknownReceptiveField("it takes some channels of branches that were put side by side")
-        mixture = self.mixture or (axis is None and count > self.shape[dim])  # padded with channels that see nothing
-        dims[dim] = (Part(count, axis),)
+    def along(self, dim: int, pattern: TapPattern, *, size: int) -> TensorAxes:
+        """After an operation that reads a dimension by this pattern and leaves `size` entries of it."""
+        axis, dims, fields = self.axis_of(dim), list(self.dims), list(self.fields)
+        if axis is None and size < self.shape[dim] and self.is_mixed:
+            raise UnknownReceptiveField("it selects channels of concatenated branches")
+        padded_channels = axis is None and size > self.shape[dim]  # new channels read nothing
+        dims[dim] = (Factor(size, axis),)
         if axis is not None:
-            axes[axis] = axes[axis].through(reading, count)
-        return Sight(tuple(dims), (axes[ROWS], axes[COLUMNS]), mixture)
+            fields[axis] = fields[axis].through(pattern, size)
+        return TensorAxes(tuple(dims), (fields[ROWS], fields[COLUMNS]), self.is_mixed or padded_channels)
 
-    def regrouped(self, shape: Sequence[int]) -> Sight:
-        """Behind a view of this shape. Raises: UnknownReceptiveField where it cuts rows or columns into pieces."""
-        parts = deque(part for dim in self.dims for part in dim if part.size > 1 or part.axis is not None)
-        dims = [_take(parts, size) for size in shape]
-        if any(part.size > 1 for part in parts):
-            raise UnknownReceptiveField(f"no view of {self.shape} has the shape {tuple(shape)}")
-        return self.rearranged([*dims[:-1], [*dims[-1], *parts]] if dims else [])
+    def viewed(self, shape: Sequence[int]) -> TensorAxes:
+        """After a view of this shape, which must not split rows or columns."""
+        factors = deque(factor for dim in self.dims for factor in dim if factor.size > 1 or factor.axis is not None)
+        dims = [_take(factors, size) for size in shape]
+        if any(factor.size > 1 for factor in factors):
+            raise UnknownReceptiveField(f"{self.shape} cannot be viewed as {tuple(shape)}")
+        return self.rearranged([*dims[:-1], [*dims[-1], *factors]] if dims else [])
 
-    def mixed(self, dims: Iterable[int], *, keep: bool) -> Sight:
-        """Behind an operation that makes one of all entries along some dimensions, kept with size 1 or left out.
-
-        Raises: UnknownReceptiveField where those are many positions, but not all of the map.
-        """
+    def reduced(self, dims: Iterable[int], *, keep: bool) -> TensorAxes:
+        """After a reduction over some dimensions, kept with size 1 or removed."""
         gone = {dim % len(self.dims) for dim in dims}
-        sight = self.seeing_all(gone)
-        single = {position: [part for part in self.dims[position] if part == (1, part.axis)] for position in gone}
-        kept = [single.get(position, dim) for position, dim in enumerate(self.dims) if keep or position not in gone]
-        return sight.rearranged(kept)
+        ones = {dim: [factor for factor in self.dims[dim] if factor.size == 1] for dim in gone}
+        kept = [ones.get(position, dim) for position, dim in enumerate(self.dims) if keep or position not in gone]
+        return self.made_global(gone).rearranged(kept)
 
-    def seeing_all(self, dims: Iterable[int]) -> Sight:
-        """Where each position sees all others along some dimensions, and is a window's no more.
+    def made_global(self, dims: Iterable[int]) -> TensorAxes:
+        """After an operation in which each position depends on all along some dimensions; single ones stay local."""
+        fields = list(self.fields)
+        for factor in (factor for dim in dims for factor in self.dims[dim]):
+            if factor.axis is not None and factor.size > 1:
+                fields[factor.axis] = fields[factor.axis].made_global(AXIS_NAMES[factor.axis])
+        return replace(self, fields=(fields[ROWS], fields[COLUMNS]))
 
-        Along rows or columns of which there is one the window remains.
-        Raises: UnknownReceptiveField where those are many positions, but not all of the map.
-        """
-        axes = list(self.axes)
-        for part in (part for dim in dims for part in self.dims[dim]):
-            if part.axis is not None and part.size > 1:
-                axes[part.axis] = _all_of(axes[part.axis], NAMES[part.axis])
-        return replace(self, axes=(axes[ROWS], axes[COLUMNS]))
+    def normalized(self, dims: Iterable[int]) -> TensorAxes:
+        """After a norm with statistics over some dimensions, which makes fields global and keeps local ones."""
+        fields = zip(self.fields, self.made_global(dims).fields, strict=True)
+        rows, columns = (replace(field, is_global=statistic.is_global) for field, statistic in fields)
+        return replace(self, fields=(rows, columns))
 
-    def normalized(self, dims: Iterable[int]) -> Sight:
-        """Behind a norm whose statistics are taken along some dimensions: each position sees all, by way of them.
+    def map_axes(self) -> set[int | None]:
+        """The axes with more than one position."""
+        return {factor.axis for dim in self.dims for factor in dim if factor.is_map}
 
-        The windows remain. Raises: UnknownReceptiveField where those are many positions, but not all of the map.
-        """
-        all_seen = self.seeing_all(dims)
-        rows, columns = (
-            replace(before, whole=after.whole) for before, after in zip(self.axes, all_seen.axes, strict=True)
+
+def image_axes(shape: Sequence[int]) -> TensorAxes:
+    """The axes of a batch of images. Shapes: (N, C, H, W)."""
+    num_images, channels, height, width = shape
+    dims = ((Factor(num_images),), (Factor(channels),), (Factor(height, ROWS),), (Factor(width, COLUMNS),))
+    return TensorAxes(dims, (AxisField(Intervals(), height, height), AxisField(Intervals(), width, width)))
+
+
+def meet(tensors: Sequence[TensorAxes], dims: Dims, *, concatenated: bool = False) -> TensorAxes:
+    """Several tensors combined into one with these dimensions, entry by entry or concatenated.
+
+    Along each axis local fields are joined, and a global one makes the result global. A tensor with one position where
+    others have many acts on all of them, so it must read the entire axis.
+    Raises: UnknownReceptiveField for branches that do not match.
+    """
+    map_axes = [factor.axis for dim in dims for factor in dim if factor.is_map]
+    if len(map_axes) > len(set(map_axes)):
+        combined = (_describe(dim) for dim in dims if dim and dim[0].axis in map_axes)
+        raise UnknownReceptiveField("it combines " + " with ".join(combined))
+    rows, columns = (_joined_axis(tensors, axis, on_map=axis in map_axes) for axis in AXES)
+    differ = concatenated and any(tensor.fields != tensors[0].fields for tensor in tensors)
+    return TensorAxes(dims, (rows, columns), differ or any(tensor.is_mixed for tensor in tensors))
+
+
+def broadcast(tensors: Sequence[TensorAxes], shape: Sequence[int], *, concatenated: bool = False) -> TensorAxes:
+    """Several tensors broadcast to one shape, and combined entry by entry or concatenated.
+
+    Raises: UnknownReceptiveField if rows of one meet something else of another.
+    """
+    dims: list[tuple[Factor, ...]] = []
+    for position, size in enumerate(shape):
+        back = position - len(shape)
+        groups = [tensor.dims[back] for tensor in tensors if len(tensor.dims) >= -back]
+        on_axes = {tuple(factor for factor in group if factor.axis is not None) for group in groups} - {()}
+        on_axes = {factors for factors in on_axes if any(factor.size > 1 for factor in factors)} or on_axes
+        if len(on_axes) > 1:
+            raise UnknownReceptiveField("it combines " + " with ".join(sorted(map(_describe, on_axes))))
+        matching = [group for group in groups if _size(group) == size]
+        dims.append(
+            max(matching, key=lambda group: sum(part.axis is not None for part in group), default=(Factor(size),))
         )
-        return replace(self, axes=(rows, columns))
-
-    def held(self) -> set[int]:
-        """The axes of which it has more than one position."""
-        return {part.axis for dim in self.dims for part in dim if part.axis is not None and part.size > 1}
+    return meet(tensors, tuple(dims), concatenated=concatenated)
 
 
-def _read_of(count: int, reading: Reading, *, outputs: int) -> Interval | None:
-    """The first and last of `count` positions that so many outputs read, None for none; what is beside is padding."""
-    first, last = count, -1
+def _joined_axis(tensors: Sequence[TensorAxes], axis: int, *, on_map: bool) -> AxisField:
+    """One axis of several tensors that meet on many positions, or on one."""
+    fields = [tensor.fields[axis] for tensor in tensors]
+    if on_map:
+        fields = [
+            field if axis in tensor.map_axes() else field.made_global(AXIS_NAMES[axis])
+            for tensor, field in zip(tensors, fields, strict=True)
+        ]
+    joined = functools.reduce(_joined, [field for field in fields if field.local is not None] or fields)
+    return replace(joined, is_global=any(field.is_global for field in fields))
+
+
+def _joined(one: AxisField, other: AxisField) -> AxisField:
+    misalignment = max(one.misalignment, other.misalignment)
+    if one.local is None or other.local is None:
+        return replace(one, local=one.local or other.local, size=max(one.size, other.size), misalignment=misalignment)
+    unread = (min(one.unread[0], other.unread[0]), min(one.unread[1], other.unread[1]))
+    try:
+        local = union(one.local, other.local)
+    except ValueError as error:
+        raise UnknownReceptiveField(str(error)) from error
+    misalignment = max(misalignment, distance(one.local, other.local))
+    return replace(one, local=local, misalignment=misalignment, unread=unread)
+
+
+def _positions_read(size: int, pattern: TapPattern, *, outputs: int) -> Interval | None:
+    """First and last of `size` positions that the outputs read, None for none; others are padding."""
+    first, last = size, -1
     for output in range(outputs):
-        first = min([first, *(tap for tap in reading.taps(output) if 0 <= tap < count)])
+        first = min([first, *(tap for tap in pattern.taps(output) if 0 <= tap < size)])
         if first == 0:
             break
     for output in reversed(range(outputs)):
-        last = max([last, *(tap for tap in reading.taps(output) if 0 <= tap < count)])
-        if last == count - 1:
+        last = max([last, *(tap for tap in pattern.taps(output) if 0 <= tap < size)])
+        if last == size - 1:
             break
     return (first, last) if first <= last else None
 
 
-def images_of(shape: Sequence[int]) -> Sight:
-    """What a batch of images sees of itself. Shapes: (N, C, H, W)."""
-    num_images, channels, height, width = shape
-    dims = ((Part(num_images),), (Part(channels),), (Part(height, ROWS),), (Part(width, COLUMNS),))
-    return Sight(dims, (Axis(Field(), height, height), Axis(Field(), width, width)))
-
-
-def meet(sights: Sequence[Sight], dims: Dims, *, side_by_side: bool = False) -> Sight:
-    """What several tensors see that become one with these dimensions, each entry of all of them or of one.
-
-    Along each axis the windows are joined; of what sees all of it remains that it does. What has one position where
-    others have many is the same for all of them, so it must see the whole axis.
-    Raises: UnknownReceptiveField where branches do not fit together.
-    """
-    held = [part.axis for dim in dims for part in dim if part.axis is not None and part.size > 1]
-    if len(held) > len(set(held)):
-        raise UnknownReceptiveField(
-            "it lays " + " beside ".join(_words(dim) for dim in dims if dim and dim[0].axis in held)
-        )
-    rows, columns = (_meeting(sights, axis, held=axis in held) for axis in AXES)
-    differ = side_by_side and any(sight.axes != sights[0].axes for sight in sights)
-    return Sight(dims, (rows, columns), differ or any(sight.mixture for sight in sights))
-
-
-def broadcast(sights: Sequence[Sight], shape: Sequence[int], *, side_by_side: bool = False) -> Sight:
-    """What several tensors see that become one of this shape, entry by entry, or, side by side, one after the other.
-
-    Raises: UnknownReceptiveField where rows of one lie beside something else of another.
-    """
-    dims: list[tuple[Part, ...]] = []
-    for position, size in enumerate(shape):
-        groups = [sight.dims[position - len(shape)] for sight in sights if position >= len(shape) - len(sight.dims)]
-        on_map = {tuple(part for part in group if part.axis is not None) for group in groups}
-        on_map = {parts for parts in on_map if any(part.size > 1 for part in parts)} or {p for p in on_map if p}
-        if len(on_map) > 1:
-            raise UnknownReceptiveField("it lays " + " beside ".join(sorted(map(_words, on_map))))
-        fitting = [group for group in groups if math.prod(part.size for part in group) == size]
-        dims.append(max(fitting, key=lambda group: sum(part.axis is not None for part in group), default=(Part(size),)))
-    return meet(sights, tuple(dims), side_by_side=side_by_side)
-
-
-def _meeting(sights: Sequence[Sight], axis: int, *, held: bool) -> Axis:
-    """One axis of several tensors that meet where it has many positions, or one."""
-    told = [
-        _all_of(sight.axes[axis], NAMES[axis]) if held and axis not in sight.held() else sight.axes[axis]
-        for sight in sights
-    ]
-    joined = functools.reduce(_joined, [one for one in told if one.field is not None] or told)
-    return replace(joined, whole=any(one.whole for one in told))
-
-
-def _all_of(axis: Axis, name: str) -> Axis:
-    if axis.field is not None and not axis.reads_all():
-        raise UnknownReceptiveField(f"it takes {axis.count} {name}, which do not see all of the image, for the whole")
-    return replace(axis, field=None, whole=True)
-
-
-def _joined(one: Axis, other: Axis) -> Axis:
-    spread = max(one.spread, other.spread)
-    if one.field is None or other.field is None:
-        return replace(one, field=one.field or other.field, count=max(one.count, other.count), spread=spread)
-    cut = (min(one.cut[0], other.cut[0]), min(one.cut[1], other.cut[1]))
-    try:
-        field = union(one.field, other.field)
-    except ValueError as error:
-        raise UnknownReceptiveField(str(error)) from error
-    return replace(one, field=field, spread=max(spread, distance(one.field, other.field)), cut=cut)
-
-
-def _take(parts: deque[Part], size: int) -> list[Part]:
-    """Take from the front what makes a dimension of this size."""
-    taken: list[Part] = []
+def _take(factors: deque[Factor], size: int) -> list[Factor]:
+    """Take the factors of a dimension of this size from the front."""
+    taken: list[Factor] = []
     missing = size
-    while missing > 1 or (parts and parts[0].size == 1 and not taken):
-        if not parts:
-            raise UnknownReceptiveField("the sizes of a view do not fit")
-        part = parts.popleft()
-        if missing % part.size == 0:
-            taken.append(part)
-            missing //= part.size
-        elif part.size % missing == 0 and part.axis is None:
-            taken.append(Part(missing))
-            parts.appendleft(Part(part.size // missing))
+    while missing > 1 or (factors and factors[0].size == 1 and not taken):
+        if not factors:
+            raise UnknownReceptiveField("the sizes of a view do not match")
+        factor = factors.popleft()
+        if missing % factor.size == 0:
+            taken.append(factor)
+            missing //= factor.size
+        elif factor.size % missing == 0 and factor.axis is None:
+            taken.append(Factor(missing))
+            factors.appendleft(Factor(factor.size // missing))
             missing = 1
         else:
-            raise UnknownReceptiveField(f"it cuts {_words([part])} into pieces, windows or patches")
+            raise UnknownReceptiveField(f"it splits {_describe([factor])} into windows or patches")
     return taken
 
 
-def _words(parts: Iterable[Part]) -> str:
-    words = [f"{part.size} {NAMES[part.axis]}" if part.axis is not None else str(part.size) for part in parts]
-    return " x ".join(words)
+def _size(factors: Iterable[Factor]) -> int:
+    return math.prod(factor.size for factor in factors)
+
+
+def _describe(factors: Iterable[Factor]) -> str:
+    return " x ".join(str(size) if axis is None else f"{size} {AXIS_NAMES[axis]}" for size, axis in factors)

@@ -1,9 +1,8 @@
-"""The receptive field a second way: the extent of the gradient of one output with respect to the image.
+"""A check of receptive fields: the pixels with a gradient, for one unit of a network made linear and positive.
 
-The network's own operations run on real numbers, with everything made linear and positive, so that no two paths cancel:
-every weight is positive, norms and activations pass on what they get, maxima become sums of their windows. What then
-has a gradient is what the output depends on. Nothing here knows of kernels, strides or offsets but torch itself; only
-where a path sees the whole image, and is left out of the comparison, is taken from the propagated fields.
+Weights become positive, norms and activations the identity, maxima sums. No two paths cancel then, so a unit depends on
+exactly the pixels where its gradient is not zero. Kernels, strides and offsets enter only through torch itself. The
+propagated fields only select the operations that read an entire axis; those paths are left out of the comparison.
 """
 
 from __future__ import annotations
@@ -18,204 +17,214 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from models.analysis.axes import AXES, COLUMNS, NAMES, ROWS, Sight, UnknownReceptiveField
-from models.analysis.intervals import Interval
+from models.analysis.axes import AXES, AXIS_NAMES, COLUMNS, ROWS, AxisField, TensorAxes, UnknownReceptiveField
+from models.analysis.intervals import Interval, Intervals
 from models.analysis.receptive_field import receptive_fields
-from models.analysis.trace import Operation, Trace, Untraceable, trace
+from models.analysis.trace import Operation, Trace, TraceError, trace
 
-NARROW = 64  # pixels of the side that is not looked at
-SPARE = 12  # positions of the other that fit beside the receptive field, so that no border is near
-PHASES = 8  # units next to each other that are compared at most
-
-
-class Extent(NamedTuple):
-    """First and last row, first and last column with a gradient; None where nothing has one."""
-
-    rows: Interval | None
-    columns: Interval | None
+ACROSS = 64  # pixels along the axis that is not compared
+MARGIN = 12  # positions that fit beside the receptive field, so that no border is near
+MAX_UNITS = 8  # neighbouring units that are compared
 
 
-class Comparison(NamedTuple):
-    """One unit in the middle of a map: the pixels that it reads by propagation and by gradient, along one axis."""
+class FieldComparison(NamedTuple):
+    """The pixels that a unit in the middle of a map reads along one axis: by propagation and by gradient."""
 
     layer: str
     axis: str
-    field: Interval | None
+    propagated: Interval | None
     gradient: Interval | None
-    image: int
+    image_side: int
 
     @property
-    def inside(self) -> bool:
-        """Whether the field ends inside the image; where it does not, padding on the way may hide pixels of it."""
-        return self.field is None or (self.field[0] >= 0 and self.field[1] < self.image)
+    def is_inside(self) -> bool:
+        """Whether the field lies inside the image; outside, padding on the way may hide pixels of it."""
+        return self.propagated is None or (self.propagated[0] >= 0 and self.propagated[1] < self.image_side)
 
     @property
     def agrees(self) -> bool:
-        """Whether both ways lead to the same pixels, or, where the field leaves the image, to none beside it."""
-        if self.inside or self.field is None or self.gradient is None:
-            return self.field == self.gradient
-        return self.field[0] <= self.gradient[0] and self.gradient[1] <= self.field[1]
+        """Whether both are equal, or, for a field that leaves the image, the gradient lies within it."""
+        if self.is_inside or self.propagated is None or self.gradient is None:
+            return self.propagated == self.gradient
+        return self.propagated[0] <= self.gradient[0] and self.gradient[1] <= self.propagated[1]
+
+    def to_dict(self) -> dict[str, object]:
+        """The comparison for a JSON file."""
+        names = ("layer", "axis", "field", "gradient", "image")
+        return {**dict(zip(names, self, strict=True)), "agrees": self.agrees}
 
 
-class Linear:
-    """A traced network with everything linear and positive, in float64, of whose operations some are to be looked at.
+class LinearNetwork:
+    """A traced network with everything linear and positive, in float64, and the outputs of some of its operations.
 
-    Without `cut`, the sights of its operations, all paths are followed. With it, those that see the whole of an axis at
-    once (means, gates, attention) are left out, and the paths made of windows along it remain.
-
-    Raises: UnknownReceptiveField for an operation that is not known to keep a gradient positive.
+    Without `fields` all paths are followed. With the fields of all operations, paths that read an entire axis at once
+    (means, gates, attention) are cut, and the paths made of kernels along `axis` remain.
+    Raises: UnknownReceptiveField for an operation without a linear, positive form.
     """
 
     def __init__(
-        self, traced: Trace, looked_at: Collection[int], *, cut: Sequence[Sight | None] | None = None, axis: int = ROWS
+        self,
+        traced: Trace,
+        observed: Collection[int],
+        *,
+        fields: Sequence[TensorAxes | None] | None = None,
+        axis: int = ROWS,
     ) -> None:
         self.images = torch.ones(traced.images.shape, dtype=torch.float64, requires_grad=True)
-        self.outputs: dict[int, Tensor] = {}  # of the operations looked at
-        self._numbers: dict[int, Tensor] = {id(traced.images): self.images}  # of tensors that depend on the images
-        self._cut = cut is not None
-        last_use = {id(tensor): place for place, one in enumerate(traced.operations) for tensor in one.inputs}
-        local = {id(traced.images)}
-        for position, operation in enumerate(traced.operations[: max(looked_at) + 1]):
+        self.outputs: dict[int, Tensor] = {}  # of the observed operations, by position
+        self._values: dict[int, Tensor] = {id(traced.images): self.images}  # of tensors that depend on the images
+        self._local = {id(traced.images)}  # tensors with a local field along the axis
+        self._cuts_global_paths = fields is not None
+        last_use = {id(tensor): position for position, one in enumerate(traced.operations) for tensor in one.inputs}
+        for position, operation in enumerate(traced.operations[: max(observed) + 1]):
             inputs = [id(tensor) for tensor in operation.inputs]
-            if not any(key in self._numbers for key in inputs):
+            if not any(key in self._values for key in inputs):
                 continue
-            sight = cut[position] if cut is not None else None
-            followed = sight is not None and sight.axes[axis].field is not None
-            ends = sight is not None and not followed and any(key in local for key in inputs)
-            for output, result in zip(operation.outputs, self._run(operation), strict=True):
-                self._numbers[id(output)] = torch.ones_like(result) if ends else result
-                if followed:
-                    local.add(id(output))
-            if position in looked_at:
-                self.outputs[position] = self._numbers[id(operation.outputs[0])]
-            for key in inputs:
+            axes = fields[position] if fields is not None else None
+            self._execute(operation, None if axes is None else axes.fields[axis])
+            if position in observed:
+                self.outputs[position] = self._values[id(operation.outputs[0])]
+            for key in inputs:  # free what no later operation reads
                 if last_use[key] == position and key not in map(id, operation.outputs):
-                    self._numbers.pop(key, None)
+                    self._values.pop(key, None)
 
-    def extent(self, position: int, place: int, *, dim: int) -> Extent:
-        """On which pixels depends what lies at a place along a dimension of the first output of an operation."""
+    def extent(self, position: int, index: int, *, dim: int) -> tuple[Interval | None, Interval | None]:
+        """Rows and columns with a gradient of entry `index` along a dimension of the first output of an operation."""
         output = self.outputs[position]
         if not output.requires_grad:
-            return Extent(None, None)
-        (gradient,) = torch.autograd.grad(output.select(dim, place).sum(), self.images, retain_graph=True)
+            return None, None
+        (gradient,) = torch.autograd.grad(output.select(dim, index).sum(), self.images, retain_graph=True)
         touched = gradient.ne(0).any(1).any(0)  # (N, C, H, W) -> (H, W)
-        return Extent(_span(touched.any(1)), _span(touched.any(0)))
+        return _span(touched.any(1)), _span(touched.any(0))
+
+    def _execute(self, operation: Operation, field: AxisField | None) -> None:
+        """Compute the outputs of an operation; constants where a local path enters one that reads the entire axis."""
+        is_local = field is not None and field.local is not None
+        is_cut = field is not None and not is_local and any(id(tensor) in self._local for tensor in operation.inputs)
+        for output, result in zip(operation.outputs, self._run(operation), strict=True):
+            self._values[id(output)] = torch.ones_like(result) if is_cut else result
+            if is_local:
+                self._local.add(id(output))
 
     def _run(self, operation: Operation) -> list[Tensor]:
-        name, shape = operation.name, operation.outputs[0].shape
-        images = [self._numbers[id(tensor)] for tensor in operation.inputs if id(tensor) in self._numbers]
-        if name in PRODUCTS and len(images) > 1:
-            result = _each_alone(operation, [self._numbers.get(id(factor)) for factor in operation.inputs[-2:]])
+        name, output = operation.name, operation.outputs[0]
+        writes_part = operation.in_place and output.numel() * output.element_size() < output.untyped_storage().nbytes()
+        inputs = [self._values[id(tensor)] for tensor in operation.inputs if id(tensor) in self._values]
+        if name in PRODUCTS and len(inputs) > 1:
+            result = _sum_of_products(operation, [self._values.get(id(factor)) for factor in operation.inputs[-2:]])
         elif name in LINEAR:
-            arguments, options = tree_map(self._real, (list(operation.args), dict(operation.kwargs)))
+            arguments, options = tree_map(self._value, (list(operation.args), dict(operation.kwargs)))
             result = operation.function(*arguments, **options)
-            return list(result) if isinstance(result, list | tuple) else [result]
         elif name in SUBSTITUTES:
-            result = SUBSTITUTES[name](operation, images[0])
+            result = SUBSTITUTES[name](operation, inputs[0])
         elif name in STATISTICS:
-            result = images[0] if self._cut else images[0] + images[0].mean()
-        elif operation.in_place and shape.numel() * operation.outputs[0].element_size() < _memory(operation.outputs[0]):
-            raise UnknownReceptiveField(f"gradient unknown: {operation.where}: it writes into a part of a tensor")
-        elif operation.pointwise:
-            result = functools.reduce(torch.add, [image.expand(shape) for image in images])
+            result = inputs[0] if self._cuts_global_paths else inputs[0] + inputs[0].mean()
+        elif operation.pointwise and not writes_part:
+            result = functools.reduce(torch.add, [value.expand(output.shape) for value in inputs])
         else:
-            raise UnknownReceptiveField(f"gradient unknown: {operation.where}: there is no linear form of it")
-        return [result] * len(operation.outputs)
+            reason = "it writes to a part of a tensor" if writes_part else "no linear form of this operation"
+            raise UnknownReceptiveField(f"gradient unknown: {operation.location}: {reason}")
+        return list(result) if isinstance(result, list | tuple) else [result] * len(operation.outputs)
 
-    def _real(self, argument: object) -> object:
+    def _value(self, argument: object) -> object:
         if not isinstance(argument, Tensor):
             return argument
-        return self._numbers.get(id(argument), _positive(argument.shape))
+        return self._values.get(id(argument), _positive(argument.shape))
 
 
-def check(net: nn.Module, shape: tuple[int, int, int, int]) -> list[Comparison]:
-    """Compare both ways to the receptive field, at the end of every resolution, along rows and along columns.
+def compare_with_gradient(net: nn.Module, shape: tuple[int, int, int, int]) -> list[FieldComparison]:
+    """Compare propagated fields and gradients at the end of every resolution, along rows and along columns.
 
-    `shape` is that of a batch which the network takes, (N, C, H, W). The images are made larger than the field where
-    the network takes such; where not, both ways end at their borders.
+    `shape` is that of a batch that the network accepts, (N, C, H, W). The images are enlarged beyond the receptive
+    field if the network accepts that; otherwise both end at the borders of the image.
     Raises: UnknownReceptiveField.
     """
-    return [comparison for axis in AXES for comparison in _check_along(net, shape, axis=axis)]
+    return [comparison for axis in AXES for comparison in _compare_axis(net, shape, axis=axis)]
 
 
-def _check_along(net: nn.Module, shape: tuple[int, int, int, int], *, axis: int) -> list[Comparison]:
-    traced = _grown(net, shape, axis=axis)
-    sights = receptive_fields(traced)
-    ends = _ends_of_resolutions(traced, sights, axis=axis)
-    linear = Linear(traced, ends.keys(), cut=sights, axis=axis)
+def _compare_axis(net: nn.Module, shape: tuple[int, int, int, int], *, axis: int) -> list[FieldComparison]:
+    traced = _enlarged(net, shape, axis=axis)
+    fields = receptive_fields(traced)
+    ends = _ends_of_resolutions(fields, axis=axis)
+    linear = LinearNetwork(traced, ends.keys(), fields=fields, axis=axis)
     comparisons = []
     for position, dim in ends.items():
-        sight = sights[position]
-        assert sight is not None
-        seen = sight.axes[axis]
-        assert seen.field is not None
-        middle = seen.count // 2
-        for place in range(middle, min(seen.count, middle + min(PHASES, seen.field.period))):
-            gradient = linear.extent(position, place, dim=dim)[axis]
-            layer, field = traced.operations[position].layer, seen.field.at(place)
-            comparisons.append(Comparison(layer, NAMES[axis], field, gradient, seen.image))
+        layer, (field, local) = traced.operations[position].layer, _local_field(fields[position], axis)
+        middle = field.size // 2
+        for unit in range(middle, min(field.size, middle + min(MAX_UNITS, local.period))):
+            gradient = linear.extent(position, unit, dim=dim)[axis]
+            comparisons.append(FieldComparison(layer, AXIS_NAMES[axis], local.at(unit), gradient, field.image_side))
     return comparisons
 
 
-def _grown(net: nn.Module, shape: tuple[int, int, int, int], *, axis: int) -> Trace:
-    """A run on one image, long along the axis for the largest field and narrow across, as far as the net allows."""
-    first = trace(net, shape)
-    sights = receptive_fields(first)
-    last = max(position for position, sight in enumerate(sights) if sight is not None and sight.local)
-    sight = sights[last]
-    assert sight is not None
-    field = sight.axes[axis].field
-    assert field is not None
-    beside = math.ceil(SPARE * field.jump) + 2 * field.advance
-    long = max(shape[2 + axis], -(-(field.size + beside) // NARROW) * NARROW)
-    for across in (NARROW, shape[3 - axis]):
-        sides = (long, across) if axis == ROWS else (across, long)
-        for until in (None, first.operations[last].layer):
+def _enlarged(net: nn.Module, shape: tuple[int, int, int, int], *, axis: int) -> Trace:
+    """A trace of one image that exceeds the largest field along the axis and is narrow across, if the net allows it."""
+    original = trace(net, shape)
+    fields = receptive_fields(original)
+    last = max(position for position, axes in enumerate(fields) if axes is not None and axes.has_local_field)
+    _, local = _local_field(fields[last], axis)
+    margin = math.ceil((MARGIN + 2 * min(local.period, MAX_UNITS)) * local.stride)
+    along = max(shape[2 + axis], -(-(local.size + margin) // ACROSS) * ACROSS)
+    for across in (ACROSS, shape[3 - axis]):
+        sides = (along, across) if axis == ROWS else (across, along)
+        for until in (None, original.operations[last].layer):
             try:
                 return trace(net, (1, shape[1], *sides), until=until or None)
-            except Untraceable:
+            except TraceError:
                 continue
-    return first
+    return original
 
 
-def _ends_of_resolutions(traced: Trace, sights: Sequence[Sight | None], *, axis: int) -> dict[int, int]:
-    """The last operation on each size of a map that is reached through windows, and its dimension along the axis."""
+def _ends_of_resolutions(fields: Sequence[TensorAxes | None], *, axis: int) -> dict[int, int]:
+    """The last operation with a local field on each size of the map, and the dimension of the axis in its output."""
     ends: dict[int, tuple[int, int]] = {}
-    for position, sight in enumerate(sights):
-        if sight is None or sight.axes[axis].field is None:
+    for position, axes in enumerate(fields):
+        if axes is None or axes.fields[axis].local is None:
             continue
-        dims = [dim for dim, parts in enumerate(sight.dims) if [part.axis for part in parts] == [axis]]
+        dims = [dim for dim, factors in enumerate(axes.dims) if [factor.axis for factor in factors] == [axis]]
         if dims:
-            ends[sight.axes[axis].count] = (position, dims[0])
+            ends[axes.fields[axis].size] = (position, dims[0])
     return dict(ends.values())
 
 
+def _local_field(axes: TensorAxes | None, axis: int) -> tuple[AxisField, Intervals]:
+    """The field along an axis that is known to be local."""
+    assert axes is not None
+    field = axes.fields[axis]
+    assert field.local is not None
+    return field, field.local
+
+
 def _positive(shape: Sequence[int]) -> Tensor:
-    """Equal weights that come to 1 over the channels they mix: no sum of hundreds of layers overflows or vanishes."""
+    """Equal weights that sum to 1 over input channels, so that values neither overflow nor vanish in deep networks."""
     return torch.full((1,) * len(shape), 1 / shape[1] if len(shape) == 4 else 1.0, dtype=torch.float64).expand(shape)
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
-
-
 def _span(touched: Tensor) -> Interval | None:
-    places = touched.nonzero()
-    return (int(places[0]), int(places[-1])) if len(places) else None
+    positions = touched.nonzero()
+    return (int(positions[0]), int(positions[-1])) if len(positions) else None
 
 
-def _window_sums(operation: Operation, images: Tensor) -> Tensor:
-    """The sum over each window of a pooling, for its maximum."""
+def _pooling_sums(operation: Operation, images: Tensor) -> Tensor:
+    """Sum pooling in place of maximum pooling."""
     kernel, padding, dilation = (operation.pair(name) for name in ("kernel_size", "padding", "dilation"))
     stride = operation.pair("stride", kernel)
-    counts = operation.outputs[0].shape[-2:]
-    spans = [(count - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1 for axis, count in enumerate(counts)]
+    sizes = operation.outputs[0].shape[-2:]
+    spans = [(sizes[axis] - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1 for axis in AXES]
     after = [max(0, spans[axis] - padding[axis] - images.shape[axis - 2]) for axis in AXES]  # more in ceil mode
     padded = functional.pad(images, (padding[COLUMNS], after[COLUMNS], padding[ROWS], after[ROWS]))
     ones = torch.ones(1, 1, *kernel, dtype=images.dtype)
-    single = padded.reshape(-1, 1, *padded.shape[-2:])
+    single = padded.reshape(-1, 1, *padded.shape[-2:])  # (N, C, H, W) -> (N C, 1, H, W)
     sums = functional.conv2d(single, ones, stride=stride, dilation=dilation)
-    return sums[..., : counts[ROWS], : counts[COLUMNS]].reshape(operation.outputs[0].shape)
+    return sums[..., : sizes[ROWS], : sizes[COLUMNS]].reshape(operation.outputs[0].shape)
+
+
+def _sum_of_products(operation: Operation, factors: list[Tensor | None]) -> Tensor:
+    """The product of two image-dependent factors as the sum of each with ones: squares would overflow in depth."""
+    one, other = factors
+    left, right = (torch.ones(factor.shape, dtype=torch.float64) for factor in operation.inputs[-2:])
+    products = [*([] if one is None else [one @ right]), *([] if other is None else [left @ other])]
+    return functools.reduce(torch.add, products)
 
 
 def _adaptive_means(operation: Operation, images: Tensor) -> Tensor:
@@ -223,50 +232,36 @@ def _adaptive_means(operation: Operation, images: Tensor) -> Tensor:
     return functional.adaptive_avg_pool2d(images, (height, width))
 
 
-def _each_alone(operation: Operation, factors: list[Tensor | None]) -> Tensor:
-    """A product of two that depend on the images, as the sum of each with ones, lest numbers square and square."""
-    one, other = factors
-    left, right = (torch.ones(factor.shape, dtype=torch.float64) for factor in operation.inputs[-2:])
-    products = [*([] if one is None else [one @ right]), *([] if other is None else [left @ other])]
-    return functools.reduce(torch.add, products)
+def _mean_over(operation: Operation, images: Tensor) -> Tensor:
+    return images.mean(operation.integers("dim"), keepdim=bool(operation.argument("keepdim")))
 
 
-def _over(operation: Operation, images: Tensor) -> Tensor:
-    """The mean of what a reduction takes one of, or measures."""
-    return images.mean(operation.numbers("dim"), keepdim=bool(operation.given("keepdim")))
+def _plus_mean(operation: Operation, images: Tensor) -> Tensor:
+    return images + images.mean(operation.integers("dim"), keepdim=True)
 
 
-def _with_others(operation: Operation, images: Tensor) -> Tensor:
-    """Itself and what it competes with in a softmax."""
-    return images + images.mean(operation.numbers("dim"), keepdim=True)
-
-
-def _reshaped(operation: Operation, images: Tensor) -> Tensor:
-    """A view, whose memory here may lie otherwise than there."""
-    return images.reshape(operation.outputs[0].shape)
-
-
-def _same(operation: Operation, images: Tensor) -> Tensor:
+def _identity(operation: Operation, images: Tensor) -> Tensor:
     return images
 
 
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
-# Linear as they are.
+# Operations that run unchanged.
 LINEAR = PRODUCTS | {
     "convolution", "avg_pool2d", "adaptive_avg_pool2d", "mean", "sum", "cat", "stack", "permute", "transpose", "t",
     "unsqueeze", "squeeze", "slice", "select", "split", "split_with_sizes", "unbind", "unfold", "roll", "flip",
     "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "upsample_nearest2d", "upsample_bilinear2d",
     "pixel_shuffle", "pixel_unshuffle",
 }  # fmt: skip
-# What stands for those that are not.
+# Linear operations that replace others.
 SUBSTITUTES: Mapping[str, Callable[[Operation, Tensor], Tensor]] = {
-    "max_pool2d_with_indices": _window_sums,
+    "max_pool2d_with_indices": _pooling_sums,
     "adaptive_max_pool2d": _adaptive_means,
-    **dict.fromkeys(["amax", "amin", "var", "std", "linalg_vector_norm"], _over),
-    **dict.fromkeys(["softmax", "safe_softmax", "log_softmax"], _with_others),
-    **dict.fromkeys(["native_batch_norm", "native_batch_norm_legit_no_training", "native_layer_norm"], _same),
-    **dict.fromkeys(["view", "unsafe_view"], _reshaped),
-    "as_strided": _same,  # in place: of the memory, not of the tensor
+    **dict.fromkeys(["amax", "amin", "var", "std", "linalg_vector_norm"], _mean_over),
+    **dict.fromkeys(["softmax", "safe_softmax", "log_softmax"], _plus_mean),
+    **dict.fromkeys(["native_batch_norm", "native_batch_norm_legit_no_training", "native_layer_norm"], _identity),
+    # Memory layouts may differ here, so views are reshapes.
+    **dict.fromkeys(["view", "unsafe_view"], lambda operation, images: images.reshape(operation.outputs[0].shape)),
+    "as_strided": _identity,  # in place, it changes the memory layout of a tensor only
 }
-# Norms whose statistics are taken over the map.
+# Norms with statistics over the map.
 STATISTICS = {"native_group_norm"}

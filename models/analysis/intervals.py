@@ -1,8 +1,8 @@
-"""Which pixels of the image one position of a map reads along one axis: the receptive field as exact arithmetic.
+"""Receptive fields along one axis in exact arithmetic: the interval of pixels that each position of a map reads.
 
-The recurrence r_l = r_{l-1} + (K_l - 1) j_{l-1}, j_l = j_{l-1} S_l holds for layers in a row, and is what `through`
-comes to for windows. Here it is kept with the place of every field, so that branches can be joined, and with a period,
-so that transposed convolutions and resizing, whose neighbours read unlike windows, stay exact.
+For layers in a row this is the recurrence r_l = r_{l-1} + (K_l - 1) j_{l-1}, j_l = j_{l-1} S_l. Intervals also keep
+their place, to join branches, and may have a period, for transposed convolutions and resizing, whose neighbouring
+outputs read differently.
 """
 
 from __future__ import annotations
@@ -13,146 +13,142 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-Interval = tuple[int, int]  # first and last pixel; negative and large ones lie in the padding
+Interval = tuple[int, int]  # first and last pixel; those outside the image lie in the padding
 
 
-class Reading(NamedTuple):
-    """How an operation reads a map: its output i the positions `taps(i)`, and output i + outputs the same + inputs."""
+class TapPattern(NamedTuple):
+    """How an operation reads an axis: output i reads `taps(i)`, output i + outputs the same shifted by `inputs`."""
 
     taps: Callable[[int], Iterable[int]]
     outputs: int
     inputs: int
 
+    @classmethod
+    def kernel(cls, size: int, *, stride: int = 1, padding: int = 0, dilation: int = 1) -> TapPattern:
+        """Convolution or pooling: `size` positions, `dilation` apart."""
+        first, last = -padding, (size - 1) * dilation - padding
+        return cls(lambda output: range(first + output * stride, last + output * stride + 1, dilation), 1, stride)
+
+    @classmethod
+    def transposed(cls, size: int, *, stride: int = 1, padding: int = 0, dilation: int = 1) -> TapPattern:
+        """Transposed convolution: the positions whose kernel, in the forward convolution, covers the output."""
+
+        def taps(output: int) -> Iterable[int]:
+            covered = [output + padding - tap * dilation for tap in range(size)]
+            return [position // stride for position in covered if position % stride == 0]
+
+        return cls(taps, stride, 1)
+
+    @classmethod
+    def adaptive(cls, before: int, after: int) -> TapPattern:
+        """Adaptive pooling from `before` to `after` positions."""
+        common = math.gcd(before, after)
+        inputs, outputs = before // common, after // common
+        return cls(
+            lambda output: range(output * inputs // outputs, -(-(output + 1) * inputs // outputs)), outputs, inputs
+        )
+
+    @classmethod
+    def nearest(cls, before: int, after: int) -> TapPattern:
+        """Nearest-neighbour resizing from `before` to `after` positions."""
+        common = math.gcd(before, after)
+        return cls(lambda output: [output * before // after], after // common, before // common)
+
+    @classmethod
+    def linear(cls, before: int, after: int, *, align_corners: bool) -> TapPattern:
+        """Linear resizing from `before` to `after` positions; `align_corners` as in torch."""
+        inputs, outputs = (before - 1, after - 1) if align_corners else (before, after)
+        center = Fraction(0) if align_corners else Fraction(1, 2)  # of the first position, from the border
+
+        def taps(output: int) -> Iterable[int]:
+            position = (output + center) * inputs / outputs - center
+            return range(math.floor(position), math.ceil(position) + 1)
+
+        common = math.gcd(inputs, outputs)
+        return cls(taps, outputs // common, inputs // common)
+
+    @classmethod
+    def slice(cls, start: int, *, step: int = 1) -> TapPattern:
+        """A slice from `start`; with a negative `start`, padding in front."""
+        return cls(lambda output: [start + output * step], 1, step)
+
 
 @dataclass(frozen=True)
-class Field:
-    """The interval of pixels that each position of a map reads, on a plane without borders.
+class Intervals:
+    """The interval of pixels that each position of an axis reads, without regard to the borders of the image.
 
-    Position i reads `intervals[i]`, position i + len(intervals) the same `advance` pixels further. None reads
-    nothing: a transposed convolution whose stride is larger than its kernel leaves such positions.
+    Position i reads `phases[i]`, position i + len(phases) the same shifted by `advance` pixels. None reads nothing, as
+    some outputs of a transposed convolution with a stride larger than its kernel.
     """
 
-    intervals: tuple[Interval | None, ...] = ((0, 0),)
+    phases: tuple[Interval | None, ...] = ((0, 0),)
     advance: int = 1
 
     @property
     def period(self) -> int:
-        """After how many positions the intervals repeat."""
-        return len(self.intervals)
+        """Number of positions after which the intervals repeat."""
+        return len(self.phases)
 
     @property
-    def jump(self) -> Fraction:
-        """Pixels from one position to the next, on average: the product of all strides."""
+    def stride(self) -> Fraction:
+        """Mean distance between neighbouring positions in pixels: the product of all strides."""
         return Fraction(self.advance, self.period)
 
     @property
     def size(self) -> int:
-        """Pixels of the widest interval."""
-        return max((last - first + 1 for first, last in filter(None, self.intervals)), default=0)
+        """Pixels of the largest interval."""
+        return max((last - first + 1 for first, last in filter(None, self.phases)), default=0)
 
     @property
     def offset(self) -> int:
-        """The first pixel that the first position to read any reads, counted from the image's edge into it."""
-        return next((interval[0] for interval in self.intervals if interval is not None), 0)
+        """First pixel of the first position that reads any; negative in the padding."""
+        return next((interval[0] for interval in self.phases if interval is not None), 0)
 
     def at(self, position: int) -> Interval | None:
-        """The first and last pixel that a position reads."""
+        """First and last pixel that a position reads."""
         repeats, phase = divmod(position, self.period)
-        interval = self.intervals[phase]
-        return interval and (interval[0] + repeats * self.advance, interval[1] + repeats * self.advance)
+        interval, shift = self.phases[phase], repeats * self.advance
+        return interval and (interval[0] + shift, interval[1] + shift)
 
-    def through(self, reading: Reading) -> Field:
-        """The field behind an operation that reads this map so."""
-        repeats = self.period // math.gcd(self.period, reading.inputs)
-        outputs = range(repeats * reading.outputs)
-        intervals = tuple(hull(self.at(tap) for tap in reading.taps(output)) for output in outputs)
-        return _shortest(Field(intervals, self.advance * repeats * reading.inputs // self.period))
-
-    def over(self, count: int) -> Interval | None:
-        """The first and last pixel that the first `count` positions read together."""
-        return hull(self.at(position) for position in range(count))
+    def through(self, pattern: TapPattern) -> Intervals:
+        """The intervals after an operation with this pattern."""
+        repeats = self.period // math.gcd(self.period, pattern.inputs)
+        outputs = range(repeats * pattern.outputs)
+        phases = tuple(hull(self.at(tap) for tap in pattern.taps(output)) for output in outputs)
+        return _simplified(Intervals(phases, self.advance * repeats * pattern.inputs // self.period))
 
 
 def hull(intervals: Iterable[Interval | None]) -> Interval | None:
     """The smallest interval around all of them, None around none."""
-    some = [interval for interval in intervals if interval is not None]
-    return (min(first for first, _ in some), max(last for _, last in some)) if some else None
+    present = [interval for interval in intervals if interval is not None]
+    return (min(first for first, _ in present), max(last for _, last in present)) if present else None
 
 
-def union(one: Field, other: Field) -> Field:
-    """The field where two branches meet.
+def union(one: Intervals, other: Intervals) -> Intervals:
+    """The intervals where two branches meet.
 
-    Raises: ValueError when their jumps differ: one would outrun the other, and no single field describes both.
+    Raises: ValueError for different strides, which no common pattern describes.
     """
-    if one.jump != other.jump:
-        raise ValueError(f"branches whose positions are {one.jump} and {other.jump} pixels apart meet")
+    if one.stride != other.stride:
+        raise ValueError(f"branches with strides of {one.stride} and {other.stride} pixels meet")
     period = math.lcm(one.period, other.period)
-    intervals = tuple(hull((one.at(position), other.at(position))) for position in range(period))
-    return _shortest(Field(intervals, int(one.jump * period)))
+    phases = tuple(hull((one.at(position), other.at(position))) for position in range(period))
+    return _simplified(Intervals(phases, int(one.stride * period)))
 
 
-def distance(one: Field, other: Field) -> Fraction:
-    """Pixels between the middles of the fields of two branches that meet; 0 where they are aligned."""
+def distance(one: Intervals, other: Intervals) -> Fraction:
+    """Largest distance in pixels between the centers of two branches' intervals; 0 for aligned branches."""
     pairs = [(one.at(position), other.at(position)) for position in range(math.lcm(one.period, other.period))]
     return max((Fraction(abs(sum(a) - sum(b)), 2) for a, b in pairs if a and b), default=Fraction(0))
 
 
-def window(kernel: int, *, stride: int = 1, padding: int = 0, dilation: int = 1) -> Reading:
-    """A convolution's or pooling's: `kernel` positions, each `dilation` from the next."""
-    span = kernel * dilation
-    return Reading(
-        lambda output: range(output * stride - padding, output * stride - padding + span, dilation), 1, stride
-    )
-
-
-def transposed(kernel: int, *, stride: int = 1, padding: int = 0, dilation: int = 1) -> Reading:
-    """A transposed convolution's: the positions whose window, forwards, would hold the output."""
-
-    def taps(output: int) -> Iterable[int]:
-        reached = [output + padding - tap * dilation for tap in range(kernel)]
-        return [place // stride for place in reached if place % stride == 0]
-
-    return Reading(taps, stride, 1)
-
-
-def adaptive(before: int, after: int) -> Reading:
-    """Adaptive pooling's from `before` positions to `after`: as even windows as there can be, each as small."""
-    common = math.gcd(before, after)
-
-    def taps(output: int) -> Iterable[int]:
-        return range(output * before // after, -(-(output + 1) * before // after))
-
-    return Reading(taps, after // common, before // common)
-
-
-def nearest(before: int, after: int) -> Reading:
-    """Resizing's from `before` positions to `after` by repeating or leaving out."""
-    common = math.gcd(before, after)
-    return Reading(lambda output: [output * before // after], after // common, before // common)
-
-
-def linear(before: int, after: int, *, corners: bool) -> Reading:
-    """Resizing's by weights of two neighbours; `corners` lays the first and last positions of both on each other."""
-    inputs, outputs = (before - 1, after - 1) if corners else (before, after)
-    common, edge = math.gcd(inputs, outputs), Fraction(0) if corners else Fraction(1, 2)  # from border to middle
-
-    def taps(output: int) -> Iterable[int]:
-        place = (output + edge) * inputs / outputs - edge
-        return range(math.floor(place), math.ceil(place) + 1)
-
-    return Reading(taps, outputs // common, inputs // common)
-
-
-def steps(start: int, *, step: int = 1) -> Reading:
-    """A slice's from `start` on, or, where that is negative, a padding's."""
-    return Reading(lambda output: [start + output * step], 1, step)
-
-
-def _shortest(field: Field) -> Field:
-    for period in range(1, field.period):
-        advance = field.advance * period // field.period
-        candidate = Field(field.intervals[:period], advance)
-        repeats = field.period % period == 0 and field.advance * period % field.period == 0
-        if repeats and all(candidate.at(position) == field.at(position) for position in range(field.period)):
+def _simplified(intervals: Intervals) -> Intervals:
+    """The same intervals with the shortest period."""
+    period, advance = intervals.period, intervals.advance
+    for shorter in range(1, period):
+        if period % shorter or advance * shorter % period:
+            continue
+        candidate = Intervals(intervals.phases[:shorter], advance * shorter // period)
+        if all(candidate.at(position) == intervals.at(position) for position in range(period)):
             return candidate
-    return field
+    return intervals

@@ -1,328 +1,314 @@
-"""How one operation of torch reads its input: a rule for each, from which its receptive field follows.
+"""A rule for each torch operation: the receptive field of its outputs, given those of its inputs.
 
-What has no rule is named and refused: a wrong field is worse than none.
+Operations without a rule are refused by name: a wrong receptive field is worse than none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from models.analysis.axes import Part, Sight, UnknownReceptiveField, broadcast, meet
-from models.analysis.intervals import Reading, adaptive, linear, nearest, steps, transposed, window
+from models.analysis.axes import Factor, TensorAxes, UnknownReceptiveField, broadcast, meet
+from models.analysis.intervals import TapPattern
 from models.analysis.trace import Operation
 
-See = Callable[[Tensor], Sight | None]
-Rule = Callable[[Operation, See], Sight | list[Sight]]
+Lookup = Callable[[Tensor], TensorAxes | None]  # None for a tensor that does not depend on the images
+Rule = Callable[[Operation, TensorAxes], TensorAxes | list[TensorAxes]]  # from the field of the first argument
+JointRule = Callable[[Operation, Lookup], TensorAxes | list[TensorAxes]]  # from those of several arguments
 
 
-def outputs_of(operation: Operation, see: See) -> list[Sight | None]:
-    """What each output of an operation sees, None where it does not depend on the images; `see` tells it of an input.
+def outputs_of(operation: Operation, lookup: Lookup) -> list[TensorAxes | None]:
+    """The field of each output of an operation, None where it does not depend on the images.
 
-    Raises: UnknownReceptiveField for an operation without a rule, or what its rule does not take.
+    Raises: UnknownReceptiveField for an operation without a rule, and for arguments that its rule does not cover.
     """
-    if not _all_seen(operation.inputs, see):
+    if not _known(operation.inputs, lookup):
         return [None] * len(operation.outputs)
     if not operation.outputs:
-        raise UnknownReceptiveField("it puts nothing out, but writes into what it is given")
-    rule = RULES.get(operation.name, _pointwise if operation.pointwise else _nowhere)
-    sights = rule(operation, see)
-    if isinstance(sights, Sight):  # indices beside it see the same
+        raise UnknownReceptiveField("in-place operation without output")
+    if operation.name in RULES:
+        fields = RULES[operation.name](operation, _first(operation, lookup))
+    else:
+        rule = JOINT_RULES.get(operation.name, _pointwise if operation.pointwise else _without_map)
+        fields = rule(operation, lookup)
+    if isinstance(fields, TensorAxes):  # further outputs of the same shape, such as indices, have the same field
         shape = operation.outputs[0].shape
-        return [broadcast([sights], shape) if output.shape == shape else None for output in operation.outputs]
-    return list(sights)
+        return [broadcast([fields], shape) if output.shape == shape else None for output in operation.outputs]
+    return list(fields)
 
 
-def _seen(operation: Operation, see: See) -> Sight:
-    """What the tensor in first place sees. Raises: UnknownReceptiveField where only others depend on the images."""
-    sight = see(operation.tensor(0))
-    if sight is None:
-        raise UnknownReceptiveField("what it is applied to does not depend on the image, but how it is does")
-    return sight
+def _first(operation: Operation, lookup: Lookup) -> TensorAxes:
+    """The field of the first argument."""
+    axes = lookup(operation.tensor(0))
+    if axes is None:
+        raise UnknownReceptiveField("the input is constant but its parameters depend on the image")
+    return axes
 
 
-def _all_seen(tensors: Sequence[Tensor], see: See) -> list[Sight]:
-    return [sight for tensor in tensors if (sight := see(tensor)) is not None]
+def _known(tensors: Sequence[Tensor], lookup: Lookup) -> list[TensorAxes]:
+    """The fields of those tensors that depend on the images."""
+    return [axes for axes in map(lookup, tensors) if axes is not None]
 
 
-def _pointwise(operation: Operation, see: See) -> Sight:
-    return broadcast(_all_seen(operation.inputs, see), operation.outputs[0].shape)
-
-
-def _nowhere(operation: Operation, see: See) -> list[Sight]:
-    """Where no map is left, nothing can be read from elsewhere in it."""
-    sights = _all_seen(operation.inputs, see)
-    if any(part.axis is not None and part.size > 1 for sight in sights for dim in sight.dims for part in dim):
-        raise UnknownReceptiveField("there is no rule for it")
-    return [meet(sights, tuple((Part(size),) for size in output.shape)) for output in operation.outputs]
-
-
-def _convolution(operation: Operation, see: See) -> Sight:
-    kernel, shape = operation.tensor(1), operation.outputs[0].shape
-    reads = transposed if operation.given("transposed") else window
-    sight = _seen(operation, see).seeing_all([1])
-    options = zip(*(operation.pair(name) for name in ("stride", "padding", "dilation")), strict=True)
-    for dim, (stride, padding, dilation) in zip(range(2, len(shape)), options, strict=False):
-        reading = reads(kernel.shape[dim], stride=stride, padding=padding, dilation=dilation)
-        sight = sight.along(dim, reading, count=shape[dim])
-    made = _all_seen(operation.inputs[1:], see)  # a kernel or bias made of the image, the same for each position
-    others = [one.seeing_all(range(len(one.dims))) for one in made]
-    behind = meet([sight, *others], (sight.dims[0], (Part(shape[1]),), *sight.dims[2:]))
-    return behind if operation.number("groups") > 1 else replace(behind, mixture=False)
-
-
-def _pool(operation: Operation, see: See) -> Sight:
-    kernel = operation.pair("kernel_size")
-    stride, padding = operation.pair("stride", kernel), operation.pair("padding")
-    dilation = operation.pair("dilation")  # averages have none
-    readings = [
-        window(size, stride=step, padding=edge, dilation=gap)
-        for size, step, edge, gap in zip(kernel, stride, padding, dilation, strict=True)
-    ]
-    return _on_map(operation, see, read=lambda axis, before, after: readings[axis])
-
-
-def _adaptive_pool(operation: Operation, see: See) -> Sight:
-    sight, after = _seen(operation, see), operation.outputs[0].shape
-    means = [dim for dim in (len(after) - 2, len(after) - 1) if after[dim] == 1]
-    whole = sight.seeing_all(means)
-    for dim in (len(after) - 2, len(after) - 1):
-        whole = whole.along(dim, adaptive(sight.shape[dim], after[dim]), count=after[dim])
-    return whole
-
-
-def _resize(operation: Operation, see: See) -> Sight:
-    before, after = _seen(operation, see).shape[-2:], operation.outputs[0].shape[-2:]
-    for scale, old, new in zip(_scales(operation), before, after, strict=True):
-        rows = torch.nn.functional.interpolate(torch.arange(float(old))[None, None], int(new))[0, 0].tolist()
-        if scale not in (None, new / old) or rows != [position * old // new for position in range(new)]:
-            raise UnknownReceptiveField(f"it resizes {old} positions to {new} by rounding")
-    return _on_map(operation, see, read=lambda axis, before, after: nearest(before, after))
-
-
-def _resize_linear(operation: Operation, see: See) -> Sight:
-    corners = bool(operation.given("align_corners"))
-    before, after = _seen(operation, see).shape[-2:], operation.outputs[0].shape[-2:]
-    for scale, old, new in zip(_scales(operation), before, after, strict=True):
-        if not corners and scale not in (None, new / old):
-            raise UnknownReceptiveField(f"it resizes {old} positions to {new} by a factor of {scale}")
-        if corners and min(old, new) < 2:
-            raise UnknownReceptiveField(f"it lays the corners of {old} positions on those of {new}")
-    return _on_map(operation, see, read=lambda axis, before, after: linear(before, after, corners=corners))
-
-
-def _scales(operation: Operation) -> list[object]:
-    """By how much a resizing says that it resizes rows and columns, None where only by the sizes."""
-    return [operation.given("scales_h"), operation.given("scales_w")]
-
-
-def _shuffle(operation: Operation, see: See) -> Sight:
-    if _seen(operation, see).mixture:
-        raise UnknownReceptiveField("it lays channels of branches that were put side by side on the map")
-    return _on_map(operation, see, read=lambda axis, before, after: nearest(before, after))
-
-
-def _unshuffle(operation: Operation, see: See) -> Sight:
-    factor = operation.number("downscale_factor")
-    behind = _on_map(operation, see, read=lambda axis, before, after: window(factor, stride=factor))
-    return replace(behind, mixture=True)
-
-
-def _on_map(operation: Operation, see: See, *, read: Callable[[int, int, int], Reading]) -> Sight:
-    """The last two dimensions read so, the one before them of as many channels as come out."""
-    sight, after = _seen(operation, see), operation.outputs[0].shape
-    for axis, dim in enumerate((len(after) - 2, len(after) - 1)):
-        sight = sight.along(dim, read(axis, sight.shape[dim], after[dim]), count=after[dim])
-    if len(after) > 2 and sight.shape[-3] != after[-3]:
-        sight = sight.rearranged([*sight.dims[:-3], [Part(after[-3])], *sight.dims[-2:]])
-    return sight
-
-
-def _pad(operation: Operation, see: See) -> Sight:
-    sight = _seen(operation, see)
-    starts = (operation.numbers("pad") or operation.numbers("padding"))[::2]  # the last dimension first
-    for back, start in enumerate(starts, start=1):
-        dim = len(sight.dims) - back
-        sight = sight.along(dim, steps(-start), count=operation.outputs[0].shape[dim])
-    return sight
-
-
-def _unfold(operation: Operation, see: See) -> Sight:
-    sight, size = _seen(operation, see), operation.number("size")
-    dim = operation.number("dimension") % len(sight.dims)
-    windows = sight.along(dim, window(size, stride=operation.number("step")), count=operation.outputs[0].shape[dim])
-    return replace(windows.rearranged([*windows.dims, [Part(size)]]), mixture=windows.mixture or size > 1)
-
-
-def _view(operation: Operation, see: See) -> Sight:
-    return _seen(operation, see).regrouped(operation.outputs[0].shape)
-
-
-def _permute(operation: Operation, see: See) -> Sight:
-    sight = _seen(operation, see)
-    return sight.rearranged(sight.dims[dim] for dim in operation.numbers("dims"))
-
-
-def _transpose(operation: Operation, see: See) -> Sight:
-    sight = _seen(operation, see)
-    one, other = (0, 1) if operation.name == "t" else (operation.number("dim0"), operation.number("dim1"))
-    dims = list(sight.dims)
-    dims[one], dims[other] = dims[other], dims[one]
-    return sight.rearranged(dims)
-
-
-def _unsqueeze(operation: Operation, see: See) -> Sight:
-    sight = _seen(operation, see)
-    dims = list(sight.dims)
-    dims.insert(operation.number("dim") % (len(dims) + 1), ())
-    return sight.rearranged(dims)
-
-
-def _squeeze(operation: Operation, see: See) -> Sight:
-    sight = _seen(operation, see)
-    every = operation.numbers("dim") or range(len(sight.dims))
-    gone = {dim % len(sight.dims) for dim in every if sight.shape[dim] == 1}
-    return sight.rearranged(dim for position, dim in enumerate(sight.dims) if position not in gone)
-
-
-def _slice(operation: Operation, see: See) -> Sight:
-    sight = _seen(operation, see)
-    dim = operation.number("dim") % len(sight.dims)
-    size, count, step = sight.shape[dim], operation.outputs[0].shape[dim], operation.number("step")
-    return sight if count == size else sight.along(dim, steps(start_of(operation, size), step=step), count=count)
-
-
-def start_of(operation: Operation, size: int) -> int:
-    """Where a slice of a dimension of this size begins, from 0 to the size."""
-    start = next(iter(operation.numbers("start")), 0)
+def slice_start(operation: Operation, size: int) -> int:
+    """The first position of a slice of a dimension of this size."""
+    start = next(iter(operation.integers("start")), 0)
     return min(start if start >= 0 else max(0, size + start), size)
 
 
-def _select(operation: Operation, see: See) -> Sight:
-    sight = _seen(operation, see)
-    dim = operation.number("dim") % len(sight.dims)
-    index = operation.number("index") % sight.shape[dim]
-    one = sight.along(dim, steps(index), count=1)
+def _dim(operation: Operation, axes: TensorAxes) -> int:
+    return operation.integer("dim") % len(axes.dims)
+
+
+def _pool(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    kernel = operation.pair("kernel_size")
+    options = [kernel, operation.pair("stride", kernel), operation.pair("padding"), operation.pair("dilation")]
+    patterns = [
+        TapPattern.kernel(size, stride=stride, padding=padding, dilation=dilation)
+        for size, stride, padding, dilation in zip(*options, strict=True)
+    ]
+    return _on_map(operation, axes, patterns=patterns)
+
+
+def _adaptive_pool(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    after = operation.outputs[0].shape
+    last_two = (len(after) - 2, len(after) - 1)
+    pooled = axes.made_global([dim for dim in last_two if after[dim] == 1])
+    for dim in last_two:
+        pooled = pooled.along(dim, TapPattern.adaptive(axes.shape[dim], after[dim]), size=after[dim])
+    return pooled
+
+
+def _resize_nearest(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    for scale, before, after in _resized(operation, axes):
+        resized = torch.nn.functional.interpolate(torch.arange(float(before))[None, None], after)[0, 0].tolist()
+        exact = [position * before // after for position in range(after)]
+        if scale not in (None, after / before) or resized != exact:
+            raise UnknownReceptiveField(f"it resizes {before} positions to {after} with rounding")
+    return _repeat(operation, axes)
+
+
+def _repeat(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    """Spread the positions evenly over more or fewer."""
+    patterns = list(map(TapPattern.nearest, axes.shape[-2:], operation.outputs[0].shape[-2:]))
+    return _on_map(operation, axes, patterns=patterns)
+
+
+def _resize_linear(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    corners, patterns = bool(operation.argument("align_corners")), []
+    for scale, before, after in _resized(operation, axes):
+        if not corners and scale not in (None, after / before):
+            raise UnknownReceptiveField(f"it resizes {before} positions to {after} by a factor of {scale}")
+        if corners and min(before, after) < 2:
+            raise UnknownReceptiveField(f"it aligns the corners of {before} positions with those of {after}")
+        patterns.append(TapPattern.linear(before, after, align_corners=corners))
+    return _on_map(operation, axes, patterns=patterns)
+
+
+def _resized(operation: Operation, axes: TensorAxes) -> Iterable[tuple[object, int, int]]:
+    """Scale, size before and size after, of rows and columns; the scale is None if only the sizes are given."""
+    scales = [operation.argument("scales_h"), operation.argument("scales_w")]
+    return zip(scales, axes.shape[-2:], operation.outputs[0].shape[-2:], strict=True)
+
+
+def _pixel_shuffle(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    if axes.is_mixed:
+        raise UnknownReceptiveField("it turns channels of concatenated branches into positions")
+    return _repeat(operation, axes)
+
+
+def _pixel_unshuffle(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    factor = operation.integer("downscale_factor")
+    unshuffled = _on_map(operation, axes, patterns=[TapPattern.kernel(factor, stride=factor)] * 2)
+    return replace(unshuffled, is_mixed=True)
+
+
+def _on_map(operation: Operation, axes: TensorAxes, *, patterns: Sequence[TapPattern]) -> TensorAxes:
+    """Read the last two dimensions by these patterns; the channels before them may change in number."""
+    after = operation.outputs[0].shape
+    for dim, pattern in zip((len(after) - 2, len(after) - 1), patterns, strict=True):
+        axes = axes.along(dim, pattern, size=after[dim])
+    if len(after) > 2 and axes.shape[-3] != after[-3]:
+        axes = axes.rearranged([*axes.dims[:-3], [Factor(after[-3])], *axes.dims[-2:]])
+    return axes
+
+
+def _pad(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    starts = (operation.integers("pad") or operation.integers("padding"))[::2]  # the last dimension first
+    for back, start in enumerate(starts, start=1):
+        dim = len(axes.dims) - back
+        axes = axes.along(dim, TapPattern.slice(-start), size=operation.outputs[0].shape[dim])
+    return axes
+
+
+def _unfold(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    size, dim = operation.integer("size"), operation.integer("dimension") % len(axes.dims)
+    pattern = TapPattern.kernel(size, stride=operation.integer("step"))
+    unfolded = axes.along(dim, pattern, size=operation.outputs[0].shape[dim])
+    return replace(unfolded.rearranged([*unfolded.dims, [Factor(size)]]), is_mixed=unfolded.is_mixed or size > 1)
+
+
+def _transpose(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    one, other = (0, 1) if operation.name == "t" else (operation.integer("dim0"), operation.integer("dim1"))
+    dims = list(axes.dims)
+    dims[one], dims[other] = dims[other], dims[one]
+    return axes.rearranged(dims)
+
+
+def _unsqueeze(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    dims = list(axes.dims)
+    dims.insert(operation.integer("dim") % (len(dims) + 1), ())
+    return axes.rearranged(dims)
+
+
+def _squeeze(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    candidates = operation.integers("dim") or range(len(axes.dims))
+    gone = {dim % len(axes.dims) for dim in candidates if axes.shape[dim] == 1}
+    return axes.rearranged(dim for position, dim in enumerate(axes.dims) if position not in gone)
+
+
+def _slice(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    dim = _dim(operation, axes)
+    before, after = axes.shape[dim], operation.outputs[0].shape[dim]
+    pattern = TapPattern.slice(slice_start(operation, before), step=operation.integer("step"))
+    return axes if after == before else axes.along(dim, pattern, size=after)
+
+
+def _select(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    dim = _dim(operation, axes)
+    return _entry(axes, dim, index=operation.integer("index") % axes.shape[dim])
+
+
+def _unbind(operation: Operation, axes: TensorAxes) -> list[TensorAxes]:
+    return [_entry(axes, _dim(operation, axes), index=index) for index in range(len(operation.outputs))]
+
+
+def _entry(axes: TensorAxes, dim: int, *, index: int) -> TensorAxes:
+    """One entry of a dimension, which is removed."""
+    one = axes.along(dim, TapPattern.slice(index), size=1)
     return one.rearranged(kept for position, kept in enumerate(one.dims) if position != dim)
 
 
-def _split(operation: Operation, see: See) -> list[Sight]:
-    sight = _seen(operation, see)
-    dim, start = operation.number("dim") % len(sight.dims), 0
-    pieces = []
+def _split(operation: Operation, axes: TensorAxes) -> list[TensorAxes]:
+    dim, start, pieces = _dim(operation, axes), 0, []
     for output in operation.outputs:
-        count = output.shape[dim]
-        pieces.append(sight.along(dim, steps(start), count=count))
-        start += count
+        pieces.append(axes.along(dim, TapPattern.slice(start), size=output.shape[dim]))
+        start += output.shape[dim]
     return pieces
 
 
-def _unbind(operation: Operation, see: See) -> list[Sight]:
-    sight = _seen(operation, see)
-    dim = operation.number("dim") % len(sight.dims)
-    single = [sight.along(dim, steps(index), count=1) for index in range(len(operation.outputs))]
-    return [one.rearranged(kept for at, kept in enumerate(one.dims) if at != dim) for one in single]
+def _reduction(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    dims = operation.integers("dim") or range(len(axes.dims))
+    return axes.reduced(dims, keep=bool(operation.argument("keepdim")))
 
 
-def _join(operation: Operation, see: See) -> Sight:
-    """Concatenation, or with a dimension of its own stacking."""
+def _flip_or_roll(operation: Operation, axes: TensorAxes) -> TensorAxes:
+    """Flips and rolls of channels or images; those of the map are refused."""
+    dims = operation.integers("dims")
+    if not dims or any(axes.axis_of(dim) is not None for dim in dims):
+        raise UnknownReceptiveField("it flips or rolls the map")
+    return axes
+
+
+def _pointwise(operation: Operation, lookup: Lookup) -> TensorAxes:
+    return broadcast(_known(operation.inputs, lookup), operation.outputs[0].shape)
+
+
+def _without_map(operation: Operation, lookup: Lookup) -> list[TensorAxes]:
+    """Any operation on tensors that hold no map: no position can be read from another."""
+    inputs = _known(operation.inputs, lookup)
+    if any(axes.map_axes() for axes in inputs):
+        raise UnknownReceptiveField("no rule for this operation")
+    return [meet(inputs, tuple((Factor(size),) for size in output.shape)) for output in operation.outputs]
+
+
+def _convolution(operation: Operation, lookup: Lookup) -> TensorAxes:
+    kernel, shape = operation.tensor(1), operation.outputs[0].shape
+    taps = TapPattern.transposed if operation.argument("transposed") else TapPattern.kernel
+    axes = _first(operation, lookup).made_global([1])
+    options = zip(*(operation.pair(name) for name in ("stride", "padding", "dilation")), strict=True)
+    for dim, (stride, padding, dilation) in zip(range(2, len(shape)), options, strict=False):
+        pattern = taps(kernel.shape[dim], stride=stride, padding=padding, dilation=dilation)
+        axes = axes.along(dim, pattern, size=shape[dim])
+    # Kernels and biases computed from the image act on every position.
+    parameters = [one.made_global(range(len(one.dims))) for one in _known(operation.inputs[1:], lookup)]
+    result = meet([axes, *parameters], (axes.dims[0], (Factor(shape[1]),), *axes.dims[2:]))
+    return result if operation.integer("groups") > 1 else replace(result, is_mixed=False)
+
+
+def _concatenate(operation: Operation, lookup: Lookup) -> TensorAxes:
+    """`cat`, and `stack`, which concatenates along a new dimension."""
     shape = operation.outputs[0].shape
-    dim = operation.number("dim") % len(shape)
-    sights = []
-    for sight in _all_seen(operation.inputs, see):
-        dims = list(sight.dims)
+    dim, parts = operation.integer("dim") % len(shape), []
+    for axes in _known(operation.inputs, lookup):
+        dims = list(axes.dims)
         if operation.name == "stack":
             dims.insert(dim, ())
-        if sight.rearranged(dims).axis_of(dim) is not None:
-            raise UnknownReceptiveField("it puts maps side by side")
-        dims[dim] = (Part(shape[dim]),)
-        sights.append(sight.rearranged(dims))
-    behind = broadcast(sights, shape, side_by_side=True)
-    if dim == 0 and behind.mixture:
-        raise UnknownReceptiveField("it puts images beside others that see more or less")
-    constants = len(operation.inputs) > len(sights)
-    return replace(behind, mixture=behind.mixture or constants)
+        if axes.rearranged(dims).axis_of(dim) is not None:
+            raise UnknownReceptiveField("it concatenates maps along rows or columns")
+        dims[dim] = (Factor(shape[dim]),)
+        parts.append(axes.rearranged(dims))
+    result = broadcast(parts, shape, concatenated=True)
+    if dim == 0 and result.is_mixed:
+        raise UnknownReceptiveField("it concatenates batches with different receptive fields")
+    has_constants = len(operation.inputs) > len(parts)
+    return replace(result, is_mixed=result.is_mixed or has_constants)
 
 
-def _reduction(operation: Operation, see: See) -> Sight:
-    sight = _seen(operation, see)
-    return sight.mixed(operation.numbers("dim") or range(len(sight.dims)), keep=bool(operation.given("keepdim")))
+def _norm(operation: Operation, lookup: Lookup) -> TensorAxes:
+    axes = _first(operation, lookup)
+    scaled = meet([axes, *_known(operation.inputs[1:], lookup)], axes.dims)  # by scales that may depend on the image
+    if operation.name == "native_layer_norm":
+        return scaled.normalized(range(-len(operation.integers("normalized_shape")), 0))
+    if operation.name == "native_group_norm":
+        return scaled.normalized(range(1, len(axes.dims)))
+    uses_batch = operation.argument("training") or operation.argument("running_mean") is None
+    return scaled.normalized([0, *range(2, len(axes.dims))]) if uses_batch else scaled
 
 
-def _softmax(operation: Operation, see: See) -> Sight:
-    return _seen(operation, see).seeing_all(operation.numbers("dim"))
-
-
-def _batch_norm(operation: Operation, see: See) -> Sight:
-    sight = _scaled(operation, see)
-    own = operation.given("training") or operation.given("running_mean") is None
-    return sight.normalized([dim for dim in range(len(sight.dims)) if dim != 1]) if own else sight
-
-
-def _layer_norm(operation: Operation, see: See) -> Sight:
-    sight = _scaled(operation, see)
-    return sight.normalized(range(-len(operation.numbers("normalized_shape")), 0))
-
-
-def _group_norm(operation: Operation, see: See) -> Sight:
-    sight = _scaled(operation, see)
-    return sight.normalized(range(1, len(sight.dims)))
-
-
-def _scaled(operation: Operation, see: See) -> Sight:
-    """What a norm is applied to, with scales and shifts that are made of the image."""
-    sight = _seen(operation, see)
-    return meet([sight, *_all_seen(operation.inputs[1:], see)], sight.dims)
-
-
-def _product(operation: Operation, see: See) -> Sight:
-    """Matrix products: entry (i, j) reads row i of the one and column j of the other."""
+def _matrix_product(operation: Operation, lookup: Lookup) -> TensorAxes:
+    """Entry (i, j) reads row i of the left factor and column j of the right one."""
     *biases, one, other = operation.inputs
     shape = operation.outputs[0].shape
-    left, right = (sight and sight.seeing_all([dim]) for sight, dim in ((see(one), -1), (see(other), -2)))
-    if left and right and _on_a_map(left.dims[-2]) and _on_a_map(right.dims[-1]):  # each with each other: attention
-        left, right = left.seeing_all([-2]), right.seeing_all([-1]).rearranged([*right.dims[:-1], [Part(shape[-1])]])
-    rows = left.dims[-2] if left else (Part(shape[-2]),)
-    columns = right.dims[-1] if right else (Part(shape[-1]),)
-    factors = [sight for sight in (left, right) if sight]
-    batches = {sight.dims[:-2] for sight in factors if any(map(_on_a_map, sight.dims[:-2]))}
-    if len(batches) > 1 or (batches and len(factors) > 1 and factors[0].dims[:-2] != factors[1].dims[:-2]):
-        raise UnknownReceptiveField("it multiplies maps whose positions are not the same")
-    added = [broadcast([sight], shape) for sight in _all_seen(biases, see)]
-    behind = meet([*factors, *added], (*factors[0].dims[:-2], rows, columns))
-    # Channels are summed, and those that remain are new ones, unless there are several more beside them, as heads are.
-    others = [part for dim in (*behind.dims[:-2], rows if left else columns) for part in dim if part.axis is None]
-    summed = len(factors) == 1 and sum(part.size > 1 for part in others) <= 1
-    return replace(behind, mixture=False) if summed else behind
+    left, right = lookup(one), lookup(other)
+    left, right = left and left.made_global([-1]), right and right.made_global([-2])
+    if left and right and _has_map(left.dims[-2]) and _has_map(right.dims[-1]):  # all pairs of positions: attention
+        left, right = left.made_global([-2]), right.made_global([-1])
+        right = right.rearranged([*right.dims[:-1], [Factor(shape[-1])]])
+    rows = left.dims[-2] if left else (Factor(shape[-2]),)
+    columns = right.dims[-1] if right else (Factor(shape[-1]),)
+    factors = [axes for axes in (left, right) if axes]
+    batches = {axes.dims[:-2] for axes in factors}
+    if len(batches) > 1 and any(_has_map(dim) for dims in batches for dim in dims):
+        raise UnknownReceptiveField("it multiplies maps at different positions")
+    added = [broadcast([axes], shape) for axes in _known(biases, lookup)]
+    result = meet([*factors, *added], (*factors[0].dims[:-2], rows, columns))
+    # A product with weights sums over all channels, unless they are split into several dimensions, as for heads.
+    remaining = [factor for dim in (*result.dims[:-2], rows if left else columns) for factor in dim]
+    is_split = sum(factor.axis is None and factor.size > 1 for factor in remaining) > 1
+    return replace(result, is_mixed=False) if len(factors) == 1 and not is_split else result
 
 
-def _on_a_map(parts: Sequence[Part]) -> bool:
-    return any(part.axis is not None and part.size > 1 for part in parts)
-
-
-def _along_others(operation: Operation, see: See) -> Sight:
-    """Turning and rolling, of channels or images but not of the map."""
-    sight, dims = _seen(operation, see), operation.numbers("dims")
-    if not dims or any(sight.axis_of(dim) is not None for dim in dims):
-        raise UnknownReceptiveField("it moves the map")
-    return sight
+def _has_map(factors: Sequence[Factor]) -> bool:
+    return any(factor.is_map for factor in factors)
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(["convolution", "convolution_overrideable"], _convolution),
     **dict.fromkeys(["max_pool2d_with_indices", "avg_pool2d"], _pool),
     **dict.fromkeys(["adaptive_avg_pool2d", "adaptive_max_pool2d"], _adaptive_pool),
-    "upsample_nearest2d": _resize,
+    "upsample_nearest2d": _resize_nearest,
     "upsample_bilinear2d": _resize_linear,
-    "pixel_shuffle": _shuffle,
-    "pixel_unshuffle": _unshuffle,
+    "pixel_shuffle": _pixel_shuffle,
+    "pixel_unshuffle": _pixel_unshuffle,
     **dict.fromkeys(["constant_pad_nd", "reflection_pad2d", "replication_pad2d"], _pad),
     "unfold": _unfold,
-    **dict.fromkeys(["view", "unsafe_view", "reshape"], _view),
-    "permute": _permute,
+    **dict.fromkeys(
+        ["view", "unsafe_view", "reshape"], lambda operation, axes: axes.viewed(operation.outputs[0].shape)
+    ),
+    "permute": lambda operation, axes: axes.rearranged(axes.dims[dim] for dim in operation.integers("dims")),
     **dict.fromkeys(["transpose", "t"], _transpose),
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
@@ -330,12 +316,18 @@ RULES: dict[str, Rule] = {
     "select": _select,
     **dict.fromkeys(["split", "split_with_sizes"], _split),
     "unbind": _unbind,
-    **dict.fromkeys(["cat", "stack"], _join),
     **dict.fromkeys(["mean", "sum", "max", "min", "amax", "amin", "var", "std", "linalg_vector_norm"], _reduction),
-    **dict.fromkeys(["softmax", "safe_softmax", "log_softmax"], _softmax),
-    **dict.fromkeys(["native_batch_norm", "native_batch_norm_legit_no_training"], _batch_norm),
-    "native_layer_norm": _layer_norm,
-    "native_group_norm": _group_norm,
-    **dict.fromkeys(["mm", "bmm", "addmm", "baddbmm"], _product),
-    **dict.fromkeys(["roll", "flip"], _along_others),
+    **dict.fromkeys(
+        ["softmax", "safe_softmax", "log_softmax"],
+        lambda operation, axes: axes.made_global(operation.integers("dim")),
+    ),
+    **dict.fromkeys(["roll", "flip"], _flip_or_roll),
+}
+JOINT_RULES: dict[str, JointRule] = {
+    **dict.fromkeys(["convolution", "convolution_overrideable"], _convolution),
+    **dict.fromkeys(["cat", "stack"], _concatenate),
+    **dict.fromkeys(
+        ["native_batch_norm", "native_batch_norm_legit_no_training", "native_layer_norm", "native_group_norm"], _norm
+    ),
+    **dict.fromkeys(["mm", "bmm", "addmm", "baddbmm"], _matrix_product),
 }

@@ -1,114 +1,135 @@
-"""The receptive field of every operation of a network, exact or refused.
-
-Operation by operation, what the outputs see follows from what the inputs see, by the rules of models/rules.py.
-"""
+"""The receptive field of every operation of a network, exact or refused, by the rules of `op_rules`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from models.analysis.axes import Sight, UnknownReceptiveField, images_of
-from models.analysis.intervals import steps
-from models.analysis.op_rules import outputs_of, start_of
-from models.analysis.trace import Operation, Trace, memory_of
+from models.analysis.axes import AxisField, TensorAxes, UnknownReceptiveField, image_axes
+from models.analysis.intervals import TapPattern
+from models.analysis.op_rules import outputs_of, slice_start
+from models.analysis.trace import Operation, Trace, storage_of
 
-OVERWRITTEN = "it reads what was overwritten under another shape"
+OVERWRITTEN = "it reads a tensor that was overwritten through another view"
 
 
-def receptive_fields(trace: Trace) -> list[Sight | None]:
-    """What the first output of each operation sees of the images, None where it does not depend on them.
+class ReceptiveField(NamedTuple):
+    """The receptive field of one unit along one axis, in pixels of the image.
 
-    Raises: UnknownReceptiveField, with the layer and the operation, for one that is not known.
+    `size`, `stride` (distance between the fields of neighbouring units) and `offset` (first pixel of the first unit,
+    negative in the padding) are those of paths made of kernels, None without such a path. After upsampling and uneven
+    pooling, where units differ, `size` is the largest and `stride` the mean. `is_global`: another path reads the entire
+    axis.
     """
-    found, unknown = known_fields(trace)
+
+    size: int | None = None
+    stride: float | None = None
+    offset: int | None = None
+    is_global: bool = False
+
+    @classmethod
+    def along(cls, field: AxisField) -> ReceptiveField:
+        """The receptive field along an axis of a tensor."""
+        if field.local is None:
+            return cls(is_global=field.is_global)
+        return cls(field.local.size, float(field.local.stride), field.local.offset, field.is_global)
+
+
+def receptive_fields(trace: Trace) -> list[TensorAxes | None]:
+    """The field of the first output of each operation, None where it does not depend on the images.
+
+    Raises: UnknownReceptiveField for the first operation whose field is unknown.
+    """
+    fields, unknown = known_fields(trace)
     if unknown is not None:
         raise UnknownReceptiveField(unknown)
-    return found
+    return fields
 
 
-def known_fields(trace: Trace) -> tuple[list[Sight | None], str | None]:
-    """What each operation sees where that is known, and the first operation of which it is not, with the reason.
+def known_fields(trace: Trace) -> tuple[list[TensorAxes | None], str | None]:
+    """The known fields, and the first operation whose field is unknown with the reason.
 
-    None stands for what does not depend on the images, and for all behind an unknown operation; other branches go on.
+    None stands for operations that do not depend on the images, and for an unknown operation and all after it. Other
+    branches continue.
     """
-    seeing, unknown = _Seeing(trace.images), None
-    found: list[Sight | None] = []
+    tensors, unknown = _TensorFields(trace.images), None
+    fields: list[TensorAxes | None] = []
     for operation in trace.operations:
         try:
-            sights = outputs_of(operation, seeing.see)
+            outputs = outputs_of(operation, tensors.lookup)
         except UnknownReceptiveField as error:
-            unknown = unknown or f"receptive field unknown: {operation.where}: {error}"
-            seeing.lose(operation)
-            found.append(None)
+            unknown = unknown or f"receptive field unknown: {operation.location}: {error}"
+            tensors.forget(operation)
+            fields.append(None)
         else:
-            seeing.note(operation, sights)
-            found.append(sights[0] if sights else None)
-    if unknown is None and trace.outputs is not None and seeing.lost(trace.outputs):
-        unknown = f"receptive field unknown: of the output: {OVERWRITTEN}"
-    return found, unknown
+            tensors.record(operation, outputs)
+            fields.append(outputs[0] if outputs else None)
+    if unknown is None and trace.outputs is not None and tensors.is_unknown(trace.outputs):
+        unknown = f"receptive field unknown: output of the network: {OVERWRITTEN}"
+    return fields, unknown
 
 
-class _Seeing:
-    """What every tensor of a trace sees, as far as it has been followed."""
+class _TensorFields:
+    """The fields of all tensors of a trace, as far as it has been followed."""
 
     def __init__(self, images: Tensor) -> None:
-        self._sights: dict[int, Sight | None] = {id(images): images_of(images.shape)}
-        self._sharing: dict[int, set[int]] = {}  # tensors by the memory that they share
-        self._stale: set[int] = set()
-        self._lost: set[int] = set()  # memory into which something unknown was written
-        self._frames: dict[int, tuple[Tensor, dict[int, int]]] = {}  # of constants: a part's whole, where it begins
+        self._fields: dict[int, TensorAxes | None] = {id(images): image_axes(images.shape)}
+        self._sharing: dict[int, set[int]] = {}  # tensors by the storage that they share
+        self._unknown: set[int] = set()
+        self._unknown_storages: set[int] = set()  # written to by operations without a known field
+        self._slices: dict[int, tuple[Tensor, dict[int, int]]] = {}  # slices of constants: base, starts by dimension
 
-    def see(self, tensor: Tensor) -> Sight | None:
-        """What a tensor sees. Raises: UnknownReceptiveField where that was lost."""
-        if self.lost(tensor):
+    def lookup(self, tensor: Tensor) -> TensorAxes | None:
+        """The field of a tensor. Raises: UnknownReceptiveField if it is unknown."""
+        if self.is_unknown(tensor):
             raise UnknownReceptiveField(OVERWRITTEN)
-        return self._sights.get(id(tensor))
+        return self._fields.get(id(tensor))
 
-    def lost(self, tensor: Tensor) -> bool:
-        """Whether a tensor was overwritten under another shape, or lies behind an operation that is not known."""
-        return id(tensor) in self._stale
+    def is_unknown(self, tensor: Tensor) -> bool:
+        """Whether a tensor was overwritten through another view, or comes from an unknown operation."""
+        return id(tensor) in self._unknown
 
-    def lose(self, operation: Operation) -> None:
-        """Remember that nothing is known of the outputs of an operation, nor of what it wrote into."""
+    def forget(self, operation: Operation) -> None:
+        """Mark as unknown the outputs of an operation, and everything that shares memory with one it wrote to."""
         for output in operation.outputs or operation.tensors:
-            self._stale.add(id(output))
+            self._unknown.add(id(output))
             if operation.in_place:
-                self._stale |= self._sharing.get(memory_of(output), set())
-                self._lost.add(memory_of(output))
+                self._unknown |= self._sharing.get(storage_of(output), set())
+                self._unknown_storages.add(storage_of(output))
 
-    def note(self, operation: Operation, sights: Sequence[Sight | None]) -> None:
-        """Remember what the outputs of an operation see."""
+    def record(self, operation: Operation, fields: Sequence[TensorAxes | None]) -> None:
+        """Store the fields of the outputs of an operation."""
         for tensor in operation.tensors:
-            self._sharing.setdefault(memory_of(tensor), set()).add(id(tensor))
-        for output, sight in zip(operation.outputs, sights, strict=True):
-            sharing = self._sharing.setdefault(memory_of(output), set())
-            if operation.in_place and sight != self._sights.get(id(output)):
-                self._stale |= sharing - {id(output)}
+            self._sharing.setdefault(storage_of(tensor), set()).add(id(tensor))
+        for output, field in zip(operation.outputs, fields, strict=True):
+            sharing = self._sharing.setdefault(storage_of(output), set())
+            if operation.in_place and field != self._fields.get(id(output)):
+                self._unknown |= sharing - {id(output)}
             sharing.add(id(output))
-            self._sights[id(output)] = sight
-            if sight is None and any(sights):  # statistics of a norm, if anybody reads them
-                self._stale.add(id(output))
-        if operation.name == "slice" and sights == [None] and operation.number("step") == 1:
-            self._frame(operation)
-        elif operation.name == "copy" and sights[0] is not None and id(operation.tensor(0)) in self._frames:
-            self._fill(operation, sights[0])
+            self._fields[id(output)] = field
+            if field is None and any(fields):  # statistics of a norm, which nothing may read
+                self._unknown.add(id(output))
+        if operation.name == "slice" and fields == [None] and operation.integer("step") == 1:
+            self._record_slice(operation)
+        elif operation.name == "copy" and fields[0] is not None and id(operation.tensor(0)) in self._slices:
+            self._fill_slice(operation, fields[0])
 
-    def _frame(self, operation: Operation) -> None:
-        """Remember of which constant something is a part, and where in it that begins."""
-        part, output = operation.tensor(0), operation.outputs[0]
-        whole, starts = self._frames.get(id(part), (part, {}))
-        dim = operation.number("dim") % part.ndim
-        start = start_of(operation, part.shape[dim])
-        self._frames[id(output)] = (whole, {**starts, dim: starts.get(dim, 0) + start})
+    def _record_slice(self, operation: Operation) -> None:
+        """Remember which constant a slice belongs to, and where it starts."""
+        source, output = operation.tensor(0), operation.outputs[0]
+        base, starts = self._slices.get(id(source), (source, {}))
+        dim = operation.integer("dim") % source.ndim
+        start = slice_start(operation, source.shape[dim])
+        self._slices[id(output)] = (base, {**starts, dim: starts.get(dim, 0) + start})
 
-    def _fill(self, operation: Operation, sight: Sight) -> None:
-        """A map that is written into the middle of a constant is padded by the rest of it."""
-        whole, starts = self._frames[id(operation.tensor(0))]
+    def _fill_slice(self, operation: Operation, field: TensorAxes) -> None:
+        """Treat a map that is copied into a slice of a constant as padded by the rest of the constant."""
+        base, starts = self._slices[id(operation.tensor(0))]
         for dim, start in starts.items():
-            sight = sight.along(dim, steps(-start), count=whole.shape[dim])
-        # Else something has been written into it before.
-        if self._sights.get(id(whole)) is None and memory_of(whole) not in self._lost:
-            self._sights[id(whole)] = sight
-            self._stale.discard(id(whole))
+            field = field.along(dim, TapPattern.slice(-start), size=base.shape[dim])
+        is_constant = self._fields.get(id(base)) is None and storage_of(base) not in self._unknown_storages
+        if is_constant:
+            self._fields[id(base)] = field
+            self._unknown.discard(id(base))

@@ -1,4 +1,4 @@
-"""All that is said of a network, in one place: for a terminal, a page, a table, a dashboard."""
+"""All results of the analysis of a network in one place, for terminals, pages, tables and dashboards."""
 
 from __future__ import annotations
 
@@ -6,154 +6,141 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from models.analysis.cost import PRECISIONS, Memory
+from models.analysis.cost import PRECISIONS, TrainingMemory
 from models.analysis.effective_field import EffectiveField
-from models.analysis.gradient_extent import Comparison
-from models.analysis.stages import Moment, field_of, lifecycle
-from models.analysis.summary import Inspection
+from models.analysis.gradient_extent import FieldComparison
+from models.analysis.receptive_field import ReceptiveField
+from models.analysis.stages import StageSummary, lifecycle
+from models.analysis.summary import LayerSummary, NetworkSummary
 
 FACTS = ("params_millions", "gmacs", "receptive_field_px", "effective_receptive_field_px")
-# Of the table of layers, and what they hold where they hold something; pixels are those of the image.
-COLUMNS: dict[str, type] = {
-    "index": int,
-    "layer": str,
-    "kind": str,
-    "stage": str,
-    "shape": str,
-    "parameters": int,
-    "multiply_adds": int,
-    "activation_bytes": int,
-    "receptive_field_rows": int,
-    "receptive_field_columns": int,
-    "jump_rows": float,
-    "jump_columns": float,
-    "offset_rows": int,
-    "offset_columns": int,
-    "all_rows": bool,
-    "all_columns": bool,
-    "whole_image": bool,
-    "misaligned_px": float,
-    "separable_cost": float,
-}
-EFFECTIVE_SHARE = 0.9  # of the gradient's energy, by whose square the effective field is told in one number
+EFFECTIVE_SHARE = 0.9  # of the gradient's energy: its square is the one number that stands for the effective field
 
 
-class Stage(NamedTuple):
-    """The layers of a stage together."""
+class StageTotals(NamedTuple):
+    """The layers of a stage together; shape and receptive field are those of its last layer."""
 
     name: str
     shape: tuple[int, ...]
-    layers: int
-    parameters: int
+    num_layers: int
+    num_parameters: int
     macs: int
-    activations: int  # numbers in the outputs of its layers
-    field: str
-    jump_rows: float | None  # in pixels, None where no path of windows leads
-    jump_columns: float | None
+    num_activations: int
+    rows: ReceptiveField
+    columns: ReceptiveField
+
+    def to_dict(self) -> dict[str, object]:
+        """The stage for a JSON file."""
+        names = ("name", "shape", "layers", "parameters", "macs", "activations")
+        fields = {"rows": self.rows._asdict(), "columns": self.columns._asdict()}
+        strides = {"jump_rows": self.rows.stride, "jump_columns": self.columns.stride}
+        return {**dict(zip(names, self, strict=False)), **fields, **strides}
 
 
 @dataclass(frozen=True)
 class Report:
-    """A network by name, and what was found of it.
+    """The analysis of one network.
 
-    `memory` is that of training on `batch_size` images in a precision. `effective` and `comparisons`, of the fields by
-    propagation with those by gradient, are None where nobody asked. `measured` says with which weights, over which
-    images, the effective field was.
+    `memory` is that of training on `batch_size` images in a precision. `effective` and `comparisons` are None if they
+    were not requested. `measured_with` names the weights and images of the effective field.
     """
 
     name: str
-    inspection: Inspection
-    memory: Memory
+    summary: NetworkSummary
+    memory: TrainingMemory
     batch_size: int
     precision: str
     effective: EffectiveField | None = None
-    measured: str = ""
-    comparisons: Sequence[Comparison] | None = None
+    measured_with: str = ""
+    comparisons: Sequence[FieldComparison] | None = None
     warnings: Sequence[str] = ()
 
     @property
-    def moments(self) -> list[Moment]:
-        """Its lifecycle."""
-        return lifecycle(self.inspection)
+    def lifecycle(self) -> list[StageSummary]:
+        """The way of an image through the network, stage by stage."""
+        return lifecycle(self.summary)
 
     @property
     def facts(self) -> dict[str, float]:
-        """The numbers that stand for it: of parameters, multiply-adds, the sides of its fields."""
-        facts = {"params_millions": self.inspection.parameters / 1e6, "gmacs": self.inspection.macs / 1e9}
-        last = self.inspection.last_window
-        if last is not None and last.window is not None:
-            facts["receptive_field_px"] = float(max(last.window.size))
+        """The main numbers, by the names in `FACTS`; those that do not exist are left out."""
+        facts = {"params_millions": self.summary.num_parameters / 1e6, "gmacs": self.summary.macs / 1e9}
+        last = self.summary.last_local_layer
+        if last is not None and last.local_size is not None:
+            facts["receptive_field_px"] = float(max(last.local_size))
         if self.effective is not None:
             facts["effective_receptive_field_px"] = float(self.effective.sides[EFFECTIVE_SHARE])
         return facts
 
     @property
-    def stages(self) -> list[Stage]:
-        """Its stages in the order of their work."""
+    def stages(self) -> list[StageTotals]:
+        """The stages in the order of execution."""
         return [
-            Stage(
+            StageTotals(
                 name=name,
                 shape=layers[-1].shape,
-                layers=len(layers),
-                parameters=sum(layer.parameters for layer in layers),
+                num_layers=len(layers),
+                num_parameters=sum(layer.num_parameters for layer in layers),
                 macs=sum(layer.macs for layer in layers),
-                activations=sum(layer.activations for layer in layers),
-                field=field_of(layers[-1]),
-                jump_rows=layers[-1].rows.jump,
-                jump_columns=layers[-1].columns.jump,
+                num_activations=sum(layer.num_activations for layer in layers),
+                rows=layers[-1].rows,
+                columns=layers[-1].columns,
             )
-            for name, layers in self.inspection.stages.items()
+            for name, layers in self.summary.stages.items()
         ]
 
     @property
-    def bytes_per_number(self) -> int:
-        """Of the outputs of layers, where the precision lets them."""
+    def bytes_per_activation(self) -> int:
+        """Bytes of one number in the output of a layer, in the compute type of the precision."""
         return PRECISIONS[self.precision].computed.itemsize
 
-    def numbers(self) -> dict[str, object]:
-        """All but the layers, for machines: bytes, pixels, shares; what was not asked for is None."""
-        whole, last = self.inspection.first_whole, self.inspection.last_window
+    def to_dict(self) -> dict[str, object]:
+        """Everything except the layers, for a JSON file; results that were not requested are None."""
+        first, last = self.summary.first_global_layer, self.summary.last_local_layer
+        effective, comparisons = self.effective, self.comparisons
         return {
             "name": self.name,
-            "image": self.inspection.image,
+            "image": self.summary.image_shape,
             **{fact: self.facts.get(fact) for fact in FACTS},
-            "receptive_field_at": last and last.place,
-            "whole_image_from": whole and whole.place,
+            "receptive_field_at": last and last.location,
+            "whole_image_from": first and first.location,
             "memory_bytes": {**self.memory._asdict(), "batch_size": self.batch_size, "precision": self.precision},
-            "effective_sides_px": self.effective and {str(share): side for share, side in self.effective.sides.items()},
-            "effective_measured_with": self.measured or None,
-            "stages": [stage._asdict() for stage in self.stages],
-            "check": self.comparisons and [{**one._asdict(), "agrees": one.agrees} for one in self.comparisons],
+            "effective_sides_px": effective and {str(share): side for share, side in effective.sides.items()},
+            "effective_measured_with": self.measured_with or None,
+            "stages": [stage.to_dict() for stage in self.stages],
+            "check": comparisons and [comparison.to_dict() for comparison in comparisons],
             "warnings": list(self.warnings),
-            "unknown": self.inspection.unknown,
+            "unknown": self.summary.unknown,
         }
 
-    def table(self) -> dict[str, list[object]]:
-        """A row a layer, by column; what does not apply is None."""
-        rows = [self._row(place) for place in range(len(self.inspection.layers))]
-        return {column: [row[column] for row in rows] for column in COLUMNS}
+    def layer_table(self) -> dict[str, list[object]]:
+        """The layers as columns of equal length, by the names in `LAYER_COLUMNS`; missing values are None."""
+        columns = _layer_columns(self.summary.layers, self.bytes_per_activation)
+        return {name: values for name, (_, values) in columns.items()}
 
-    def _row(self, place: int) -> dict[str, object]:
-        layer = self.inspection.layers[place]
-        rows, columns = layer.rows, layer.columns
-        return {
-            "index": place,
-            "layer": layer.name,
-            "kind": layer.kind,
-            "stage": layer.stage,
-            "shape": "x".join(map(str, layer.shape)),
-            "parameters": layer.parameters,
-            "multiply_adds": layer.macs,
-            "activation_bytes": layer.activations * self.bytes_per_number,
-            "receptive_field_rows": rows.size,
-            "receptive_field_columns": columns.size,
-            "jump_rows": rows.jump,
-            "jump_columns": columns.jump,
-            "offset_rows": rows.offset,
-            "offset_columns": columns.offset,
-            "all_rows": rows.whole,
-            "all_columns": columns.whole,
-            "whole_image": layer.whole,
-            "misaligned_px": layer.spread,
-            "separable_cost": layer.separable,
-        }
+
+def _layer_columns(layers: Sequence[LayerSummary], bytes_per_activation: int) -> dict[str, tuple[type, list[object]]]:
+    """Type and values of every column of the layer table; pixels are those of the image."""
+    return {
+        "index": (int, list(range(len(layers)))),
+        "layer": (str, [layer.name for layer in layers]),
+        "kind": (str, [layer.kind for layer in layers]),
+        "stage": (str, [layer.stage for layer in layers]),
+        "shape": (str, ["x".join(map(str, layer.shape)) for layer in layers]),
+        "parameters": (int, [layer.num_parameters for layer in layers]),
+        "multiply_adds": (int, [layer.macs for layer in layers]),
+        "activation_bytes": (int, [layer.num_activations * bytes_per_activation for layer in layers]),
+        "receptive_field_rows": (int, [layer.rows.size for layer in layers]),
+        "receptive_field_columns": (int, [layer.columns.size for layer in layers]),
+        "jump_rows": (float, [layer.rows.stride for layer in layers]),
+        "jump_columns": (float, [layer.columns.stride for layer in layers]),
+        "offset_rows": (int, [layer.rows.offset for layer in layers]),
+        "offset_columns": (int, [layer.columns.offset for layer in layers]),
+        "all_rows": (bool, [layer.rows.is_global for layer in layers]),
+        "all_columns": (bool, [layer.columns.is_global for layer in layers]),
+        "whole_image": (bool, [layer.is_global for layer in layers]),
+        "misaligned_px": (float, [layer.misalignment for layer in layers]),
+        "separable_cost": (float, [layer.separable_cost for layer in layers]),
+    }
+
+
+LAYER_COLUMNS = {name: kind for name, (kind, _) in _layer_columns([], 0).items()}

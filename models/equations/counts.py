@@ -1,21 +1,7 @@
-"""The notes' shapes, parameter counts, costs and receptive fields, as equations.
-
-The notes ("Comprehensive Master Notes: CNN", sections 3, 6 and 7) name what they count, and so does this file:
-B images, C channels, H and W rows and columns, K the side of a kernel, S the stride, P the padding of each border.
-"""
-
-from __future__ import annotations
+"""Shapes, parameter counts, costs and receptive fields: sections 3, 6 and 7 of the notes."""
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
-
-
-class Field(NamedTuple):
-    """What one output element sees: `r` pixels to a side, `j` pixels from those of its neighbour (the jump)."""
-
-    r: int
-    j: int
 
 
 def output_size(H_in: int, K: int, *, S: int = 1, P: int = 0) -> int:
@@ -71,13 +57,15 @@ def separable_ratio(C_out: int, K: int) -> float:
     return 1 / C_out + 1 / K**2
 
 
-def receptive_fields(layers: Iterable[tuple[int, int]]) -> list[Field]:
-    """r_l = r_{l-1} + (K_l - 1) j_{l-1} and j_l = j_{l-1} S_l behind each layer (K_l, S_l); section 6.
+def receptive_fields(layers: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(r_l, j_l) after each layer (K_l, S_l): r_l = r_{l-1} + (K_l - 1) j_{l-1} and j_l = j_{l-1} S_l; section 6.
 
-    r_0 = j_0 = 1. Padding counts as seen, so r may exceed the image.
+    r is the size of the field in pixels, j the distance between neighbouring fields (the jump); r_0 = j_0 = 1. Padding
+    counts, so r may exceed the image.
     """
-    fields = [Field(r=1, j=1)]
+    fields = []
+    r, j = 1, 1
     for K, S in layers:
-        r, j = fields[-1]
-        fields.append(Field(r=r + (K - 1) * j, j=j * S))
-    return fields[1:]
+        r, j = r + (K - 1) * j, j * S
+        fields.append((r, j))
+    return fields

@@ -1,23 +1,25 @@
-"""torch's layers with the notes' equations inside, and any network made of them: slow, to be compared and read.
+"""torch's layers with the notes' equations inside, for any network built from them.
 
-Parameters, their names in a state_dict and hooks stay: a layer changes its forward and nothing else. Inputs may be in
-any memory format; outputs are not in channels_last.
+Parameters, their names in a state dict and hooks stay; only the forward changes. Inputs may be in any memory format;
+outputs are not in channels_last.
 """
-
-from __future__ import annotations
 
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from models.equations import operations as reference
+from models.equations.activation import relu
+from models.equations.classification import linear
+from models.equations.convolution import convolution, depthwise
+from models.equations.normalization import batch_norm, moving_averages, normalized, scaled
+from models.equations.pooling import global_average_pool, max_pool
 
 Net = TypeVar("Net", bound=nn.Module)
 
 
 def in_autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the autocast around: torch casts for its own layers, not for these."""
+    """Return the tensor in the precision of the surrounding autocast, which casts for torch's own layers only."""
     kind = tensor.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensor
@@ -25,14 +27,14 @@ def in_autocast(tensor: Tensor) -> Tensor:
 
 
 class ReferenceConv2d(nn.Conv2d):
-    """A convolution by im2col, or a depthwise one where every channel is a group.
+    """Convolution by im2col, or depthwise convolution if every channel is a group.
 
     Shapes: (N, C, H, W) -> (N, out_channels, H_out, W_out).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else in_autocast(self.bias)
-        operation = reference.convolution if self.groups == 1 else reference.depthwise
+        operation = convolution if self.groups == 1 else depthwise
         return operation(in_autocast(x), in_autocast(self.weight), beta=bias, S=self.stride[0], P=int(self.padding[0]))
 
 
@@ -40,50 +42,44 @@ class ReferenceReLU(nn.ReLU):
     """max(0, x), never in place. Shapes: any -> the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.relu(x)
+        return relu(x)
 
 
 class ReferenceBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm: statistics of the batch in training, moving averages in evaluation.
+    """Batch norm: the batch's statistics in training, moving averages in evaluation.
 
     Shapes: (N, C, H, W) -> (N, C, H, W).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.running_mean is not None
-        assert self.running_var is not None
+        mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None
+        assert variance is not None
         wide = x.to(self.weight.dtype)  # statistics in bfloat16 would be too coarse
         if not self.training:
-            normed = reference.normalized(wide, self.running_mean, variance=self.running_var, eps=self.eps)
-            return reference.scaled(normed, self.weight, beta=self.bias).to(x.dtype)
-        self._average(wide.detach())
-        return reference.batch_norm(wide, self.weight, beta=self.bias, eps=self.eps).to(x.dtype)
-
-    def _average(self, x: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
+            normed = normalized(wide, mean, variance=variance, eps=self.eps)
+            return scaled(normed, self.weight, beta=self.bias).to(x.dtype)
+        assert count is not None
         assert self.momentum is not None
-        mean, variance = reference.moving_averages(
-            x, self.running_mean, variance=self.running_var, momentum=self.momentum
-        )
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(variance)
-        self.num_batches_tracked.add_(1)
+        updated = moving_averages(wide.detach(), mean, variance=variance, momentum=self.momentum)
+        mean.copy_(updated[0])
+        variance.copy_(updated[1])
+        count.add_(1)
+        return batch_norm(wide, self.weight, beta=self.bias, eps=self.eps).to(x.dtype)
 
 
 class ReferenceMaxPool2d(nn.MaxPool2d):
-    """The maximum of each window. Shapes: (N, C, H, W) -> (N, C, H_out, W_out)."""
+    """The maximum under each kernel position. Shapes: (N, C, H, W) -> (N, C, H_out, W_out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.max_pool(x, _side(self.kernel_size), S=_side(self.stride), P=_side(self.padding))
+        return max_pool(x, _side(self.kernel_size), S=_side(self.stride), P=_side(self.padding))
 
 
 class ReferenceAvgPool2d(nn.AdaptiveAvgPool2d):
     """The mean of each channel. Shapes: (N, C, H, W) -> (N, C, 1, 1)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.global_average_pool(x)[:, :, None, None]
+        return global_average_pool(x)[:, :, None, None]
 
 
 class ReferenceLinear(nn.Linear):
@@ -91,7 +87,7 @@ class ReferenceLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else in_autocast(self.bias)
-        return reference.linear(in_autocast(x), in_autocast(self.weight).T, b_cls=bias)
+        return linear(in_autocast(x), in_autocast(self.weight).T, b_cls=bias)
 
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -102,58 +98,51 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.AdaptiveAvgPool2d: ReferenceAvgPool2d,
     nn.Linear: ReferenceLinear,
 }
+# Settings that the equations know, beside square kernels, strides and paddings.
+KNOWN: dict[type[nn.Module], dict[str, tuple[object, ...]]] = {
+    nn.Conv2d: {"dilation": ((1, 1),), "padding_mode": ("zeros",)},
+    nn.BatchNorm2d: {"affine": (True,), "track_running_stats": (True,)},
+    nn.MaxPool2d: {"dilation": (1, (1, 1)), "ceil_mode": (False,), "return_indices": (False,)},
+    nn.AdaptiveAvgPool2d: {"output_size": (1, (1, 1))},
+}
 
 
-def with_reference_ops(net: Net) -> Net:
-    """The same network, its convolutions, linear layers, ReLUs, batch norms and poolings computed by `reference`.
-
-    Layers of other kinds stay as they are, dropout and flattening among them.
-
-    Raises: ValueError, and no layer is changed, when the notes have no equation for one of these.
-    """
-    layers = {name: layer for name, layer in net.named_modules() if type(layer) in LAYERS}
-    for name, layer in layers.items():
-        for setting in _without_equation(layer):
-            where = name or type(layer).__name__
-            raise ValueError(f"{where}: {setting} is in no equation of the notes, leave this network to torch's ops")
-    for layer in layers.values():
-        layer.__class__ = LAYERS[type(layer)]
-    return net
-
-
-def _without_equation(layer: nn.Module) -> list[str]:
-    """The settings of a layer that the notes do not know, as `name=value`."""
-    match layer:
-        case nn.Conv2d():
-            known = {
-                **{name: _is_square(getattr(layer, name)) for name in ("kernel_size", "stride", "padding")},
-                "dilation": layer.dilation == (1, 1),
-                "groups": layer.groups == 1 or layer.groups == layer.in_channels == layer.out_channels,
-                "padding_mode": layer.padding_mode == "zeros",
-            }
-        case nn.BatchNorm2d():
-            known = {
-                "affine": layer.affine,
-                "momentum": layer.momentum is not None,
-                "track_running_stats": layer.track_running_stats,
-            }
-        case nn.MaxPool2d():
-            known = {
-                **{name: _is_square(getattr(layer, name)) for name in ("kernel_size", "stride", "padding")},
-                "dilation": layer.dilation in (1, (1, 1)),
-                "ceil_mode": not layer.ceil_mode,
-                "return_indices": not layer.return_indices,
-            }
-        case nn.AdaptiveAvgPool2d():
-            known = {"output_size": layer.output_size in (1, (1, 1))}
-        case _:
-            known = {}
-    return [f"{name}={getattr(layer, name)}" for name, is_known in known.items() if not is_known]
+def _side(size: int | tuple[int, ...]) -> int:
+    return size if isinstance(size, int) else size[0]
 
 
 def _is_square(size: object) -> bool:
     return isinstance(size, int) or (isinstance(size, tuple) and size[0] == size[1])
 
 
-def _side(size: int | tuple[int, ...]) -> int:
-    return size if isinstance(size, int) else size[0]
+def _without_equation(layer: nn.Module) -> list[str]:
+    """Return the settings of a layer that are in no equation of the notes, as `name=value`."""
+    unknown = [name for name, values in KNOWN.get(type(layer), {}).items() if getattr(layer, name) not in values]
+    if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
+        unknown += [name for name in ("kernel_size", "stride", "padding") if not _is_square(getattr(layer, name))]
+    if (
+        isinstance(layer, nn.Conv2d)
+        and layer.groups > 1
+        and not layer.groups == layer.in_channels == layer.out_channels
+    ):
+        unknown.append("groups")
+    if isinstance(layer, nn.BatchNorm2d) and layer.momentum is None:
+        unknown.append("momentum")
+    return [f"{name}={getattr(layer, name)}" for name in unknown]
+
+
+def with_reference_ops(net: Net) -> Net:
+    """Let the notes' equations compute the convolutions, linear layers, ReLUs, batch norms and poolings of `net`.
+
+    Other layers stay, such as dropout and flattening. Returns the same network.
+
+    Raises: ValueError, and no layer is changed, when the notes have no equation for one of these layers.
+    """
+    layers = {name: layer for name, layer in net.named_modules() if type(layer) in LAYERS}
+    for name, layer in layers.items():
+        for setting in _without_equation(layer):
+            place = name or type(layer).__name__
+            raise ValueError(f"{place}: {setting} is in no equation of the notes, leave this network to torch's ops")
+    for layer in layers.values():
+        layer.__class__ = LAYERS[type(layer)]
+    return net

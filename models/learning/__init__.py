@@ -1,1 +1,1 @@
-"""Lightning modules: how a network learns to classify."""
+"""Lightning modules, recipes and training metrics."""

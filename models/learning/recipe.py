@@ -1,9 +1,7 @@
-"""How to train: the values of a recipe, and the schedules of the learning rate.
+"""Recipes, and the schedules of the learning rate.
 
-A schedule is a function of how much of the training is done, so that a recipe fits any number of epochs.
+Schedules depend on the completed fraction of the training, so that a recipe fits any number of epochs.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,22 +11,44 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from models.learning.losses import Loss, cross_entropy
+
 
 class Schedule(Protocol):
     """From the optimizer step to a factor on the learning rate."""
 
     def __call__(self, step: int, *, steps_per_epoch: int, num_steps: int) -> float:
-        """The factor of a step of `num_steps`."""
+        """The factor at `step`, counted from 0, of `num_steps`."""
+
+
+def _check_shape(loss: Loss) -> None:
+    """Raise ValueError unless a loss returns one value per image."""
+    try:
+        losses: object = loss(torch.zeros(2, 3), torch.tensor([0, 1]))
+    except RuntimeError:
+        return  # a loss with class weights takes another number of classes
+    shape = tuple(getattr(losses, "shape", ()))
+    if shape != (2,):
+        raise ValueError(f"it must return one loss per image, (N,), and returns the shape {shape} for 2 images")
+
+
+def _check(name: str, function: object, *, call: Callable[[], object]) -> None:
+    """Call a configured function once. Raises: ValueError, with its name, when it refuses its arguments."""
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        target = getattr(function, "func", function)  # inside a partial
+        raise ValueError(f"{name}={getattr(target, '__name__', target)}: {error}") from None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: epochs, optimizer, schedule, regularisation. `accumulate` batches make an optimizer step.
+    """Epochs, optimizer, schedule and loss. An optimizer step takes `accumulate` batches.
 
-    `optimizer` takes parameter groups; its weight decay is left out where `Classifier.decays`
-    says so. `clip_norm` is the largest norm of the gradient, None any.
+    `optimizer` takes parameter groups; one of them sets its own weight decay of 0. `clip_norm` is the maximum norm of
+    the gradient, None for no clipping.
 
-    Raises: ValueError for values that no training can have.
+    Raises: ValueError for impossible values.
     """
 
     epochs: int
@@ -36,20 +56,34 @@ class Recipe:
     schedule: Schedule
     accumulate: int = 1
     clip_norm: float | None = None
-    label_smoothing: float = 0.0
+    loss: Loss = cross_entropy
 
     def __post_init__(self) -> None:
-        try:
-            self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])
-            self.schedule(0, steps_per_epoch=1, num_steps=1)
-        except TypeError as error:
-            raise ValueError(f"recipe.optimizer or recipe.schedule: {error}") from error
+        _check("optimizer", self.optimizer, call=lambda: self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}]))
+        _check("schedule", self.schedule, call=lambda: self.schedule(0, steps_per_epoch=1, num_steps=1))
+        _check("loss", self.loss, call=lambda: _check_shape(self.loss))
         if self.epochs < 1:
-            raise ValueError(f"recipe.epochs={self.epochs} must be at least 1")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"recipe.label_smoothing={self.label_smoothing} must be at least 0 and less than 1")
+            raise ValueError(f"epochs={self.epochs} must be at least 1")
         if self.clip_norm is not None and not (isinstance(self.clip_norm, int | float) and self.clip_norm > 0):
-            raise ValueError(f"recipe.clip_norm={self.clip_norm} must be a number above 0, or null for none")
+            raise ValueError(f"clip_norm={self.clip_norm} must be a number above 0, or null for none")
+
+    def rises_until_end(self, steps_per_epoch: int, num_steps: int) -> bool:
+        """Return whether the learning rate still rises at the last of `num_steps` steps."""
+        if num_steps < 2:
+            return False
+        before, last = (
+            self.schedule(step, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+            for step in (num_steps - 2, num_steps - 1)
+        )
+        return last > before
+
+
+def warm_up(step: int, warmup_steps: int, *, num_steps: int) -> tuple[float, float]:
+    """Return the factor of the warm-up and the completed fraction of the steps after it, both from 0 to 1."""
+    warmup_steps = min(warmup_steps, num_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps, 0.0
+    return 1.0, min((step - warmup_steps) / max(1, num_steps - warmup_steps), 1.0)
 
 
 def warmup_cosine(
@@ -66,7 +100,7 @@ def warmup_cosine(
 def warmup_exponential(
     step: int, *, steps_per_epoch: int, num_steps: int, warmup_epochs: float = 5, final_fraction: float = 0.01
 ) -> float:
-    """Rise linearly over `warmup_epochs`, then fall by the same factor each step, to `final_fraction` at the end.
+    """Rise linearly over `warmup_epochs`, then fall by a constant factor per step to `final_fraction` at the end.
 
     Tan & Le 2019, section 5.2, multiply by 0.97 every 2.4 epochs: 0.0118 is left after 350.
     """
@@ -85,16 +119,8 @@ def warmup_milestones(
 ) -> float:
     """Rise linearly over `warmup_epochs`; multiply by `factor` at each of `milestones`, fractions of the training.
 
-    Krizhevsky et al. 2012, section 5, and He et al. 2016, section 3.4, divide by 10 when the error
-    stops falling; torchvision's references do so after 30 and 60 of 90 epochs.
+    Krizhevsky et al. 2012, section 5, and He et al. 2016, section 3.4, divide by 10 when the error stops falling;
+    torchvision's references do so after 30 and 60 of 90 epochs.
     """
     rise, _ = warm_up(step, round(warmup_epochs * steps_per_epoch), num_steps=num_steps)
     return rise * float(factor ** sum(step >= round(milestone * num_steps) for milestone in milestones))
-
-
-def warm_up(step: int, warmup_steps: int, *, num_steps: int) -> tuple[float, float]:
-    """How far the learning rate has risen, and how much of the rest of the training is done; both from 0 to 1."""
-    warmup_steps = min(warmup_steps, num_steps)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps, 0.0
-    return 1.0, min((step - warmup_steps) / max(1, num_steps - warmup_steps), 1.0)

@@ -1,1 +1,1 @@
-"""Published weight files: read safely, matched with our networks tensor by tensor."""
+"""Published weight files: read safely, then matched with a network tensor by tensor."""

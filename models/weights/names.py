@@ -1,11 +1,8 @@
-"""How others name the tensors of these networks: enough to put the names of a file into the order of ours.
+"""Publishers' tensor names, sorted into the order in which our networks register their tensors.
 
-A file need not keep an order (safetensors sorts), but names say where a tensor belongs.
-Ours are registered in torchvision's order (timm's for CoAtNet and MobileNetV1), so that
-each publisher's words, put into that order, match tensor by tensor.
+A file need not keep an order (safetensors sorts by name). Our order is torchvision's (timm's for CoAtNet and
+MobileNetV1), so that sorted names match tensor by tensor.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
@@ -15,25 +12,25 @@ LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 
 
 class Layout(NamedTuple):
-    """Whose names these are, all their words in the order of registration, and what is renamed before sorting.
+    """A publisher, all parts of its names in the order of registration, and a renaming before sorting.
 
-    `norm_eps` is of the batch norms of the networks that are published with these names; None: as ours.
+    `norm_eps` is the constant of the published networks' batch norms, None if it is ours.
     """
 
     name: str
-    words: tuple[str, ...]
+    parts: tuple[str, ...]
     rename: Callable[[str, Collection[str]], str] = lambda name, names: name
     norm_eps: float | None = None
 
     def knows(self, names: Collection[str]) -> bool:
-        """Whether every part of every name is a number or one of the words."""
-        known = {*self.words, *LEAVES}
+        """Return whether every part of every name is a number or known."""
+        known = {*self.parts, *LEAVES}
         parts = {part for name in names for part in self.rename(name, names).split(".")}
         return all(part.isdigit() or part in known for part in parts)
 
     def sort(self, names: Collection[str]) -> list[str]:
-        """The names in the order in which the publisher's network registers them."""
-        ranks = {word: rank for rank, word in enumerate((*self.words, *LEAVES))}
+        """Return the names in the publisher's order of registration."""
+        ranks = {part: rank for rank, part in enumerate((*self.parts, *LEAVES))}
 
         def place(name: str) -> list[tuple[int, int]]:
             parts = self.rename(name, names).split(".")
@@ -42,17 +39,14 @@ class Layout(NamedTuple):
         return sorted(names, key=place)
 
 
-# The convolutions of timm's blocks by the names of their convolutions, in order; `bn1` follows the first of them.
-TIMM_BLOCKS = (
-    ("conv_pw", "conv_dw", "conv_pwl"),
-    ("conv_exp", "conv_pwl"),
-    ("conv_dw", "conv_pw"),
-    ("conv",),
-)
+OURS = Layout("convoy", ())
+UNKNOWN = Layout("unknown", ())
+# The convolutions of timm's blocks, in order; `bn1` follows the first of them.
+TIMM_BLOCKS = (("conv_pw", "conv_dw", "conv_pwl"), ("conv_exp", "conv_pwl"), ("conv_dw", "conv_pw"), ("conv",))
 
 
 def number_timm_block(name: str, names: Collection[str]) -> str:
-    """`blocks.1.0.bn2.weight` as `blocks.1.0.2.1.weight`: behind the second convolution, `2.0`; a gate is `.2`."""
+    """Rename `blocks.1.0.bn2.weight` to `blocks.1.0.2.1.weight`, after the second convolution `2.0`; a gate is `.2`."""
     match = re.fullmatch(r"(blocks\.\d+\.\d+)\.(\w+)\.(.+)", name)
     if match is None:
         return name
@@ -69,7 +63,7 @@ def number_timm_block(name: str, names: Collection[str]) -> str:
 
 
 def gather_facebook_stage(name: str, names: Collection[str]) -> str:
-    """`downsample_layers.1.0.bias` as `stages.1.0.0.bias`, in front of the blocks, `stages.1.1`."""
+    """Rename `downsample_layers.1.0.bias` to `stages.1.0.0.bias`, before the blocks, `stages.1.1`."""
     name = re.sub(r"^stages\.(\d+)\.", r"stages.\1.1.", name)
     return re.sub(r"^downsample_layers\.(\d+)\.", r"stages.\1.0.", name)
 
@@ -81,7 +75,7 @@ LAYOUTS = (
         ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample", "layer1", "layer2", "layer3", "layer4", "fc"),
     ),
     Layout("timm", ("features", "pre_logits", "fc1", "fc2", "head", "fc")),  # VGG
-    Layout(  # MobileNet and EfficientNet, whose norms have torch's eps there; the ported `tf_` ones also pad otherwise
+    Layout(  # MobileNet and EfficientNet, with torch's eps in all norms
         "timm",
         ("conv_stem", "bn1", "blocks", "se", "conv_reduce", "conv_expand", "conv_head", "bn2", "classifier"),
         number_timm_block,
@@ -108,5 +102,5 @@ LAYOUTS = (
 
 
 def recognize(names: Collection[str]) -> Layout | None:
-    """Whose names these are, None when nobody's that is known."""
+    """Return the layout of a known publisher's names, else None."""
     return next((layout for layout in LAYOUTS if layout.knows(names)), None)

@@ -1,48 +1,51 @@
-"""What verbs print: facts by name, what was left out; and which of several processes prints."""
+"""Terminal output shared by the verbs, and which of several processes prints."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
-from data.shards.tars import LeftOut
+if TYPE_CHECKING:
+    from data.shards.tars import SkippedSample
 
-FILE_WIDTH = 160  # columns of a table that no terminal cuts
-NAMED = 10  # of the samples left out, so many are named
+TABLE_WIDTH = 160  # columns, where the output is a file or a pipe
+NUM_NAMED = 10  # skipped samples that are named
+LABEL_WIDTH = 10  # columns of a fact's name at least, so that consecutive lists align
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # set by torchrun, Lightning, a cluster's script, srun
 
 
 def is_main_process() -> bool:
-    """Whether this is the first of all the processes that torchrun, srun or Lightning have started, or the only one."""
-    # Lightning's children inside srun have the SLURM_PROCID of their parent: every number that is there counts.
+    """Return whether this is the only process, or rank 0 of those started by torchrun, srun or Lightning."""
+    # Lightning's children under srun inherit their parent's SLURM_PROCID, so all variables that are set must be 0.
     return all(int(os.environ.get(name, "0")) == 0 for name in RANKS)
 
 
 def main_console() -> Console:
-    """Where the main process prints; the others print nothing."""
+    """Return a console that prints in the main process only."""
     return Console(quiet=not is_main_process())
 
 
 def table_console() -> Console:
-    """Where tables are printed: as wide as the terminal, in a file or a pipe with room for all columns."""
-    free = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
-    return Console(width=FILE_WIDTH if free else None)
+    """Return a console for tables: as wide as the terminal, or wide enough for all columns in a file or pipe."""
+    has_no_width = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
+    return Console(width=TABLE_WIDTH if has_no_width else None)
 
 
 def print_facts(console: Console, facts: Mapping[str, str]) -> None:
-    """Name and value, a line each."""
-    width = max(len("evaluation"), *map(len, facts))  # lists that follow each other share their columns
+    """Print names and values, a line each."""
+    width = max(LABEL_WIDTH, *map(len, facts))
     for name, value in facts.items():
         console.print(f"[bold]{name:<{width}}[/bold]  {escape(value)}", highlight=False, soft_wrap=True)
 
 
-def report_left_out(console: Console, left_out: Sequence[LeftOut]) -> None:
-    """Name the first samples that are not in the data set, and how many there are."""
-    for sample in left_out[:NAMED]:
-        console.print(f"left out: {sample.name}: {sample.reason}", highlight=False, markup=False, soft_wrap=True)
-    if left_out:
-        console.print(f"{len(left_out):,} left out in all")
+def print_skipped(console: Console, skipped: Sequence[SkippedSample]) -> None:
+    """Name the first samples that are missing from a data set, and count all of them."""
+    for sample in skipped[:NUM_NAMED]:
+        console.print(f"skipped: {sample.name}: {sample.reason}", highlight=False, markup=False, soft_wrap=True)
+    if skipped:
+        console.print(f"{len(skipped):,} skipped in all", highlight=False)

@@ -1,6 +1,4 @@
-"""Photographs to look at networks with: one, those of a folder, or the two that come with scikit-learn."""
-
-from __future__ import annotations
+"""Photographs on which a network is measured: a file, a folder's, or the two that come with scikit-learn."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,35 +12,35 @@ from torch import Tensor
 
 from data.shards.images import SUFFIXES, UNREADABLE
 
-# Of ImageNet's colours, as most published networks were trained.
+# ImageNet's colour statistics, with which most published networks were trained.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SMALLEST = 0.5  # of the shorter side: how small a crop may be
-NAMED = 3  # files that are told by name
+MIN_CROP = 0.5  # side of the smallest crop, as a fraction of the image's shorter side
+NUM_NAMED = 3  # files that a description names
 
 
-class Photographs(NamedTuple):
-    """Crops of images, uint8 (N, H, W, 3), and what they are in words."""
+class SampleImages(NamedTuple):
+    """Crops of photographs, uint8 (N, H, W, 3), and a description of where they come from."""
 
     pixels: NDArray[np.uint8]
-    said: str
+    description: str
 
 
-def photographs(source: Path | None, count: int, *, size: tuple[int, int], seed: int = 0) -> Photographs:
-    """Random crops of an image, or of some of a folder's in turn, scaled to H x W pixels.
+def sample_images(source: Path | None, count: int, *, size: tuple[int, int], seed: int = 0) -> SampleImages:
+    """Return random crops of H x W pixels of a photograph, or of a folder's photographs in turn.
 
-    Raises: FileNotFoundError when there are none; ValueError for one that cannot be read.
+    Raises: FileNotFoundError when there is none; ValueError for one that cannot be read.
     """
     generator = np.random.default_rng(seed)
-    files = _files(source)
-    if len(files) > count:  # of a folder of classes not the first alone
+    files = _image_files(source)
+    if len(files) > count:  # spread over the folder, which may be sorted by class
         files = [files[place] for place in sorted(generator.permutation(len(files))[:count])]
     crops = [_crop(_read(files[number % len(files)]), size, generator=generator) for number in range(count)]
-    names = ", ".join(file.name for file in files) if len(files) <= NAMED else f"{len(files)} images in {source}"
-    return Photographs(np.stack(crops), f"{count} {'crop' if count == 1 else 'crops'} of {names}")
+    names = ", ".join(file.name for file in files) if len(files) <= NUM_NAMED else f"{len(files)} images in {source}"
+    return SampleImages(np.stack(crops), f"{count} {'crop' if count == 1 else 'crops'} of {names}")
 
 
-def as_images(pixels: NDArray[np.uint8], *, channels: int) -> Tensor:
-    """Photographs as a network takes them: normalised, grey or in as many copies as it has channels.
+def to_network_input(pixels: NDArray[np.uint8], *, channels: int) -> Tensor:
+    """Normalise photographs; networks of other than 3 channels get copies of the grey image.
 
     Shapes: uint8 (N, H, W, 3) -> float32 (N, channels, H, W).
     """
@@ -51,14 +49,14 @@ def as_images(pixels: NDArray[np.uint8], *, channels: int) -> Tensor:
     return images if channels == 3 else images.mean(1, keepdim=True).expand(-1, channels, -1, -1).contiguous()
 
 
-def _files(source: Path | None) -> list[Path]:
+def _image_files(source: Path | None) -> list[Path]:
     if source is None:
-        spec = find_spec("sklearn")  # without importing it, which takes a second
+        spec = find_spec("sklearn")  # importing it would take a second
         assert spec is not None
         assert spec.submodule_search_locations is not None
         source = Path(spec.submodule_search_locations[0], "datasets", "images")
-    found = [source] if source.is_file() else source.rglob("*")
-    files = sorted(path for path in found if path.suffix.lower().removeprefix(".") in SUFFIXES)
+    paths = [source] if source.is_file() else source.rglob("*")
+    files = sorted(path for path in paths if path.suffix.lower().removeprefix(".") in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"photographs={source}: there is no image, {', '.join(SUFFIXES)}")
     return files
@@ -74,7 +72,7 @@ def _read(file: Path) -> Image.Image:
 
 def _crop(image: Image.Image, size: tuple[int, int], *, generator: np.random.Generator) -> NDArray[np.uint8]:
     height, width = size
-    scale = generator.uniform(SMALLEST, 1) * min(image.width / width, image.height / height)
+    scale = generator.uniform(MIN_CROP, 1) * min(image.width / width, image.height / height)
     left = generator.uniform(0, image.width - scale * width)
     top = generator.uniform(0, image.height - scale * height)
     box = (left, top, left + scale * width, top + scale * height)

@@ -1,6 +1,4 @@
-"""How fast networks are on this machine, one beside the other."""
-
-from __future__ import annotations
+"""The speed of networks on this machine, measured side by side."""
 
 import statistics
 import time
@@ -16,9 +14,9 @@ ROUNDS = 3
 def images_per_second(
     nets: Sequence[nn.Module], shapes: Sequence[tuple[int, int, int]], *, batch_size: int
 ) -> list[float]:
-    """Images a second of each network in evaluation, on batches of its own shape (C, H, W), in float32.
+    """Return images per second of each network in evaluation, on batches of its shape (C, H, W), in float32.
 
-    All take their turn in every round, so that what else the machine does meets them alike; the median of the rounds.
+    The median of several rounds. The networks alternate, so that other load on the machine affects all of them alike.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = []

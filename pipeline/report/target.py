@@ -1,143 +1,136 @@
-"""What a report is of: a network and its images, by a config, by a name in a comparison, by the folder of a run."""
-
-from __future__ import annotations
+"""What a report is about: a network, its images and its weights, from a config, a run or a function."""
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from models.weights.load import load_weights
-from pipeline.cli.config import CONF, check_targets, compose, flatten, nearest
-from pipeline.runs.run import FINGERPRINT
+from models.learning.recipe import Recipe
+from pipeline.build.network import build_module, build_network, build_recipe, network_name
+from pipeline.build.objects import build_object
+from pipeline.build.weights import WeightsFile
+from pipeline.cli.check import check_targets, nearest
+from pipeline.cli.compose import choices, compose, flatten
+from pipeline.report.measure import TrainingSettings
+from pipeline.runs.restore import RestoredRun
 
-OF_A_RUN = ("model", "recipe")  # what a report takes of the config that a run keeps
-# A run's folder may be somebody else's: fewer targets are taken from it than from what is typed.
-TRUSTED_IN_RUNS = ("models.", "torch.optim.", "torchvision.models.")
+BATCH_SIZE, PRECISION, NUM_CLASSES = 32, "32-true", 1000  # where nothing says otherwise
+NOT_IN_FOLDER_NAME = ("out", "layers", "trust")
 
 
-class Subject(NamedTuple):
-    """A network without its weights, on the meta device, by name, and its images (C, H, W)."""
+@dataclass(frozen=True)
+class Target:
+    """A network to report on.
+
+    `skeleton` has shapes without values where the network allows it; `load` returns the network with `weights`, which
+    describes what is loaded and is None for newly initialised ones.
+    """
 
     name: str
-    net: nn.Module
-    image: tuple[int, int, int]
+    skeleton: nn.Module
+    image_shape: tuple[int, int, int]
+    training: TrainingSettings
+    weights: str | None
+    load: Callable[[], nn.Module]
 
 
-def completed(config: DictConfig) -> DictConfig:
-    """The config of a report with its model, where it names a run or a function instead, and what is left to it.
+def target_of(config: DictConfig) -> Target:
+    """Return the target of `run=`, `net=` or `+model=`.
 
-    Raises: FileNotFoundError for a run that is not there; ConfigError for a function from outside.
+    Raises: FileNotFoundError, ValueError; ConfigError for an untrusted function.
     """
-    config = config.copy()
     if config.run is not None:
-        config = of_run(config)
-    elif config.net is not None:
-        with open_dict(config):
-            config.update({"model": {"_target_": config.net}, "classifier": None})
-    config.batch_size = config.batch_size or 32
-    config.precision = config.precision or "32-true"
-    check_targets(config)
-    return config
+        return _target_of_run(config)
+    if config.net is not None:
+        config = OmegaConf.create({**config, "model": {"_target_": config.net}, "classifier": None})
+        check_targets(config)
+    return _target_of_model(config)
 
 
-def of_run(config: DictConfig) -> DictConfig:
-    """The config of a report with the network of a run, the size of its images and batches, and its best weights.
+def target_named(name: str, overrides: Sequence[str]) -> Target:
+    """Return one target of a comparison: an architecture, ARCHITECTURE.VARIANT, or a function that builds a network.
 
-    Raises: FileNotFoundError for a folder that is no run's, or has no checkpoint yet; ConfigError.
-    """
-    folder = Path(str(config.run))
-    for name in ("config.yaml", FINGERPRINT):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"run={folder}: there is no run, which would have a {name}")
-    begun = OmegaConf.load(folder / "config.yaml")
-    if not isinstance(begun, DictConfig):
-        raise FileNotFoundError(f"run={folder}: its config.yaml is no config of a training")
-    checkpoints = [folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
-    written = [path for path in checkpoints if path.is_file()]
-    if config.weights.file is None and not written:
-        raise FileNotFoundError(f"run={folder}: there is no checkpoint yet: weights=FILE takes other weights")
-    computed = json.loads((folder / FINGERPRINT).read_text())
-    taken = OmegaConf.create({key: begun[key] for key in OF_A_RUN})
-    if not config.trust:
-        check_targets(taken, among=TRUSTED_IN_RUNS)
-    with open_dict(config):
-        config.update(taken)
-    config.data.image_size = config.data.image_size or begun.data.image_size
-    config.batch_size = config.batch_size or begun.data.batch_size
-    config.precision = config.precision or computed["precision"]
-    config.weights.file = config.weights.file or str(written[0])
-    return config
-
-
-def config_of(name: str, typed: list[str]) -> DictConfig:
-    """The config of one network of a comparison, with all else that was typed.
-
-    A name is an architecture, ARCHITECTURE.VARIANT, or the function that builds the network.
-    Raises: ValueError for an architecture that does not exist.
+    Raises: ValueError for an unknown architecture.
     """
     architecture, _, variant = name.partition(".")
-    known = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+    known = choices("model")
     if variant and architecture not in known:
-        return completed(compose("report", [f"net={name}", *typed]))
+        return target_of(compose("report", [f"net={name}", *overrides]))
     if architecture not in known:
         raise ValueError(f"models: {name} is not one of {', '.join(known)}{nearest(architecture, known)}")
     chosen = [f"+model={architecture}", *([f"model.variant={variant}"] if variant else [])]
-    return completed(compose("report", [*chosen, *typed]))
+    config = compose("report", [*chosen, *overrides])
+    check_targets(config)
+    return target_of(config)
 
 
-def subject_of(config: DictConfig) -> Subject:
-    """The network of a config. Raises: ValueError where nothing says how large its images are."""
-    try:
-        with torch.device("meta"):
-            net = _built(config)
-    except (RuntimeError, InstantiationException):  # it computes with numbers while it is built
-        net = _built(config)
-    channels, published = int(config.model.get("in_channels", 3)), getattr(net, "image_size", None)
-    by_timm = getattr(net, "default_cfg", None)
-    if published is None and isinstance(by_timm, dict):
-        channels, published, _ = by_timm["input_size"]
-    size = config.data.image_size or published
-    if not isinstance(size, int):
-        raise ValueError("this network is for images of no size in particular: add data.image_size=PIXELS")
-    name = str(config.model.get("variant", config.model._target_))
-    return Subject(name, net, (channels, size, size))
-
-
-def with_weights(config: DictConfig) -> nn.Module:
-    """The network with the weights of its file, or with the first ones of a training with this seed.
-
-    Raises: FileNotFoundError, ValueError when the file does not fit.
-    """
-    torch.manual_seed(config.seed)
-    net, told = _built(config), config.weights
-    if told.file is None and config.classifier is not None:
-        num_classes = config.model.get("num_classes") or 1000
-        instantiate(config.classifier, net=net, num_classes=num_classes, recipe=instantiate(config.recipe))
-    if told.file is None:
-        return net
-    options = {"head": told.head, "stem": told.stem, "skip": list(told.skip)}
-    load_weights(net, Path(str(told.file)), norm_eps=config.model.get("norm_eps"), **options)
-    return net
-
-
-def folder_for(config: DictConfig, name: str) -> Path:
-    """Where what is written goes; unless that is told, eight digits stand for all values that change what it says."""
+def output_folder(config: DictConfig, name: str) -> Path:
+    """Return the output folder: `out` if given, otherwise the name plus a hash of the settings."""
     if config.out is not None:
         return Path(str(config.out))
-    meant = {key: value for key, value in flatten(config).items() if key not in ("out", "layers", "trust")}
-    digest = hashlib.sha256(json.dumps(meant, sort_keys=True, default=str).encode()).hexdigest()
+    settings = {key: value for key, value in flatten(config).items() if key not in NOT_IN_FOLDER_NAME}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     return Path("" if config.run is None else str(config.run), "reports", f"{name}-{digest[:8]}")
 
 
-def _built(config: DictConfig) -> nn.Module:
-    net = instantiate(config.model)
-    if not isinstance(net, nn.Module):
-        raise ValueError(f"{config.model._target_} builds no network: {type(net).__name__}")
-    return net
+def _target_of_model(config: DictConfig) -> Target:
+    weights = build_object(config, "weights", kind=WeightsFile)
+    skeleton = _without_values(lambda: build_network(config))
+    channels, published = int(config.model.get("in_channels", 3)), getattr(skeleton, "image_size", None)
+    timm_config = getattr(skeleton, "default_cfg", None)
+    if published is None and isinstance(timm_config, dict):
+        channels, published, _ = timm_config["input_size"]
+    size = config.data.image_size or published
+    if not isinstance(size, int):
+        raise ValueError("this network is not built for one image size: add data.image_size=PIXELS")
+
+    def load() -> nn.Module:
+        torch.manual_seed(config.seed)
+        net = build_network(config)
+        if weights.file is not None:
+            weights.load_into(net, norm_eps=config.model.get("norm_eps"))
+        elif config.classifier is not None:
+            num_classes = config.model.get("num_classes") or NUM_CLASSES
+            build_module(config, net, num_classes=num_classes, recipe=build_recipe(config))
+        return net
+
+    training = _training_settings(config, build_recipe(config), batch_size=BATCH_SIZE, precision=PRECISION)
+    return Target(network_name(config), skeleton, (channels, size, size), training, _describe(weights), load)
+
+
+def _target_of_run(config: DictConfig) -> Target:
+    run = RestoredRun(Path(str(config.run)), trust=bool(config.trust))
+    given = build_object(config, "weights", kind=WeightsFile)
+    weights = WeightsFile(str(run.weights_file)) if given.file is None else given
+    size = config.data.image_size or run.image_size
+
+    def load() -> nn.Module:
+        net = run.build_network()
+        weights.load_into(net, norm_eps=run.norm_eps)
+        return net
+
+    recipe = run.build_recipe()
+    training = _training_settings(config, recipe, batch_size=run.batch_size, precision=run.precision)
+    skeleton = _without_values(run.build_network)
+    return Target(run.name, skeleton, (run.in_channels, size, size), training, _describe(weights), load)
+
+
+def _training_settings(config: DictConfig, recipe: Recipe, *, batch_size: int, precision: str) -> TrainingSettings:
+    return TrainingSettings(config.batch_size or batch_size, config.precision or precision, recipe.optimizer)
+
+
+def _describe(weights: WeightsFile) -> str | None:
+    return None if weights.file is None else f"weights of {weights.file}"
+
+
+def _without_values(build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, ValueError):  # it computes with values while it is built
+        return build()

@@ -1,253 +1,198 @@
-"""A report in the terminal: facts, lifecycle, stages, layers."""
+"""A report in the terminal: facts, and tables of the lifecycle, the stages and the layers."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from models.analysis.gradient_extent import Comparison
-from models.analysis.report import EFFECTIVE_SHARE, Report
-from models.analysis.stages import both_ways, field_of
-from models.analysis.summary import Layer
-from models.analysis.trace import ITSELF
+from models.analysis.gradient_extent import FieldComparison
+from models.analysis.report import EFFECTIVE_SHARE, Report, StageTotals
+from models.analysis.summary import LayerSummary
+from models.analysis.trace import NETWORK_ITSELF
 from pipeline.cli.console import print_facts
-from pipeline.pages.tables import in_bytes, short
+from pipeline.pages import wording
 
-WIDE = 120  # columns of a terminal that has room for all
-# Whether a small one has room for it.
-STAGE_COLUMNS = {
-    "stage": True,
-    "output": True,
-    "layers": False,
-    "parameters": True,
-    "MACs": True,
-    "activations": False,
-    "a unit sees": True,
-    "jump px": False,
-}
-LAYER_COLUMNS = {
-    "layer": True,
-    "kind": True,
-    "output": True,
-    "parameters": True,
-    "MACs": False,
-    "activations": False,
-    "a unit sees": True,
-    "jump px": False,
-    "offset px": False,
-}
-EFFECTIVE = f"effective px ({EFFECTIVE_SHARE:.0%})"
-COMPARED_COLUMNS = {
-    "network": True,
-    "image": False,
-    "M parameters": True,
-    "GMACs": True,
-    "field px": True,
-    EFFECTIVE: True,
-    "whole image from": False,
-    "images/s here": True,
-}
-WORDS = ("stage", "layer", "kind", "a unit sees", "network", "whole image from")
+WIDE = 120  # columns of a terminal with room for all columns of a table
+TEXTS = ("stage", "shape", "features (rule of thumb)", "receptive field", "layer", "kind", "network", "global from")
 
 
 def print_report(console: Console, report: Report, *, layers: str) -> None:
-    """Print all that was found; `layers` is some, those that multiply or read neighbours, all, or none."""
+    """Print a report; `layers` is all, some (those that multiply or change the receptive field) or none."""
     print_facts(console, facts_of(report))
-    for one in report.comparisons or []:
-        if not one.agrees:
-            text = (
-                f"differs: {one.layer} along {one.axis}: pixels {one.field} by propagation, {one.gradient} by gradient"
-            )
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-    for warning in report.warnings:
-        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
-    console.print(lifecycle_table(report))
-    footnotes = [moment.footnote for moment in report.moments if moment.footnote]
-    for number, footnote in enumerate(footnotes, start=1):
-        console.print(f"{number} {footnote}", highlight=False, markup=False)
-    wide = console.width >= WIDE
-    console.print(stage_table(report, wide=wide))
+    lines = [
+        f"differs: {one.layer} along {one.axis}: pixels {wording.interval_words(one.propagated)} by rules, "
+        f"{wording.interval_words(one.gradient)} by gradient"
+        for one in report.comparisons or []
+        if not one.agrees
+    ]
+    for line in [*lines, *(f"warning: {warning}" for warning in report.warnings)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _print_lifecycle(console, report)
+    _print_stages(console, report)
     if layers != "none":
-        console.print(layer_table(report, every=layers == "all", wide=wide))
-
-
-def facts_of(report: Report) -> dict[str, str]:
-    """The numbers that stand for a network, by name, for people."""
-    found, last, whole = report.inspection, report.inspection.last_window, report.inspection.first_whole
-    channels, height, width = found.image
-    frozen = f", {found.trainable:,} of them trainable" if found.trainable < found.parameters else ""
-    facts = {
-        "model": f"{report.name} for images of {channels}x{height}x{width}",
-        "parameters": f"{found.parameters:,}{frozen}",
-        "multiply-adds": f"{short(found.macs)} an image",
-    }
-    if found.unknown is not None:
-        facts["fields"] = found.unknown
-    elif last is not None and last.window is not None:
-        jump = both_ways(*last.window.jump)
-        facts["field"] = f"{field_of(last)} at {last.place}, {jump} px from unit to unit"
-        facts["whole image"] = "by its windows alone" if whole is None else _first_in(whole)
-        misaligned = max(layer.spread for layer in found.layers)
-        if misaligned:
-            facts["misaligned"] = f"branches that meet have their middles up to {misaligned:g} px apart"
-    else:
-        facts["field"] = "no unit is reached through windows alone"
-        facts["whole image"] = "in no layer" if whole is None else _first_in(whole)
-    if report.effective is not None:
-        squares = ", ".join(f"{share:.0%} in {side} px" for share, side in report.effective.sides.items())
-        facts["effective"] = f"{squares}: squares that hold so much of the gradient's energy"
-        facts["measured"] = f"with {report.measured}"
-    facts["memory"] = (
-        f"{in_bytes(report.memory.total)} to train on {report.batch_size} images in {report.precision}: "
-        + ", ".join(f"{name} {in_bytes(size)}" for name, size in report.memory._asdict().items())
-    )
-    if saving := separable_saving(report):
-        facts["separable"] = saving
-    if report.comparisons is not None:
-        facts["check"] = checked(report.comparisons)
-    return facts
-
-
-def _first_in(layer: Layer) -> str:
-    return f"first in {layer.place}" + (f" ({layer.kind})" if layer.name else "")
-
-
-def checked(comparisons: Sequence[Comparison]) -> str:
-    """How many fields two ways agree on."""
-    if not comparisons:
-        return "no unit is reached through windows alone"
-    inside = [one for one in comparisons if one.inside]
-    cut = len(comparisons) - len(inside)
-    rest = f", {sum(one.agrees for one in comparisons) - sum(one.agrees for one in inside)} of {cut} hold it, cut"
-    return (
-        f"{sum(one.agrees for one in inside)} of {len(inside)} fields equal the extent of their gradient"
-        f", at the end of each resolution along rows and columns"
-        f"{rest + ' by the border of the image' if cut else ''}"
-    )
-
-
-def separable_saving(report: Report) -> str:
-    """What depthwise-separable layers cost of the standard convolutions in their place; empty where there are none."""
-    ratios = [layer.separable for layer in report.inspection.layers if layer.separable is not None]
-    if not ratios:
-        return ""
-    span = f"{min(ratios):.3f}" + (f" to {max(ratios):.3f}" if max(ratios) > min(ratios) else "")
-    return f"{len(ratios)} depthwise layers with their pointwise cost {span} of standard ones: 1/C_out + 1/K^2"
-
-
-def lifecycle_table(report: Report) -> Table:
-    """From pixels to scores."""
-    table = Table(
-        "stage", "shape", "what it tends to stand for", "a unit sees", title="lifecycle", title_justify="left"
-    )
-    number = 0
-    for moment in report.moments:
-        number += bool(moment.footnote)
-        shape = ", ".join(["B", *map(str, moment.shape)])
-        mark = f" [{number}]" if moment.footnote else ""
-        table.add_row(moment.stage, f"({shape})", moment.meaning, moment.field + mark.replace("[", "\\["))
-    return table
-
-
-def stage_table(report: Report, *, wide: bool) -> Table:
-    """A row a stage, and their sum; not `wide`, without the columns that a small terminal has no room for."""
-    table = _table("stages", STAGE_COLUMNS, wide=wide)
-    found, bytes_each = report.inspection, report.bytes_per_number
-    for stage in report.stages:
-        _add_row(
-            table,
-            {
-                "stage": stage.name,
-                "output": "x".join(map(str, stage.shape)),
-                "layers": str(stage.layers),
-                "parameters": short(stage.parameters),
-                "MACs": short(stage.macs),
-                "activations": in_bytes(stage.activations * bytes_each),
-                "a unit sees": stage.field,
-                "jump px": both_ways(stage.jump_rows, stage.jump_columns),
-            },
-        )
-    if found.unused:
-        _add_row(table, {"stage": "unused", "parameters": short(found.unused), "a unit sees": "not in evaluation"})
-    table.add_section()
-    all_of_it = {
-        "stage": "all",
-        "layers": str(len(found.layers)),
-        "parameters": short(found.parameters),
-        "MACs": short(found.macs),
-        "activations": in_bytes(found.activations * bytes_each),
-    }
-    _add_row(table, all_of_it)
-    return table
-
-
-def layer_table(report: Report, *, every: bool, wide: bool) -> Table:
-    """A row a layer; unless `every`, those that multiply or read neighbours; `wide` as of stages."""
-    layers = report.inspection.layers
-    shown = [layer for layer, before in zip(layers, [None, *layers], strict=False) if every or _matters(layer, before)]
-    rest = len(layers) - len(shown)
-    table = _table("layers", LAYER_COLUMNS, wide=wide)
-    table.caption = f"and {rest} norms, activations and sums: layers=all shows them" if rest else None
-    for layer in shown:
-        _add_row(
-            table,
-            {
-                "layer": layer.name.removeprefix("stages.") or ITSELF,
-                "kind": layer.kind,
-                "output": "x".join(map(str, layer.shape)),
-                "parameters": short(layer.parameters) if layer.parameters else "",
-                "MACs": short(layer.macs) if layer.macs else "",
-                "activations": in_bytes(layer.activations * report.bytes_per_number),
-                "a unit sees": field_of(layer),
-                "jump px": both_ways(layer.rows.jump, layer.columns.jump),
-                "offset px": both_ways(layer.rows.offset, layer.columns.offset),
-            },
-        )
-    return table
+        _print_layers(console, report, every=layers == "all")
 
 
 def print_comparison(console: Console, reports: Sequence[Report], *, images_per_second: Sequence[float]) -> None:
-    """Networks side by side; speeds are of this machine, in evaluation."""
-    table = Table(title="networks side by side", title_justify="left")
-    for name, always in COMPARED_COLUMNS.items():
-        if always or console.width >= WIDE:  # heads may take two lines, names not
-            table.add_column(name, justify="left" if name in WORDS else "right", no_wrap=name == "network")
-    for report, speed in zip(reports, images_per_second, strict=True):
-        facts, whole = report.facts, report.inspection.first_whole
-        _add_row(
-            table,
-            {
-                "network": report.name,
-                "image": "x".join(map(str, report.inspection.image)),
-                "M parameters": f"{facts['params_millions']:.2f}",
-                "GMACs": f"{facts['gmacs']:.3f}",
-                "field px": _number(facts.get("receptive_field_px")),
-                EFFECTIVE: _number(facts.get("effective_receptive_field_px")),
-                "whole image from": whole.place if whole is not None else "",
-                "images/s here": f"{speed:,.1f}",
-            },
-        )
-    console.print(table)
+    """Print networks side by side, with their speed in evaluation on this machine."""
+    rows = [
+        {
+            "network": report.name,
+            "image": wording.shape_words(report.summary.image_shape),
+            "M params": f"{report.facts['params_millions']:.2f}",
+            "GMACs": f"{report.facts['gmacs']:.3f}",
+            "field px": wording.integer(report.facts.get("receptive_field_px")),
+            "effective px": wording.integer(report.facts.get("effective_receptive_field_px")),
+            "global from": layer.location if (layer := report.summary.first_global_layer) else "",
+            "images/s": wording.rate(speed),
+        }
+        for report, speed in zip(reports, images_per_second, strict=True)
+    ]
+    caption = f"effective: side of the square with {EFFECTIVE_SHARE:.0%} of the energy; images/s: on this machine"
+    _print_table(console, "networks side by side", rows=rows, details=("image", "global from"), caption=caption)
 
 
-def _table(title: str, columns: Mapping[str, bool], *, wide: bool) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for name, always in columns.items():
-        if wide or always:
-            words = name in WORDS
-            table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
-    return table
+def facts_of(report: Report) -> dict[str, str]:
+    """The main numbers of a network in words, by name."""
+    summary, memory = report.summary, report.memory
+    frozen = f", {summary.num_trainable:,} of them trainable" if summary.num_trainable < summary.num_parameters else ""
+    facts = {
+        "model": f"{report.name} for images of {wording.shape_words(summary.image_shape)}",
+        "parameters": f"{summary.num_parameters:,}{frozen}",
+        "multiply-adds": f"{wording.short_count(summary.macs)} an image",
+        **_field_facts(report),
+    }
+    if report.effective is not None:
+        squares = ", ".join(f"{share:.0%} in {side} px" for share, side in report.effective.sides.items())
+        facts["effective"] = f"squares with a share of the gradient's energy: {squares}"
+        facts["measured"] = f"with {report.measured_with}"
+    parts = ", ".join(f"{name} {wording.byte_count(size)}" for name, size in memory._asdict().items())
+    batch = f"batches of {report.batch_size:,} in {report.precision}"
+    facts["memory"] = f"{wording.byte_count(memory.total)} to train on {batch}: {parts}"
+    ratios = [layer.separable_cost for layer in summary.layers if layer.separable_cost is not None]
+    if ratios:
+        span = " to ".join(dict.fromkeys(f"{ratio:.3f}" for ratio in (min(ratios), max(ratios))))
+        facts["separable"] = f"{len(ratios)} depthwise-separable layers cost {span} of standard ones: 1/C_out + 1/K^2"
+    if report.comparisons is not None:
+        facts["check"] = _check_words(report.comparisons)
+    return facts
 
 
-def _add_row(table: Table, cells: Mapping[str, str]) -> None:
-    table.add_row(*(cells.get(str(column.header), "") for column in table.columns))
+def _field_facts(report: Report) -> dict[str, str]:
+    summary = report.summary
+    last, first_global = summary.last_local_layer, summary.first_global_layer
+    if summary.unknown is not None:
+        return {"field": summary.unknown}
+    facts = {"field": "no unit has a local field along both axes", "global field": "in no layer"}
+    if last is not None:
+        jump = wording.pair_words(last.rows.stride, last.columns.stride)
+        field = wording.field_words(last.rows, last.columns)
+        facts["field"] = f"{field} at {last.location}, {jump} px between neighbouring units"
+    if first_global is not None:
+        facts["global field"] = f"first in {first_global.location} ({first_global.kind})"
+    misaligned = max(layer.misalignment for layer in summary.layers)
+    if misaligned:
+        facts["misaligned"] = f"branches meet with the centers of their fields up to {misaligned:g} px apart"
+    return facts
 
 
-def _matters(layer: Layer, before: Layer | None) -> bool:
+def _check_words(comparisons: Sequence[FieldComparison]) -> str:
+    inside = [one.agrees for one in comparisons if one.is_inside]
+    cut = [one.agrees for one in comparisons if not one.is_inside]
+    words = f"{sum(inside)} of {len(inside)} fields equal the extent of their gradient, at the end of each resolution"
+    return words + (f"; {sum(cut)} of {len(cut)} contain it, cut by the border of the image" if cut else "")
+
+
+def _print_lifecycle(console: Console, report: Report) -> None:
+    sketches = [stage.sketch for stage in report.lifecycle if stage.sketch]
+    rows = [
+        {
+            "stage": stage.name,
+            "shape": f"({', '.join(['B', *map(str, stage.shape)])})",
+            "features (rule of thumb)": stage.meaning,
+            "receptive field": wording.field_words(stage.rows, stage.columns)
+            + (f" [{sketches.index(stage.sketch) + 1}]" if stage.sketch else ""),
+        }
+        for stage in report.lifecycle
+    ]
+    _print_table(console, "lifecycle", rows=rows)
+    for number, sketch in enumerate(sketches, start=1):
+        console.print(f"{number} {wording.sketch_footnote(sketch)}", highlight=False, markup=False)
+
+
+def _print_stages(console: Console, report: Report) -> None:
+    summary, num_bytes = report.summary, report.bytes_per_activation
+    rows = [
+        {"stage": stage.name, "layers": str(stage.num_layers), **_cells(stage, num_bytes=num_bytes)}
+        for stage in report.stages
+    ]
+    if summary.num_unused:
+        rows.append({"stage": "not in evaluation", "parameters": wording.short_count(summary.num_unused)})
+    total = {
+        "stage": "total",
+        "layers": str(len(summary.layers)),
+        "parameters": wording.short_count(summary.num_parameters),
+        "MACs": wording.short_count(summary.macs),
+        "activations": wording.byte_count(summary.num_activations * num_bytes),
+    }
+    details, caption = ("layers", "activations", "jump px"), "jump: distance between neighbouring receptive fields"
+    _print_table(console, "stages", rows=rows, details=details, total=total, caption=caption)
+
+
+def _print_layers(console: Console, report: Report, *, every: bool) -> None:
+    layers, num_bytes = report.summary.layers, report.bytes_per_activation
+    pairs = zip(layers, [None, *layers], strict=False)
+    shown = [layer for layer, before in pairs if every or _matters(layer, before)]
+    rows = [
+        {
+            "layer": layer.name.removeprefix("stages.") or NETWORK_ITSELF,
+            "kind": layer.kind,
+            **_cells(layer, num_bytes=num_bytes),
+            "offset px": wording.pair_words(layer.rows.offset, layer.columns.offset),
+        }
+        for layer in shown
+    ]
+    caption = "offset: first pixel of the first unit's receptive field, negative in the padding"
+    _print_table(console, "layers", rows=rows, details=("MACs", "activations", "jump px", "offset px"), caption=caption)
+    if len(shown) < len(layers):
+        console.print(f"{len(layers) - len(shown)} norms, activations and sums are left out: layers=all shows them")
+
+
+def _matters(layer: LayerSummary, before: LayerSummary | None) -> bool:
     return bool(layer.macs) or before is None or (layer.rows, layer.columns) != (before.rows, before.columns)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
+def _cells(part: StageTotals | LayerSummary, *, num_bytes: int) -> dict[str, str]:
+    return {
+        "output": wording.shape_words(part.shape),
+        "parameters": wording.short_count(part.num_parameters) if part.num_parameters else "",
+        "MACs": wording.short_count(part.macs) if part.macs else "",
+        "activations": wording.byte_count(part.num_activations * num_bytes),
+        "receptive field": wording.field_words(part.rows, part.columns),
+        "jump px": wording.pair_words(part.rows.stride, part.columns.stride),
+    }
+
+
+def _print_table(
+    console: Console,
+    title: str,
+    *,
+    rows: Sequence[Mapping[str, str]],
+    details: Collection[str] = (),
+    total: Mapping[str, str] | None = None,
+    caption: str | None = None,
+) -> None:
+    """Print rows under the columns of the first; `details` are columns, with a caption, for wide terminals only."""
+    is_wide, totals = console.width >= WIDE, total or {}
+    table = Table(title=title, title_justify="left", caption_justify="left", show_footer=total is not None)
+    table.caption = caption if is_wide else None
+    columns = [column for column in rows[0] if is_wide or column not in details]
+    for name in columns:
+        text = name in TEXTS
+        table.add_column(
+            name, totals.get(name, ""), justify="left" if text else "right", no_wrap=not text, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(escape(row.get(name, "")) for name in columns))
+    console.print(table)

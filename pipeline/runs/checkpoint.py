@@ -1,8 +1,7 @@
-"""Checkpoints: which are kept, and how they are written so that none is ever a part of one."""
-
-from __future__ import annotations
+"""Checkpoints: which are kept, and how they are written so that a reader never finds a partial one."""
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,29 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, flushes it to the disk and renames it; Lightning's own stages it in
-    the folder for temporary files, and moving it from there to another file system is no single step."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write each checkpoint under another name in its own folder, flush it to disk and rename it.
+
+    Lightning stages it in the temporary folder; moving it from there to another file system is not atomic.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
-        """Write `path`, whole or not at all."""
-        place = Path(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f".{place.name}")
+        """Write `path` atomically."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}")
         with partial.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(place)
+        partial.replace(target)
 
 
-class KeepBest(ModelCheckpoint):
-    """After each epoch `last.ckpt`, and `best.ckpt` where `monitor` is higher than ever; no monitor keeps the latest.
+class BestCheckpoint(ModelCheckpoint):
+    """Write `last.ckpt` after each epoch, and `best.ckpt` when `monitor` reaches a new maximum.
 
-    The folder may have been moved since: Lightning forgets the best score of one that was.
+    Without a monitor the latest checkpoint is the best one. Unlike Lightning's, it keeps the best score when the folder
+    has been moved.
     """
 
     def __init__(self, folder: Path, *, monitor: str | None) -> None:
@@ -45,17 +47,33 @@ class KeepBest(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    @property
+    def file_name(self) -> str:
+        """The best checkpoint, or the last one where nothing was monitored."""
+        monitored = self.best_model_score is not None
+        return Path(self.best_model_path if monitored else self.last_model_path).name
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write `last.ckpt` after an epoch that was not the best too, for which Lightning writes nothing."""
+        """Write `last.ckpt` after every epoch; Lightning skips those that are not the best."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best score, and with the files where they now are."""
-        moved = {name: self._here(path) for name, path in state_dict.items() if name.endswith("_path")}
-        best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **moved, "best_k_models": best, "dirpath": self.dirpath})
+        """Restore the best score, with all paths in the current folder."""
+        paths = {name: self._moved(path) for name, path in state_dict.items() if name.endswith("_path")}
+        best = {self._moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
 
-    def _here(self, path: str) -> str:
+    def _moved(self, path: str) -> str:
         return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+
+def saved_step(checkpoint: Path) -> int:
+    """Return the optimizer step of a checkpoint. Raises: ValueError when it cannot be read."""
+    try:
+        step: int = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{checkpoint} cannot be read ({reason}): remove it to start the run over") from error
+    return step

@@ -1,45 +1,49 @@
 """Train a network on a data set: `python -m pipeline.train +model=resnet`."""
 
-from __future__ import annotations
+from omegaconf import DictConfig
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from pipeline.cli.run import run_verb
+from pipeline.cli.verb import Verb
 
-from pipeline.cli.config import flatten, run_verb
+VERB = Verb(
+    "train",
+    "Train a convolutional network on JPEGs in tar shards.",
+    {
+        "+model=resnet": "handwritten digits, on the devices of this machine",
+        "+model=resnet data=shards data.root=PATH": "a packed data set, or any WebDataset tars",
+        "+model=resnet model.variant=resnet50 recipe.epochs=30 data.batch_size=64": "",
+        "+model=resnet data.root=PATH weights=FILE weights.head=replace": "from published weights",
+    },
+    required_group="model",
+    alternatives=("experiment",),
+    implied={"data.root": (("data", "experiment"), "data=shards")},
+    aliases={"weights": "weights.file"},
+    text_keys=("weights.file", "weights.sha256"),
+)
 
 
 def main(config: DictConfig) -> None:
-    """Build what the config names and train it; an unfinished run of the same name goes on where it stopped."""
-    # Only now, so that --help and a wrong key are answered before torch and Lightning have loaded.
-    from hydra.utils import instantiate
+    """Build what the config names and train it; an unfinished run of the same settings continues.
 
-    from data.loading.datamodule import Feeding, ShardData
-    from pipeline.build.dataset import open_or_pack
-    from pipeline.runs.run import open_run
-    from pipeline.train import fit as training
-    from pipeline.train.summary import Job
+    Imports wait until here, so that --help and a wrong key are answered before torch and Lightning have loaded.
+    """
+    from pipeline.build import data, network, trainer
+    from pipeline.train import fit, weights
+    from pipeline.train.job import build_job
 
-    training.begin(config.seed)
-    told = dict(config.data)
-    where = {name: told[name] for name in ("index", "label_field", "source")}
-    dataset = open_or_pack(str(told["root"]), **where)
-    recipe = instantiate(config.recipe)
-    views = instantiate(config.augment, _convert_="all")
-    numbers = {name: told[name] for name in ("window", "readahead", "threads")}
-    feeding = Feeding(told["batch_size"], accumulate=recipe.accumulate, seed=config.seed, **numbers)
-    data = ShardData(dataset, training_view=views["training"], evaluation_view=views["evaluation"], feeding=feeding)
-    num_classes = training.num_outputs(dataset, config.model)
-    net = instantiate(config.model, num_classes=num_classes)
-    module = instantiate(config.classifier, net=net, num_classes=num_classes, recipe=recipe)
-    config.weights.sha256 = training.digest_of_weights(config.weights.file, config.weights.sha256)
-    values = flatten(config)
-    job = Job(module, data, open_run(values, dataset), instantiate(config.tracking), values)
-    training.check_image_size(job)
-    training.take_weights(job, dict(config.weights))
-    with open_dict(config):
-        config.model.num_classes = num_classes  # for those who build it again without the data set
-    text = OmegaConf.to_yaml(config, resolve=True)
-    training.train(job, instantiate(config.trainer, _partial_=True), config=text)
+    fit.prepare_process(config.seed)
+    recipe = network.build_recipe(config)
+    loaders = data.build_data(config, accumulate=recipe.accumulate)
+    num_classes = network.count_classes(config, loaders.dataset)
+    net = network.build_network(config, num_classes=num_classes)
+    module = network.build_module(config, net, num_classes=num_classes, recipe=recipe)
+    job = build_job(config, module, data=loaders, num_classes=num_classes)
+    network.check_image_size(config, net, data=loaders)
+    weights.load_initial_weights(job, norm_eps=config.model.get("norm_eps"))
+    callbacks, plugins = [*fit.own_callbacks(job), *trainer.build_callbacks(config)], fit.own_plugins()
+    lightning = trainer.build_trainer(config, recipe, callbacks=callbacks, plugins=plugins, folder=job.run.folder)
+    fit.train(job, lightning)
 
 
 if __name__ == "__main__":
-    run_verb("train", main)
+    run_verb(VERB, main)

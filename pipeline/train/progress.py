@@ -1,6 +1,4 @@
-"""The progress of a run: what a person sees of it, and the points that the journal and the dashboard get."""
-
-from __future__ import annotations
+"""The progress of a training: lines or a bar for people, points for the journal and the dashboard."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -19,13 +17,13 @@ from models.learning.classifier import Classifier
 Record = Callable[[Mapping[str, float], int], None]  # values and the optimizer step
 
 
-class Reporter(pl.Callback):
-    """Every `log_every` optimizer steps a point of each curve, after every epoch the evaluation.
+class ProgressCallback(pl.Callback):
+    """Record a point of each curve every `log_every` optimizer steps, and the metrics of each evaluation.
 
-    On a terminal a bar shows the rest; elsewhere each point is a line. Only rank 0
-    writes, but every rank must carry the callback: metrics are summed over ranks.
+    A terminal shows a bar, other outputs a line per point. Only rank 0 writes, but every rank needs the callback,
+    because metrics are summed over ranks.
 
-    Raises: RuntimeError when an evaluation has not counted every image once.
+    Raises: RuntimeError when an evaluation did not count every image once.
     """
 
     def __init__(self, console: Console, record: Record, *, log_every: int, num_epochs: int) -> None:
@@ -37,7 +35,7 @@ class Reporter(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clocks and the bar."""
-        self.began = self._since = time.perf_counter()
+        self.start = self._since = time.perf_counter()
         self._first_step = self._step = trainer.global_step
         self._waited = 0.0
         self._loss = ""
@@ -51,29 +49,27 @@ class Reporter(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note the learning rate of this step: when the batch ends the schedule has moved on."""
+        """Read the learning rate of this step, before the schedule advances."""
         self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar; at every `log_every`-th optimizer step take a point."""
+        """Move the bar, and record a point when one is due."""
         step = trainer.global_step
         if self.bar is not None:
-            epoch = f"epoch {trainer.current_epoch + 1}/{self.num_epochs}"
-            self.bar.update(self._task, completed=step, description=f"{epoch}  {self._loss}")
-        # By the step itself, so that a resumed run takes its points where the whole one does; once where several
-        # batches make a step.
-        last = step == trainer.max_steps  # so that a run shorter than `log_every` has a point too
-        if (step % self.log_every == 0 or last) and step != self._step:
-            self._point(trainer, step)
+            self.bar.update(self._task, completed=step, description=f"{self._epoch(trainer)}  {self._loss}")
+        # Points depend on the step alone, so that a resumed run records the same. Accumulated batches share a step.
+        is_due = step % self.log_every == 0 or step == trainer.max_steps
+        if is_due and step != self._step:
+            self._record_point(trainer, step)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clock of training."""
+        """Pause the clock of the training."""
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that every image was counted once; write and show the metrics."""
+        """Check that every image was counted once; record and print the metrics."""
         assert isinstance(pl_module, Classifier)
         values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
         check_count(trainer, pl_module)
@@ -81,24 +77,26 @@ class Reporter(pl.Callback):
         if not trainer.is_global_zero:
             return
         self.record(values, trainer.global_step)
-        epoch = f"epoch {trainer.current_epoch + 1}/{self.num_epochs}"
-        shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
-        self._say(f"{epoch}  {shown}  images {pl_module.evaluated_images:,}")
+        metrics = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+        self._print(f"{self._epoch(trainer)}  {metrics}  images {pl_module.evaluated_images:,}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the terminal back."""
+        """Remove the bar."""
         self._stop_bar()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the terminal back after an error too."""
+        """Remove the bar after an error too."""
         self._stop_bar()
+
+    def _epoch(self, trainer: pl.Trainer) -> str:
+        return f"epoch {trainer.current_epoch + 1}/{self.num_epochs}"
 
     def _stop_bar(self) -> None:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
-    def _point(self, trainer: pl.Trainer, step: int) -> None:
+    def _record_point(self, trainer: pl.Trainer, step: int) -> None:
         module = trainer.lightning_module
         assert isinstance(module, Classifier)
         metrics = module.take_training_metrics()
@@ -117,33 +115,29 @@ class Reporter(pl.Callback):
         self._since, self._waited, self._step = now, waited, step
         if trainer.is_global_zero:
             self.record(values, step)
-            self._show(trainer, values, step=step)
+            self._show_point(trainer, values, step=step)
 
-    def _show(self, trainer: pl.Trainer, values: dict[str, float], *, step: int) -> None:
+    def _show_point(self, trainer: pl.Trainer, values: dict[str, float], *, step: int) -> None:
         speed = f"{values['train/images_per_second']:,.0f} images/s"
         if self.bar is not None:
             self._loss = f"loss {values['train/loss']:.3f}"
             self.bar.update(self._task, speed=speed)
             return
-        passed = time.perf_counter() - self.began
+        passed = time.perf_counter() - self.start
         eta = passed / max(1, step - self._first_step) * (trainer.max_steps - step)
-        self._say(
+        self._print(
             f"step {step}/{trainer.max_steps}  loss {values['train/loss']:.4f}  lr {values['train/lr']:.4g}  {speed}"
             f"  data wait {values['train/data_wait_fraction']:.0%}  memory {values['train/memory_gib']:.1f} GiB"
-            f"  eta {clock(eta)}"
+            f"  eta {format_duration(eta)}"
         )
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         (self.bar.console if self.bar is not None else self.console).print(line, highlight=False, soft_wrap=True)
 
     def _images_per_step(self, trainer: pl.Trainer) -> int:
-        plan = self._data(trainer).training_plan(0, trainer.world_size)
-        return plan.global_batch_size
-
-    def _data(self, trainer: pl.Trainer) -> ShardData:
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by fit, missing in Lightning's types
         assert isinstance(data, ShardData)
-        return data
+        return data.training_plan(0, trainer.world_size).global_batch_size
 
     def _wait_seconds(self, trainer: pl.Trainer) -> float:
         loader = trainer.train_dataloader
@@ -152,10 +146,11 @@ class Reporter(pl.Callback):
 
 
 def check_count(trainer: pl.Trainer, module: Classifier) -> None:
-    """Raise RuntimeError unless the ranks together have counted every image of the evaluation split once."""
+    """Raise RuntimeError unless the ranks together counted every image of the evaluation split once."""
     data = trainer.datamodule  # type: ignore[attr-defined]  # set by fit, missing in Lightning's types
-    whole = isinstance(trainer.limit_val_batches, float) and trainer.limit_val_batches == 1.0  # 1 is one batch
-    if whole and module.evaluated_images != data.num_evaluation_images:
+    limit = trainer.limit_val_batches
+    is_complete = isinstance(limit, float) and limit == 1.0  # the integer 1 is a single batch
+    if is_complete and module.evaluated_images != data.num_evaluation_images:
         raise RuntimeError(
             f"evaluation counted {module.evaluated_images} images, the index of {data.evaluation_split} "
             f"has {data.num_evaluation_images}"
@@ -163,12 +158,12 @@ def check_count(trainer: pl.Trainer, module: Classifier) -> None:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory allocated on a GPU, or what this process holds on a CPU, in GiB."""
-    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-    return float(held) / 2**30
+    """Return the peak memory allocated on a GPU, or the resident memory of this process on a CPU, in GiB."""
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return float(used) / 2**30
 
 
-def clock(seconds: float) -> str:
-    """h:mm:ss."""
+def format_duration(seconds: float) -> str:
+    """Return h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

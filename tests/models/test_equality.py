@@ -1,4 +1,4 @@
-"""Logits and gradients against torchvision's networks with the same weights, and timm's where torchvision has none."""
+"""Logits and gradients equal those of torchvision's or timm's networks with the same weights."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from tests.support.networks import build_published, logits_and_gradient, scatter
 from tests.support.published import PUBLISHED, SMALLEST, TIMM, TV, Published
 
 SMALL_SIDE = 96  # pixels: enough for every network that takes any size, and quick
-FIXED = {"coatnet": 224}  # timm's takes no other
+FIXED = {"coatnet": 224}  # the only size of timm's
 NAMES = {"mobilenet_v1": "mobilenetv1_100"} | {f"coatnet_{number}": f"coatnet_{number}_224" for number in range(5)}
 QUICK = {*SMALLEST.values(), "vgg11_bn", "wide_resnet50_2", "mobilenet_v1", "mobilenet_v2", "efficientnet_v2_s"}
 
 
 def rows() -> list[object]:
-    """Each published row; those that take long only in `make test-all`."""
-    found = []
-    for row in PUBLISHED:
-        if row.source in (TV, TIMM):
-            found.append(pytest.param(row, id=row.variant, marks=() if row.variant in QUICK else pytest.mark.slow))
-    return found
+    """Every published row; the expensive ones are slow tests."""
+    return [
+        pytest.param(row, id=row.variant, marks=() if row.variant in QUICK else pytest.mark.slow)
+        for row in PUBLISHED
+        if row.source in (TV, TIMM)
+    ]
 
 
-def theirs(row: Published) -> nn.Module:
-    """The publisher's module."""
+def publishers(row: Published) -> nn.Module:
+    """The publisher's network."""
     if row.source == TV:
         return torchvision.models.get_model(row.variant)
     return timm.create_model(NAMES[row.variant])
@@ -39,7 +39,7 @@ def theirs(row: Published) -> nn.Module:
 @pytest.mark.parametrize("row", rows())
 def test_logits_and_gradients_equal_the_publishers(row: Published, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    their_net = without_chance(scatter(theirs(row)))
+    their_net = without_chance(scatter(publishers(row)))
     torch.save(their_net.state_dict(), tmp_path / "weights.pth")
     our_net = without_chance(build_published(row))
     load_weights(our_net, tmp_path / "weights.pth")
@@ -57,7 +57,8 @@ def test_logits_and_gradients_equal_the_publishers(row: Published, tmp_path: Pat
         assert torch.equal(again(images), our_logits)
 
 
-def test_every_architecture_that_others_have_is_compared() -> None:
-    by_others = {row.architecture for row in PUBLISHED if row.source in (TV, TIMM)}
-    assert by_others == {row.architecture for row in PUBLISHED if row.source in (TV, TIMM) and row.variant in QUICK}
-    assert len(by_others) == 8  # nobody publishes a LeNet: its shapes and counts are the paper's
+def test_every_architecture_with_a_publisher_is_compared() -> None:
+    published = [row for row in PUBLISHED if row.source in (TV, TIMM)]
+    architectures = {row.architecture for row in published}
+    assert architectures == {row.architecture for row in published if row.variant in QUICK}
+    assert len(architectures) == 8  # there is no published LeNet: its shapes and counts are the paper's

@@ -1,4 +1,4 @@
-"""What every architecture must be able to do: train, stand still, be exported, be wrong in a sentence, be added."""
+"""Every architecture trains, evaluates deterministically, is exported, and refuses wrong options in a sentence."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.support.networks import build, logits_and_gradient, on_meta, scatter,
 from tests.support.published import PUBLISHED, SMALLEST
 
 ARCHITECTURES = sorted(SMALLEST)
-SIDES = defaultdict(lambda: 16, lenet=32)  # pixels: all but LeNet with their stem for small images
-# Of 64 pixels, what is left behind the stem and behind the stages: with the small stem, and as published.
+SIDES = defaultdict(lambda: 16, lenet=32)  # pixels; all but LeNet with their stem for small images
+# Side of the maps after the stem and after the stages for 64 pixels: with the small stem, and as published.
 WITHOUT_STRIDES = {
     "alexnet": ((64, 15), (7, 1)),
     "vgg": ((64, 4), (64, 2)),
@@ -55,11 +55,9 @@ def test_a_training_step_changes_every_parameter(architecture: str, precision: t
     loss = functional.cross_entropy(logits.float(), torch.arange(2))
     loss.backward()
     assert loss.isfinite()
-    without = [name for name, parameter in net.named_parameters() if parameter.grad is None]
-    assert without == []
+    assert [name for name, parameter in net.named_parameters() if parameter.grad is None] == []
     optimizer.step()
-    unmoved = [name for name, parameter in net.named_parameters() if torch.equal(parameter, before[name])]
-    assert unmoved == []
+    assert [name for name, parameter in net.named_parameters() if torch.equal(parameter, before[name])] == []
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -75,11 +73,11 @@ def test_memory_stays_channels_last(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_evaluation_leaves_nothing_to_chance(architecture: str) -> None:
+def test_evaluation_is_deterministic(architecture: str) -> None:
     has_blocks = any(isinstance(layer, StochasticDepth) for layer in smallest(architecture).modules())
     off = {"dropout": 0.0, **({"stochastic_depth": 0.0} if has_blocks else {})}
     images = make_images(architecture)
-    for option in off:  # each alone
+    for option in off:  # each on its own
         net = scatter(smallest(architecture, **{**off, option: 0.5}))
         with torch.no_grad():
             trained = [net.train()(images) for _ in range(2)]
@@ -91,7 +89,7 @@ def test_evaluation_leaves_nothing_to_chance(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_state_dict_makes_another_network_the_same(architecture: str, tmp_path: Path) -> None:
+def test_a_state_dict_reproduces_the_network(architecture: str, tmp_path: Path) -> None:
     net, other = scatter(smallest(architecture)).eval(), smallest(architecture).eval()
     images = make_images(architecture)
     torch.save(net.state_dict(), tmp_path / "net.pth")
@@ -148,7 +146,7 @@ def test_lenet_has_the_maps_of_figure_2(image_size: int, in_channels: int) -> No
 
 
 @pytest.mark.parametrize("architecture", MIN_SIDES)
-def test_the_smallest_images_are_as_said(architecture: str) -> None:
+def test_the_smallest_images_are_as_documented(architecture: str) -> None:
     for least, image_size in zip(MIN_SIDES[architecture], (32, 224), strict=True):
         net = smallest(architecture, image_size=image_size).eval()
         with torch.no_grad():
@@ -177,20 +175,20 @@ def test_the_smallest_images_are_as_said(architecture: str) -> None:
         ("resnet", {"norm_eps": float("nan")}, "norm_eps=nan must be above 0"),
         ("resnet", {"widht": 2}, "widht=2 is no option of a network, those are num_classes, "),
         ("resnet", {"dropout": "much"}, "dropout=much must be a number"),
-        ("resnet", {"image_size": 32.5}, "image_size=32.5 must be a whole number"),
-        ("resnet", {"num_classes": True}, "num_classes=True must be a whole number"),
+        ("resnet", {"image_size": 32.5}, "image_size=32.5 must be an integer"),
+        ("resnet", {"num_classes": True}, "num_classes=True must be an integer"),
     ],
 )
-def test_what_no_network_can_be_is_answered(architecture: str, options: dict[str, object], answer: str) -> None:
+def test_an_impossible_option_is_refused(architecture: str, options: dict[str, object], answer: str) -> None:
     with pytest.raises(ValueError, match="=") as error:
         smallest(architecture, **options)
     assert answer in str(error.value)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_unknown_variant_is_answered_with_the_nearest(architecture: str) -> None:
+def test_an_unknown_variant_suggests_the_nearest(architecture: str) -> None:
     right = SMALLEST[architecture]
-    with pytest.raises(ValueError, match=f"did you mean {right}"):
+    with pytest.raises(ValueError, match=f"^variant={right}x is not one of .*did you mean {right}"):
         build(architecture, f"{right}x")
 
 
@@ -231,21 +229,21 @@ def test_stochastic_depth_drops_images_and_keeps_the_mean() -> None:
     assert kept.mean().item() == pytest.approx(1.0, abs=0.01)
 
 
-def test_relative_bias_is_a_number_for_each_offset() -> None:
+def test_relative_bias_depends_on_the_offset() -> None:
     torch.manual_seed(0)
     bias = RelativeBias(2, side=3)
     nn.init.normal_(bias.table)
-    whole = bias(3, 3)
-    assert whole.shape == (2, 9, 9)
+    biases = bias(3, 3)
+    assert biases.shape == (2, 9, 9)
     for query in range(9):
         for key in range(9):
             down, right = query // 3 - key // 3 + 2, query % 3 - key % 3 + 2
-            assert torch.equal(whole[:, query, key], bias.table[down * 5 + right])
+            assert torch.equal(biases[:, query, key], bias.table[down * 5 + right])
 
 
-def test_a_table_of_offsets_is_resized_as_an_image() -> None:
+def test_a_table_of_relative_biases_is_resized_as_an_image() -> None:
     torch.manual_seed(0)
-    table = torch.randn(25, 2)  # of maps of 3 x 3
+    table = torch.randn(25, 2)  # for maps of 3 x 3
     resized = resize_table(table, 4, width=5)
     assert resized.shape == (7 * 9, 2)
     # Bilinear by hand, centre to centre: row 3 of 7 is row 2 of 5, row 0 lies between rows 0 and 1, cut at the border.

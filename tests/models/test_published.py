@@ -1,4 +1,4 @@
-"""Every variant on torch's `meta` device, which holds shapes and no numbers, against what its publisher says of it."""
+"""Parameters, costs and shapes of every variant equal the published ones, on torch's `meta` device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.cli.config import CONF, compose
+from pipeline.cli.compose import CONF, compose
 from tests.support.networks import build, on_meta
 from tests.support.published import PUBLISHED, SMALLEST, TIMM, TV, Published
 
@@ -37,7 +37,7 @@ def test_counts_and_shapes_are_the_published_ones(row: Published) -> None:
     with FlopCounterMode(display=False) as counter:
         assert net(images).shape == (2, row.num_classes)
     gmacs = counter.get_total_flops() / 2 / len(images) / 1e9
-    # Published with three decimals, LeNet's with six; those of timm's were counted with other rules.
+    # Published with three decimals, LeNet's with six; timm counts by other rules.
     assert gmacs == pytest.approx(
         row.gmacs, rel=0.02 if row.source == TIMM else 2e-4, abs=6e-7 if row.gmacs < 0.01 else 6e-4
     )
@@ -53,7 +53,7 @@ def test_stages_end_where_the_resolution_changes(row: Published) -> None:
         sides.append(features.shape[-1])
     names = [name for name, _ in net.stages.named_children()]
     assert names == [f"stage{number}" for number in range(1, len(names) + 1)]
-    # Each stage but the first, which may keep what the stem has left, is at a resolution of its own.
+    # The first stage may keep the resolution of the stem, each other one has another resolution.
     assert len(set(sides[1:])) == len(names)
     assert all(before >= after for before, after in itertools.pairwise(sides))
     if row.source in (TV, TIMM) and row.image_size % 32 == 0:

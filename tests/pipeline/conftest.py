@@ -1,60 +1,39 @@
-"""What tests of verbs need: the digits packed, commands in this process, the points of a run."""
+"""Verbs in this process, and a run that several tests read."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
 
 from data.shards.dataset import Dataset
-from pipeline.cli.config import check_command_line, check_targets, compose
-from pipeline.report import __main__ as reports
-from pipeline.train import __main__ as trainings
-
-COMPUTED = ("step", "train/loss", "train/top1", "train/top5", "train/lr", "val/loss", "val/top1", "val/top5")
-
-Train = Callable[..., str]
-Report = Callable[..., str]
-
-
-def typing(verb: str, main: Callable[[DictConfig], None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`python -m pipeline.VERB ...` in this process, which has loaded torch; it returns what was printed."""
-
-    def typed(*words: str) -> str:
-        config = compose(verb, check_command_line(verb, list(words)))
-        check_targets(config)
-        main(config)
-        return capsys.readouterr().out
-
-    return typed
+from pipeline.report import __main__ as report_verb
+from pipeline.train import __main__ as train_verb
+from tests.support.commands import FinishedRun, Typed, run_module, typed
 
 
 @pytest.fixture
-def with_digits(tmp_path: Path, digits: Dataset) -> Path:
-    """The working folder of `run_verb`, with the digits packed where the config expects them."""
-    shutil.copytree(digits.root, tmp_path / "datasets" / "digits")
-    return tmp_path
-
-
-@pytest.fixture
-def train(with_digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
-    """Type `python -m pipeline.train ...` in this process."""
+def train(with_digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    """Run `python -m pipeline.train ...` in a folder with the digits."""
     monkeypatch.chdir(with_digits)
-    return typing("train", trainings.main, capsys)
+    return typed(train_verb.VERB, train_verb.main, capsys)
 
 
 @pytest.fixture
-def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Report:
-    """Type `python -m pipeline.report ...` of one network in this process."""
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    """Run `python -m pipeline.report ...` of one network in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    return typing("report", reports.main, capsys)
+    return typed(report_verb.VERB, report_verb.main, capsys)
 
 
-def journal(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's journal, without what a clock has measured."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key in COMPUTED} for line in lines]
+@pytest.fixture(scope="session")
+def main_job(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> FinishedRun:
+    """`python -m pipeline.train +model=resnet` with two epochs of five steps, in its own process."""
+    root = tmp_path_factory.mktemp("main_job")
+    shutil.copytree(digits.root, root / "datasets" / "digits")
+    short = ("recipe.epochs=2", "+trainer.limit_train_batches=5", "log_every=2")
+    answer = run_module(root, "pipeline.train", "+model=resnet", *short)
+    assert answer.returncode == 0, answer.stderr
+    (folder,) = (root / "runs").iterdir()
+    return FinishedRun(root, folder, answer.stdout)

@@ -1,8 +1,8 @@
-"""What the publishers say of each variant, a row each, where the tests find it.
+"""Published parameter counts and costs, one row per variant.
 
-Multiply-adds, in billions, are those of convolutions, linear layers and the products of attention at the image
-size of the row; norms, activations and biases are not counted. torchvision's are published with its weights (`_ops`);
-timm's, for CoAtNet and MobileNetV1, were counted with other rules, which differ by up to 2 %.
+Multiply-adds, in billions, are those of convolutions, linear layers and the products of attention at the row's image
+size, without norms, activations and biases. torchvision publishes them with its weights (`_ops`); timm's, for CoAtNet
+and MobileNetV1, follow other rules and differ by up to 2 %.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """A row: `architecture` is the name of a file in conf/model."""
+    """One variant. `architecture` is the name of a file in conf/model."""
 
     architecture: str
     variant: str
@@ -26,9 +26,7 @@ class Published(NamedTuple):
 TV = "torchvision 0.29, weights' meta"
 TIMM = "timm 1.0"
 PUBLISHED = (
-    Published(
-        "lenet", "lenet5", 61_706, 0.000417, 32, "LeCun et al. 1998, all of C3 connected", num_classes=10, in_channels=1
-    ),
+    Published("lenet", "lenet5", 61_706, 0.000417, 32, "LeCun et al. 1998, full C3", num_classes=10, in_channels=1),
     Published("alexnet", "alexnet", 61_100_840, 0.714, 224, TV),
     Published("vgg", "vgg11", 132_863_336, 7.609, 224, TV),
     Published("vgg", "vgg11_bn", 132_868_840, 7.609, 224, TV),
@@ -73,5 +71,5 @@ PUBLISHED = (
     Published("coatnet", "coatnet_3", 166_966_264, 36.56, 224, TIMM),
     Published("coatnet", "coatnet_4", 275_425_288, 62.48, 224, TIMM),
 )
-# The variant of each architecture that tests can afford to run: the one with the fewest parameters.
+# The variant of each architecture with the fewest parameters, which tests can afford to run.
 SMALLEST = {row.architecture: row.variant for row in sorted(PUBLISHED, key=lambda row: row.parameters, reverse=True)}

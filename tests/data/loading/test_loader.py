@@ -1,4 +1,4 @@
-"""Batches against PIL's decode and torchvision's resize, and what happens when the files are not as they were."""
+"""Batches against PIL's decoder and torchvision's resize, and errors for files that changed."""
 
 from __future__ import annotations
 
@@ -15,40 +15,37 @@ from PIL import Image, ImageOps
 from torchvision.transforms import functional as reference
 from torchvision.transforms.v2 import functional as v2
 
-from data.loading.crops import EvaluationView, TrainingView
-from data.loading.graph import Decode
-from data.loading.loader import Batch, Loader, LocalShards, TrainingLoader
+from data.loading.crops import EvaluationCrop, TrainingCrop
+from data.loading.graph import DecodeSettings, choose_resizer
+from data.loading.loader import Batch, Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, TrainingPlan
+from data.loading.storage import LocalShards
 from data.shards import sources
 from data.shards.dataset import Dataset
 from data.shards.images import UnreadableImage
 from data.shards.indexing import open_dataset
 from data.shards.pack import pack
-from tests.conftest import CIFAR, make_folder
+from tests.support.images import make_folder
+from tests.support.paths import CIFAR
 
 
 def evaluation(
     dataset: Dataset, split: str, *, image_size: int, crop_fraction: float, batch_size: int = 16, **ranks: int
 ) -> Loader:
-    index = dataset.index(split)
-    plan = EvaluationPlan(len(index), batch_size, **ranks)
-    view = EvaluationView(image_size, crop_fraction)
-    return Loader(index, LocalShards(dataset.root), plan=plan, view=view, decode=Decode(dataset.mean, dataset.std))
+    index, decode = dataset.index(split), DecodeSettings(dataset.mean, dataset.std)
+    plan, crop = EvaluationPlan(len(index), batch_size, **ranks), EvaluationCrop(image_size, crop_fraction)
+    return Loader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=decode)
 
 
 def training(dataset: Dataset, *, image_size: int = 32, batch_size: int = 8, **plan: int) -> TrainingLoader:
-    index = dataset.index("train")
-    order = TrainingPlan(index.shard_samples, seed=0, window=1_000_000, batch_size=batch_size, **plan)
-    view = TrainingView(image_size)
-    return TrainingLoader(
-        index, LocalShards(dataset.root), plan=order, view=view, decode=Decode(dataset.mean, dataset.std)
-    )
+    index, decode = dataset.index("train"), DecodeSettings(dataset.mean, dataset.std)
+    order = TrainingPlan(index.shard_samples, seed=0, shuffle_window=1_000_000, batch_size=batch_size, **plan)
+    return TrainingLoader(index, LocalShards(dataset.root), plan=order, crop=TrainingCrop(image_size), decode=decode)
 
 
-def encoded(dataset: Dataset, split: str, sample: int) -> Image.Image:
-    """The image of a sample by Python's tarfile and PIL, upright and in colour."""
-    name = dataset.index(split).keys([sample])[0]
-    tar, _, key = name.partition(": ")
+def decode_by_pil(dataset: Dataset, split: str, sample: int) -> Image.Image:
+    """Read a sample with Python's tarfile and PIL: upright, RGB."""
+    tar, _, key = dataset.index(split).keys([sample])[0].partition(": ")
     with tarfile.open(dataset.root / tar) as shard:
         member = next(m for m in shard if m.name.startswith(key + ".") and not m.name.endswith(".cls"))
         content = shard.extractfile(member)
@@ -63,21 +60,22 @@ def levels(dataset: Dataset, images: torch.Tensor) -> np.ndarray:
 
 
 def first_and_last(dataset: Dataset, split: str) -> list[int]:
-    """The first and the last sample of every class."""
+    """List the first and the last sample of every class."""
     index = dataset.index(split)
     labels = index.rows(np.arange(len(index))).label
-    wanted = [np.flatnonzero(labels == label)[[0, -1]] for label in range(len(dataset.classes))]
-    return sorted({int(sample) for pair in wanted for sample in pair})
+    pairs = [np.flatnonzero(labels == label)[[0, -1]] for label in range(len(dataset.classes))]
+    return sorted({int(sample) for pair in pairs for sample in pair})
 
 
 def assert_equals_torchvision(dataset: Dataset, split: str, *, image_size: int, crop_fraction: float) -> None:
     batches = list(evaluation(dataset, split, image_size=image_size, crop_fraction=crop_fraction))
     images = torch.cat([batch.images for batch in batches])
     assert torch.cat([batch.samples for batch in batches]).tolist() == list(range(len(images)))
-    wanted = first_and_last(dataset, split)
-    assert len(wanted) >= len(dataset.classes)
-    for sample in wanted:
-        resized = reference.resize(encoded(dataset, split, sample), [round(image_size / crop_fraction)], antialias=True)
+    samples = first_and_last(dataset, split)
+    assert len(samples) >= len(dataset.classes)
+    for sample in samples:
+        image = decode_by_pil(dataset, split, sample)
+        resized = reference.resize(image, [round(image_size / crop_fraction)], antialias=True)
         expected = np.asarray(reference.center_crop(resized, [image_size])).astype(float)
         assert np.abs(levels(dataset, images[sample : sample + 1])[0] - expected).max() < 1.001, sample
 
@@ -106,7 +104,7 @@ def test_cifar_equals_pil_and_torchvision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "image_size"), [("digits", 16), ("photographs", 96)])
-def test_a_training_image_is_torchvisions_crop_of_its_window(
+def test_a_training_image_equals_torchvisions_resized_crop(
     request: pytest.FixtureRequest, name: str, image_size: int
 ) -> None:
     dataset: Dataset = request.getfixturevalue(name)
@@ -116,18 +114,32 @@ def test_a_training_image_is_torchvisions_crop_of_its_window(
     for batch in batches:
         rows = loader.index.rows(batch.samples.numpy())
         sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)
-        windows = loader.view.windows(sizes, batch.samples.numpy(), seed=0, epoch=0)
+        crops = loader.crop.crops(sizes, batch.samples.numpy(), seed=0, epoch=0)
         for position, sample in enumerate(batch.samples.tolist()):
-            corner, shape = windows.anchor[position].tolist(), windows.shape[position].tolist()
-            image = v2.pil_to_tensor(encoded(dataset, "train", sample))
+            corner, shape = crops.anchor[position].tolist(), crops.shape[position].tolist()
+            image = v2.pil_to_tensor(decode_by_pil(dataset, "train", sample))
             expected = v2.resized_crop(image, *corner, *shape, [image_size, image_size], antialias=True)
-            if windows.mirror[position]:
+            if crops.mirror[position]:
                 expected = v2.hflip(expected)
             difference = levels(dataset, batch.images[position : position + 1])[0] - expected.permute(1, 2, 0).numpy()
             assert np.abs(difference).max() < 0.001, (sample, corner, shape)
 
 
-def test_a_batch_is_what_networks_expect(photographs: Dataset) -> None:
+def test_torch_resizes_crops_without_margin_on_a_cpu() -> None:
+    cpu, gpu = (DecodeSettings((0, 0, 0), (1, 1, 1), device_id=device_id) for device_id in (None, 0))
+    assert choose_resizer(cpu, TrainingCrop(32)) == "torch"
+    assert {choose_resizer(gpu, TrainingCrop(32)), choose_resizer(cpu, EvaluationCrop(32))} == {"dali"}
+
+
+def test_both_resizers_agree_inside_the_border(photographs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [next(iter(training(photographs, image_size=64)))]
+    monkeypatch.setattr("data.loading.loader.choose_resizer", lambda decode, crop: "dali")
+    batches.append(next(iter(training(photographs, image_size=64))))
+    by_torch, by_dali = (levels(photographs, batch.images)[:, 4:-4, 4:-4] for batch in batches)
+    assert 0 < np.abs(by_torch - by_dali).max() < 1.001  # both round to a level
+
+
+def test_a_batch_has_the_types_and_layout_of_networks(photographs: Dataset) -> None:
     batch = next(iter(training(photographs, image_size=64)))
     assert isinstance(batch, Batch)
     assert batch.images.shape == (8, 3, 64, 64)
@@ -138,26 +150,24 @@ def test_a_batch_is_what_networks_expect(photographs: Dataset) -> None:
     assert batch.labels.tolist() == labels.tolist()
 
 
-def test_batches_that_are_held_do_not_change(digits: Dataset) -> None:
+def test_later_batches_do_not_overwrite_earlier_ones(digits: Dataset) -> None:
     loader = training(digits, batch_size=64)
-    held = list(loader)
-    copies = [batch.images.clone() for batch in held]
-    for _ in loader:
-        pass
-    assert len(held) == 1438 // 64
-    assert all(torch.equal(batch.images, copy) for batch, copy in zip(held, copies, strict=True))
+    batches = list(loader)
+    copies = [batch.images.clone() for batch in batches]
+    assert len(list(loader)) == len(batches) == 1438 // 64
+    assert all(torch.equal(batch.images, copy) for batch, copy in zip(batches, copies, strict=True))
 
 
-def test_an_epoch_is_every_image_once_and_the_next_in_another_order(digits: Dataset) -> None:
+def test_each_epoch_has_every_image_once_in_its_own_order(digits: Dataset) -> None:
     loader = training(digits, batch_size=2)
     epochs = [torch.cat([batch.samples for batch in loader]).tolist() for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1438))
     assert epochs[0] != epochs[1]
 
 
-def test_a_restored_loader_gives_the_same_bits(digits: Dataset) -> None:
-    whole = training(digits, batch_size=200)
-    batches = [(batch.images.clone(), batch.samples) for _ in range(2) for batch in whole]
+def test_a_restored_loader_continues_with_the_same_bits(digits: Dataset) -> None:
+    complete = training(digits, batch_size=200)
+    batches = [(batch.images.clone(), batch.samples) for _ in range(2) for batch in complete]
     assert len(batches) == 14
     stopped = training(digits, batch_size=200)
     for _, _ in zip(range(10), (batch for _ in range(2) for batch in stopped), strict=False):
@@ -173,7 +183,7 @@ def test_a_restored_loader_gives_the_same_bits(digits: Dataset) -> None:
     assert restored.state_dict() == {"epoch": 2, "step": 0}
 
 
-def test_an_evaluation_left_early_begins_anew(digits: Dataset) -> None:
+def test_an_abandoned_evaluation_starts_over(digits: Dataset) -> None:
     loader = evaluation(digits, "val", image_size=16, crop_fraction=1.0)
     next(iter(loader))
     assert torch.cat([batch.samples for batch in loader]).tolist() == list(range(359))

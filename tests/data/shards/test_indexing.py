@@ -1,4 +1,4 @@
-"""Tars made by others: what is in them is found, and what is wrong with them is said."""
+"""Foreign tars: every kind of sample is read, every defect is named."""
 
 from __future__ import annotations
 
@@ -14,29 +14,11 @@ from PIL import Image
 
 from data.shards import sources
 from data.shards.dataset import Dataset
-from data.shards.indexing import open_dataset, statistics_shares
+from data.shards.index_writer import statistics_shares
+from data.shards.indexing import open_dataset
 from data.shards.pack import pack
-from tests.conftest import make_folder, make_jpeg, orientation
-
-
-def write_tar(path: Path, files: dict[str, bytes], **options: int) -> Path:
-    """A tar by Python's own writer."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **options) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def make_samples(count: int, *, classes: int = 3, prefix: str = "") -> dict[str, bytes]:
-    """Samples as most people write them: a .jpg and a .cls each."""
-    files = {}
-    for number in range(count):
-        files[f"{prefix}{number:05d}.jpg"] = make_jpeg(20 + number, 30, seed=number)
-        files[f"{prefix}{number:05d}.cls"] = str(number % classes).encode()
-    return files
+from tests.support.images import make_folder, make_jpeg, orientation
+from tests.support.shards import make_samples, write_tar
 
 
 def convert(image_format: str, **options: object) -> bytes:
@@ -51,17 +33,17 @@ def all_rows(dataset: Dataset, split: str) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_offsets_point_at_the_images(tmp_path: Path, tar_format: int) -> None:
+def test_offsets_are_those_of_the_images(tmp_path: Path, tar_format: int) -> None:
     name = "x" * 90 + "/" + "ümlaut" if tar_format != tarfile.USTAR_FORMAT else "plain"
     files = {f"{name}{number}.{suffix}": content for number in range(3) for suffix, content in
              (("jpg", make_jpeg(20, 30, seed=number)), ("cls", b"1"))}  # fmt: skip
     tar = write_tar(tmp_path / "a.tar", files, format=tar_format)
-    dataset, left_out = open_dataset(tmp_path)
+    dataset, skipped = open_dataset(tmp_path)
     rows = all_rows(dataset, "train")
-    assert left_out == []
+    assert skipped == []
     content = tar.read_bytes()
-    found = [content[o : o + s] for o, s in zip(rows["offset"], rows["size"], strict=True)]
-    assert found == [image for key, image in files.items() if key.endswith("jpg")]
+    images = [content[o : o + s] for o, s in zip(rows["offset"], rows["size"], strict=True)]
+    assert images == [image for key, image in files.items() if key.endswith("jpg")]
 
 
 def test_every_kind_of_image_and_label_is_read(tmp_path: Path) -> None:
@@ -77,11 +59,11 @@ def test_every_kind_of_image_and_label_is_read(tmp_path: Path) -> None:
         "d.txt": b"ignored",
     }
     write_tar(tmp_path / "set-train-0.tar", files)
-    dataset, left_out = open_dataset(tmp_path)
+    dataset, skipped = open_dataset(tmp_path)
     rows = all_rows(dataset, "train")
-    assert left_out == []
+    assert skipped == []
     assert rows["label"] == [2, 0, 1, 1]
-    assert rows["height"] == [20, 20, 20, 30]  # the last one was held upright
+    assert rows["height"] == [20, 20, 20, 30]  # the last one has an EXIF orientation
     assert rows["width"] == [30, 30, 30, 20]
     assert dataset.classes == ("0", "1", "2")
 
@@ -99,14 +81,14 @@ def test_labels_may_be_names_in_another_field(tmp_path: Path) -> None:
     assert all_rows(dataset, "train")["label"] == [1, 0]
 
 
-def test_splits_are_told_from_names(tmp_path: Path) -> None:
+def test_names_determine_the_splits(tmp_path: Path) -> None:
     for name in ("train/0000.tar", "train/0001.tar", "imagenet-validation-00.tar", "testing/a.tar", "set_test_0.tar"):
         write_tar(tmp_path / name, make_samples(3))
     dataset, _ = open_dataset(tmp_path)
     assert {name: split.samples for name, split in dataset.splits.items()} == {"train": 6, "val": 3, "test": 6}
 
 
-def test_indexing_happens_once_and_again_when_a_tar_changes(tmp_path: Path) -> None:
+def test_tars_are_indexed_once_and_again_when_one_changes(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "train-0.tar", make_samples(4))
     first, _ = open_dataset(tmp_path)
     stamp = (tmp_path / "train.parquet").stat().st_mtime_ns
@@ -120,7 +102,7 @@ def test_indexing_happens_once_and_again_when_a_tar_changes(tmp_path: Path) -> N
     assert len(open_dataset(tmp_path)[0].index("train")) == 6
 
 
-def test_another_label_field_is_indexed_anew(tmp_path: Path) -> None:
+def test_another_label_field_makes_another_index(tmp_path: Path) -> None:
     files = {}
     for number in range(4):
         files[f"{number}.jpg"] = make_jpeg(9, 9, seed=number)
@@ -131,10 +113,10 @@ def test_another_label_field_is_indexed_anew(tmp_path: Path) -> None:
 
 
 def test_tars_may_gain_a_class_and_packed_names_stay(tmp_path: Path) -> None:
-    write_tar(tmp_path / "theirs" / "a.tar", make_samples(4, classes=2))
-    assert open_dataset(tmp_path / "theirs")[0].classes == ("0", "1")
-    write_tar(tmp_path / "theirs" / "b.tar", make_samples(6, classes=3, prefix="b"))
-    assert open_dataset(tmp_path / "theirs")[0].classes == ("0", "1", "2")
+    write_tar(tmp_path / "foreign" / "a.tar", make_samples(4, classes=2))
+    assert open_dataset(tmp_path / "foreign")[0].classes == ("0", "1")
+    write_tar(tmp_path / "foreign" / "b.tar", make_samples(6, classes=3, prefix="b"))
+    assert open_dataset(tmp_path / "foreign")[0].classes == ("0", "1", "2")
     source = sources.folder(make_folder(tmp_path / "images"), "ours", val_fraction=0.0, seed=0)
     packed = pack(source, tmp_path / "ours").dataset
     os.utime(tmp_path / "ours" / "train-000000.tar", ns=(0, 0))
@@ -142,18 +124,18 @@ def test_tars_may_gain_a_class_and_packed_names_stay(tmp_path: Path) -> None:
     assert (again.name, again.classes) == ("ours", packed.classes)
 
 
-def test_an_index_without_its_manifest_is_not_taken_for_fresh(tmp_path: Path) -> None:
+def test_an_index_without_its_manifest_is_not_current(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "train-0.tar", make_samples(4))
     open_dataset(tmp_path)
     manifest = (tmp_path / "dataset.json").read_bytes()
     write_tar(tar, make_samples(6))
-    whole, _ = open_dataset(tmp_path)
-    (tmp_path / "dataset.json").write_bytes(manifest)  # as if the process had died between the two
-    assert open_dataset(tmp_path)[0] == whole
-    assert len(whole.index("train")) == 6
+    complete, _ = open_dataset(tmp_path)
+    (tmp_path / "dataset.json").write_bytes(manifest)  # as if the process had died between index and manifest
+    assert open_dataset(tmp_path)[0] == complete
+    assert len(complete.index("train")) == 6
 
 
-def test_a_fresh_data_set_is_opened_without_writing(tmp_path: Path) -> None:
+def test_opening_a_current_data_set_writes_nothing(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-0.tar", make_samples(4))
     open_dataset(tmp_path)
     (tmp_path / ".lock").unlink(missing_ok=True)
@@ -161,36 +143,36 @@ def test_a_fresh_data_set_is_opened_without_writing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset.json", "train-0.tar", "train.parquet"]
 
 
-def test_names_that_webdataset_keeps_or_that_come_twice(tmp_path: Path) -> None:
+def test_reserved_names_are_ignored_and_repeated_ones_reported(tmp_path: Path) -> None:
     files = make_samples(2) | {"__meta__/info.json": b"{}", "__init.jpg": make_jpeg(9, 9), "__init.cls": b"1"}
     tar = write_tar(tmp_path / "a.tar", files)
     with tarfile.open(tar, "a") as more:
         member = tarfile.TarInfo("00000.JPG")
         member.size = 3
         more.addfile(member, io.BytesIO(b"abc"))
-    dataset, left_out = open_dataset(tmp_path)
+    dataset, skipped = open_dataset(tmp_path)
     assert len(dataset.index("train")) == 3
-    assert [(Path(sample.name).name, sample.reason) for sample in left_out] == [
+    assert [(Path(sample.name).name, sample.reason) for sample in skipped] == [
         ("a.tar: 00000.JPG", "a second file of this name: the first is used")
     ]
 
 
 @pytest.mark.parametrize("num_shards", [1, 3, 7, 10_000, 25_000])
-def test_statistics_look_at_ten_thousand_images_at_most(num_shards: int) -> None:
+def test_statistics_use_ten_thousand_images_at_most(num_shards: int) -> None:
     shares = statistics_shares(num_shards)
     assert len(shares) == num_shards
     assert sum(shares) == 10_000
     assert max(shares) - min(shares) <= 1
 
 
-def test_the_index_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_the_index_may_be_in_another_folder(tmp_path: Path) -> None:
     write_tar(tmp_path / "tars" / "train-0.tar", make_samples(4))
     dataset, _ = open_dataset(tmp_path / "tars", tmp_path / "index")
     assert len(dataset.index("train")) == 4
     assert [path.name for path in (tmp_path / "tars").iterdir()] == ["train-0.tar"]
 
 
-def test_samples_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> None:
+def test_unusable_samples_are_skipped_and_named(tmp_path: Path) -> None:
     files = make_samples(4) | {
         "broken.jpg": b"\xff\xd8 no more", "broken.cls": b"1", "blind.cls": b"1",
         "cut.jpg": make_jpeg(90, 90)[:-2000], "cut.cls": b"1",
@@ -198,12 +180,12 @@ def test_samples_that_cannot_be_used_are_left_out_and_named(tmp_path: Path) -> N
         "nameless.jpg": make_jpeg(9, 9), "other.jpg": make_jpeg(9, 9), "other.json": b'{"kind": 1}',
     }  # fmt: skip
     write_tar(tmp_path / "a.tar", files)
-    dataset, left_out = open_dataset(tmp_path)
+    dataset, skipped = open_dataset(tmp_path)
     assert len(dataset.index("train")) == 4
-    reasons = {sample.name.partition(": ")[2]: sample.reason for sample in left_out}
+    reasons = {sample.name.partition(": ")[2]: sample.reason for sample in skipped}
     assert reasons.keys() == {"broken", "cut", "blind", "nameless", "other", "none"}
     assert "truncated" in reasons["cut"]
-    assert reasons["none"] == "its label null is neither a whole number nor a name"
+    assert reasons["none"] == "its label null is neither an integer nor a name"
     assert "no field label" in reasons["other"]
     assert "neither a .cls nor a .json" in reasons["nameless"]
 
@@ -218,11 +200,11 @@ def test_a_tar_cut_short_is_named(tmp_path: Path, cut: int) -> None:
 
 def test_a_tar_cut_between_two_files_is_named(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", make_samples(8))
-    with tarfile.open(tar) as whole:
-        end_of_last = whole.getmembers()[-1].offset_data + 512
+    with tarfile.open(tar) as complete:
+        end_of_last = complete.getmembers()[-1].offset_data + 512
     tar.write_bytes(tar.read_bytes()[:end_of_last])
     with tarfile.open(tar) as cut:
-        assert len(cut.getnames()) == 16, "Python finds nothing wrong with it"
+        assert len(cut.getnames()) == 16, "Python does not notice"
     with pytest.raises(ValueError, match=r"a\.tar is damaged or cut short"):
         open_dataset(tmp_path)
 
@@ -241,7 +223,7 @@ def test_a_label_that_training_does_not_have_is_named(tmp_path: Path) -> None:
         open_dataset(tmp_path)
 
 
-def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
+def test_anything_else_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"neither dataset.json nor a .tar file"):
         open_dataset(tmp_path)
     write_tar(tmp_path / "gz" / "a.tar.gz", make_samples(2))
@@ -250,7 +232,7 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file: give the folder"):
         open_dataset(tmp_path / "gz" / "a.tar.gz")
     (tmp_path / "gz" / "a.tar.gz").unlink()
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="not a folder"):
         open_dataset(tmp_path / "nowhere")
     write_tar(tmp_path / "a.tar", {"readme.txt": b"nothing here"})
     with pytest.raises(ValueError, match="no image with a label"):
@@ -259,5 +241,5 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format 99"):
         open_dataset(tmp_path)
     (tmp_path / "dataset.json").write_text("{")
-    with pytest.raises(ValueError, match="no manifest"):
+    with pytest.raises(ValueError, match="not the manifest"):
         open_dataset(tmp_path)

@@ -1,4 +1,4 @@
-"""Packing: what goes in comes out, byte for byte, and what cannot go in is named."""
+"""Packing keeps every byte, and names the images and folders that it cannot pack."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from data.cores import available_cores
 from data.shards import sources
 from data.shards.dataset import Dataset
 from data.shards.images import UnreadableImage
 from data.shards.pack import Packed, pack
-from data.shards.parallel import available_cores
-from tests.conftest import make_folder, make_jpeg
+from tests.support.images import make_folder, make_jpeg
 
 
 def pack_folder(root: Path, out: Path, **options: object) -> Packed:
@@ -26,14 +26,14 @@ def pack_folder(root: Path, out: Path, **options: object) -> Packed:
 
 
 def read_by_webdataset(dataset: Dataset) -> dict[str, dict[str, bytes]]:
-    """Every sample by its key, read by webdataset itself."""
+    """Read every sample with webdataset, by key."""
     tars = sorted(str(path) for path in dataset.root.glob("*.tar"))
     samples = list(wds.WebDataset(tars, shardshuffle=False))
     assert len({sample["__key__"] for sample in samples}) == len(samples)
     return {sample["__key__"]: sample for sample in samples}
 
 
-def test_webdataset_reads_the_bytes_that_were_packed(tmp_path: Path) -> None:
+def test_webdataset_reads_the_packed_bytes(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", classes=4, images=8)
     dataset = pack_folder(root, tmp_path / "packed").dataset
     samples = read_by_webdataset(dataset)
@@ -53,15 +53,15 @@ def test_the_same_images_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
     assert packed[0].splits == packed[1].splits
 
 
-def test_many_workers_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_workers_write_the_same_bytes_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path / "images")
     alone = pack_folder(root, tmp_path / "alone").dataset
-    monkeypatch.setattr("data.shards.pack.IMAGES_WORTH_A_POOL", 0)
+    monkeypatch.setattr("data.shards.pack.POOL_IMAGES", 0)
     together = pack_folder(root, tmp_path / "together").dataset
     assert alone.splits == together.splits
 
 
-def test_the_manifest_says_what_the_tars_hold(tmp_path: Path) -> None:
+def test_the_manifest_describes_the_tars(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     dataset = pack_folder(root, tmp_path / "packed").dataset
     manifest = json.loads((tmp_path / "packed" / "dataset.json").read_text())
@@ -111,7 +111,7 @@ def test_a_training_folder_alone_is_split(tmp_path: Path) -> None:
 def test_keys_have_no_dots_and_do_not_collide(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", classes=2, images=2)
     (root / "class0" / "deep.er").mkdir()
-    (root / "class0").rename(root / "__class0__")  # webdataset passes over such names
+    (root / "class0").rename(root / "__class0__")  # a name that webdataset skips
     for name in ("a.b.jpg", "a_b.jpg", "a_b.JPEG", "deep.er/ümlaut.jpg"):
         (root / "__class0__" / name).write_bytes(make_jpeg(20, 20, seed=len(name)))
     keys = read_by_webdataset(pack_folder(root, tmp_path / "packed").dataset).keys()
@@ -119,15 +119,15 @@ def test_keys_have_no_dots_and_do_not_collide(tmp_path: Path) -> None:
     assert len(keys) == 8
 
 
-def test_damaged_images_are_left_out_and_named(tmp_path: Path) -> None:
+def test_damaged_images_are_skipped_and_named(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
-    whole = (root / "class1" / "03.jpg").read_bytes()
-    (root / "class1" / "03.jpg").write_bytes(whole[: len(whole) // 2])
+    intact = (root / "class1" / "03.jpg").read_bytes()
+    (root / "class1" / "03.jpg").write_bytes(intact[: len(intact) // 2])
     (root / "class1" / "04.jpg").write_bytes(b"")
     (root / "class2" / "05.jpg").write_bytes(b"<html>not found</html>")
     (root / "class2" / "notes.txt").write_text("not an image")
     packed = pack_folder(root, tmp_path / "packed")
-    reasons = {Path(sample.name).relative_to(root).as_posix(): sample.reason for sample in packed.left_out}
+    reasons = {Path(sample.name).relative_to(root).as_posix(): sample.reason for sample in packed.skipped}
     assert reasons.keys() == {"class1/03.jpg", "class1/04.jpg", "class2/05.jpg"}
     assert "truncated" in reasons["class1/03.jpg"]
     assert reasons["class1/04.jpg"] == "the file is empty"
@@ -140,7 +140,7 @@ def test_damaged_images_are_left_out_and_named(tmp_path: Path) -> None:
 
 def test_tiny_images_are_packed(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", size=(3, 5))
-    assert pack_folder(root, tmp_path / "packed").left_out == []
+    assert pack_folder(root, tmp_path / "packed").skipped == []
 
 
 def test_a_class_of_damaged_images_is_named(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_class_of_damaged_images_is_named(tmp_path: Path) -> None:
         pack_folder(root, tmp_path / "packed")
 
 
-def test_resize_shrinks_only_what_is_larger(tmp_path: Path) -> None:
+def test_resize_shrinks_only_larger_images(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", size=(40, 56))
     (root / "class0" / "small.jpg").write_bytes(make_jpeg(20, 24))
     samples = read_by_webdataset(pack_folder(root, tmp_path / "packed", resize=30).dataset)
@@ -163,17 +163,14 @@ def test_resize_shrinks_only_what_is_larger(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda root: None, "holds no class folders"),
+        (lambda root: None, "contains no class folders"),
         (lambda root: (root / "cat").mkdir(), "class cat has no images"),
-        (
-            lambda root: [make_folder(root / name) for name in ("train", "val", "valid")],
-            "val and .*valid are both split",
-        ),
+        (lambda root: [make_folder(root / name) for name in ("train", "val", "valid")], "val and .*valid are both"),
         (lambda root: make_folder(root, classes=1), "images has one class, class0: a classifier needs at least 2"),
         (lambda root: make_folder(root / "train") and make_folder(root / "val", classes=4), "class3 is a class that"),
     ],
 )
-def test_a_folder_that_is_no_source_is_refused(tmp_path: Path, prepare: object, message: str) -> None:
+def test_an_invalid_source_folder_is_rejected(tmp_path: Path, prepare: object, message: str) -> None:
     root = tmp_path / "images"
     root.mkdir()
     prepare(root)
@@ -182,15 +179,15 @@ def test_a_folder_that_is_no_source_is_refused(tmp_path: Path, prepare: object, 
 
 
 @pytest.mark.parametrize("resize", ["big", 0, 2.5])
-def test_a_size_that_is_none_is_refused(tmp_path: Path, resize: object) -> None:
+def test_an_invalid_resize_is_rejected(tmp_path: Path, resize: object) -> None:
     root = make_folder(tmp_path / "images")
-    with pytest.raises(ValueError, match=f"resize={resize} must be null or a whole number"):
+    with pytest.raises(ValueError, match=f"resize={resize} must be an integer of at least 1 pixel"):
         pack_folder(root, tmp_path / "packed", resize=resize)
 
 
-def test_a_container_has_the_cores_of_its_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_cores_respect_the_quota_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quota = tmp_path / "cpu.max"
-    monkeypatch.setattr("data.shards.parallel.CPU_QUOTA", quota)
+    monkeypatch.setattr("data.cores.CPU_QUOTA", quota)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
     assert available_cores() == 8
     for text, cores in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)):
@@ -198,7 +195,7 @@ def test_a_container_has_the_cores_of_its_quota(tmp_path: Path, monkeypatch: pyt
         assert available_cores() == cores
 
 
-def test_an_existing_data_set_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_data_set_is_not_overwritten(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     pack_folder(root, tmp_path / "packed")
     with pytest.raises(FileExistsError, match="packed exists"):

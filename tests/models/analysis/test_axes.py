@@ -1,4 +1,4 @@
-"""Receptive fields through layouts, slices, gates and products, against what moves when a row or column is moved."""
+"""Receptive fields through layouts, slices, gates and products, against outputs that change with a row or column."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.analysis.axes import AXES, Sight, UnknownReceptiveField
+from models.analysis.axes import AXES, TensorAxes, UnknownReceptiveField
 from models.analysis.receptive_field import receptive_fields
-from models.analysis.trace import Untraceable, trace
+from models.analysis.trace import TraceError, trace
 
 SIDE, CHANNELS = 22, 4
 Step = Callable[[Tensor], Tensor]
@@ -30,8 +30,8 @@ def conv(kernel: tuple[int, int], *, groups: int = 1, stride: int = 1) -> Step:
     return step
 
 
-def written(x: Tensor, place: tuple[slice, ...], canvas: Tensor) -> Tensor:
-    canvas[place] = x
+def pasted(x: Tensor, region: tuple[slice, ...], canvas: Tensor) -> Tensor:
+    canvas[region] = x
     return canvas
 
 
@@ -49,7 +49,7 @@ def along_columns(x: Tensor) -> Tensor:
     return (torch.softmax(lines @ lines.mT, -1) @ conv((3, 3))(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def moved(x: Tensor) -> Tensor:
+def added_in_place(x: Tensor) -> Tensor:
     x = x.clone()
     x[:, :, 1:-1].add_(functional.avg_pool2d(x, 3, 1, 1)[:, :, 1:-1])
     return x
@@ -66,18 +66,18 @@ STEPS: dict[str, Step] = {
     "conv stride 2": conv((3, 1), stride=2),
     "conv in groups": conv((3, 3), groups=2),
     "pointwise": conv((1, 1)),
-    "mean of windows": lambda x: functional.avg_pool2d(x, 2),
+    "average pooling": lambda x: functional.avg_pool2d(x, 2),
     "linear": lambda x: functional.linear(x.movedim(1, 3), weights(x.shape[1], x.shape[1]).to(x)).movedim(3, 1),
-    "upwards": lambda x: functional.conv_transpose2d(x, weights(x.shape[1], CHANNELS, 3, 2).to(x), stride=2),
+    "transposed conv": lambda x: functional.conv_transpose2d(x, weights(x.shape[1], CHANNELS, 3, 2).to(x), stride=2),
     "nearest": lambda x: functional.interpolate(x, scale_factor=2),
     "first channels": lambda x: torch.cat([x.chunk(2, dim=1)[0]] * 2, dim=1),
     "last channels": lambda x: torch.cat([x[:, -2:], x[:, -2:]], dim=1),
     "cat": lambda x: torch.cat([x[:, :2], functional.avg_pool2d(x, 3, 1, 1)[:, 2:]], dim=1),
     "constants": lambda x: torch.cat([x[:, :2], torch.ones_like(x[:, :2])], dim=1),
-    "shuffled": shuffled,
-    "turned channels": lambda x: x.flip(1),
+    "channel shuffle": shuffled,
+    "flipped channels": lambda x: x.flip(1),
     "rolled": lambda x: torch.roll(x, 1),
-    "cut": lambda x: x[:, :, 1:, :-2],
+    "cropped": lambda x: x[:, :, 1:, :-2],
     "every other": lambda x: x[:, :, ::2, 1::2],
     "upper half": lambda x: x[:, :, : x.shape[2] // 2],
     "gate": lambda x: x * x.mean((2, 3), keepdim=True),
@@ -85,29 +85,29 @@ STEPS: dict[str, Step] = {
     "one row": lambda x: x + x[:, :, 3].unsqueeze(2),
     "one pixel": lambda x: x + x[:, :, 2:3, 2:3].flatten(1)[:, :, None, None],
     "outer": lambda x: (x.unsqueeze(-1) * x.unsqueeze(-2))[..., 0],
-    "in place": moved,
+    "in place": added_in_place,
     "padded": lambda x: functional.pad(x, (1, 2, 0, 1)),
-    "on a canvas": lambda x: written(x, (..., slice(2, None), slice(-x.shape[3], None)), x.new_zeros(
+    "on a canvas": lambda x: pasted(x, (..., slice(2, None), slice(-x.shape[3], None)), x.new_zeros(
         *x.shape[:2], x.shape[2] + 2, x.shape[3] + 1)),
-    "on a canvas, apart": lambda x: written(x, (..., slice(None, None, 2), slice(None)), x.new_zeros(
+    "on a canvas, strided": lambda x: pasted(x, (..., slice(None, None, 2), slice(None)), x.new_zeros(
         *x.shape[:2], 2 * x.shape[2], x.shape[3])),
     "group norm": lambda x: functional.group_norm(x, 1),
     "line norm": lambda x: functional.layer_norm(x, x.shape[3:]),
-    "scaled norm": lambda x: functional.layer_norm(x.movedim(1, 3), x.shape[1:2], x.mean((0, 2, 3))).movedim(3, 1),
+    "computed scale": lambda x: functional.layer_norm(x.movedim(1, 3), x.shape[1:2], x.mean((0, 2, 3))).movedim(3, 1),
     "softmax": lambda x: torch.softmax(x, dim=3),
     "attended": attended,
     "along columns": along_columns,
     "two heads": two_heads,
-    "unshuffled": lambda x: functional.pixel_unshuffle(x, 2)[:, :CHANNELS],
-    "there and back": lambda x: functional.pixel_shuffle(functional.pixel_unshuffle(x, 2), 2),
+    "pixel unshuffle": lambda x: functional.pixel_unshuffle(x, 2)[:, :CHANNELS],
+    "unshuffle and shuffle": lambda x: functional.pixel_shuffle(functional.pixel_unshuffle(x, 2), 2),
     "unfolded": lambda x: x.unfold(2, 3, 1)[..., 1],
     "overwritten": lambda x: functional.avg_pool2d(x, 3, 1, 1).copy_(x),
-    "own kernel": lambda x: functional.conv2d(x, x[:1, :, :3, :3].expand(CHANNELS, -1, -1, -1)),
+    "computed kernel": lambda x: functional.conv2d(x, x[:1, :, :3, :3].expand(CHANNELS, -1, -1, -1)),
 }  # fmt: skip
 
 
 class Steps(nn.Module):
-    """Steps by name, one after the other."""
+    """Steps by name, in a row."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -119,56 +119,58 @@ class Steps(nn.Module):
         return x
 
 
-def moved_by(net: nn.Module, images: Tensor, *, axis: int) -> Tensor:
-    """Which entries of the output each row or column of the images moves: (SIDE, *output)."""
-    still = net(images.clone())
-    moves = []
-    for place in range(SIDE):
+def changed_by(net: nn.Module, images: Tensor, *, axis: int) -> Tensor:
+    """Which entries of the output change with each row or column of the images: (SIDE, *output)."""
+    original = net(images.clone())
+    changes = []
+    for position in range(SIDE):
         other = images.clone()
-        other.select(2 + axis, place).add_(weights(*other.select(2 + axis, place).shape) * 9)
-        moves.append(net(other) != still)
-    return torch.stack(moves)
+        other.select(2 + axis, position).add_(weights(*other.select(2 + axis, position).shape) * 9)
+        changes.append(net(other) != original)
+    return torch.stack(changes)
 
 
-def assert_true(sight: Sight, moves: Tensor, *, axis: int) -> None:
-    """No position reads more than is said, and one well inside the image reads just that."""
-    seen = sight.axes[axis]
-    dims = [dim for dim, parts in enumerate(sight.dims) if [part.axis for part in parts] == [axis]]
-    if not dims or sight.dims[dims[0]][0].size == 1:
+def assert_true(axes: TensorAxes, changes: Tensor, *, axis: int) -> None:
+    """No position reads pixels outside its field, and one well inside the image reads both ends of it."""
+    field = axes.fields[axis]
+    dims = [dim for dim, factors in enumerate(axes.dims) if [factor.axis for factor in factors] == [axis]]
+    if not dims or axes.dims[dims[0]][0].size == 1:
         return
-    by_position = moves.movedim(dims[0] + 1, 1).flatten(2).any(2)  # (SIDE, positions)
+    by_position = changes.movedim(dims[0] + 1, 1).flatten(2).any(2)  # (SIDE, positions)
     for position in range(by_position.shape[1]):
         read = by_position[:, position].nonzero().flatten().tolist()
-        said = seen.field.at(position) if seen.field is not None else None
-        if seen.whole:
-            assert said is None or not read or read[0] <= max(0, said[0]) or read[-1] >= min(SIDE - 1, said[1])
+        local = field.local.at(position) if field.local is not None else None
+        if field.is_global:
+            assert local is None or not read or read[0] <= max(0, local[0]) or read[-1] >= min(SIDE - 1, local[1])
         elif read:
-            assert said is not None, (position, read)
-            assert said[0] <= read[0], (position, said, read)
-            assert read[-1] <= said[1], (position, said, read)
-        middle = seen.count // 3 <= position < seen.count - seen.count // 3
-        if said is not None and not seen.whole and middle and 6 <= said[0] <= said[1] < SIDE - 6:
-            assert (read[0], read[-1]) == said if read else False, (position, said, read)
+            assert local is not None, (position, read)
+            assert local[0] <= read[0], (position, local, read)
+            assert read[-1] <= local[1], (position, local, read)
+        in_middle = field.size // 3 <= position < field.size - field.size // 3
+        if local is not None and not field.is_global and in_middle and 6 <= local[0] <= local[1] < SIDE - 6:
+            assert (read[0], read[-1]) == local if read else False, (position, local, read)
 
 
 @settings(max_examples=400, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4))
-def test_a_field_is_what_moves_a_unit_or_is_refused(names: list[str]) -> None:
+def test_fields_are_the_pixels_that_change_a_unit_or_refused(names: list[str]) -> None:
     net = Steps(names)
     shape = (2, CHANNELS, SIDE, SIDE)
     try:
         traced = trace(net, shape)
-        sights = receptive_fields(traced)
-    except Untraceable:
+        fields = receptive_fields(traced)
+    except TraceError:
         reject()
     except UnknownReceptiveField:
         return
-    made = [place for place, one in enumerate(traced.operations) if any(out is traced.outputs for out in one.outputs)]
-    sight = sights[made[-1]] if made else None
+    sources = [
+        position for position, one in enumerate(traced.operations) if any(out is traced.outputs for out in one.outputs)
+    ]
+    axes = fields[sources[-1]] if sources else None
     for axis in AXES:
-        moves = moved_by(net, weights(*shape), axis=axis)
-        if sight is not None:
-            assert_true(sight, moves, axis=axis)
+        changes = changed_by(net, weights(*shape), axis=axis)
+        if axes is not None:
+            assert_true(axes, changes, axis=axis)
 
 
 def test_most_steps_are_followed_and_the_others_refused() -> None:
@@ -178,6 +180,7 @@ def test_most_steps_are_followed_and_the_others_refused() -> None:
             receptive_fields(trace(Steps([name]), (2, CHANNELS, SIDE, SIDE)))
         except UnknownReceptiveField:
             refused.add(name)
-    assert refused == {"rolled", "one row", "one pixel", "outer", "in place", "on a canvas, apart", "own kernel"} | {
-        "two heads", "unshuffled", "there and back", "unfolded",
+    assert refused == {
+        "rolled", "one row", "one pixel", "outer", "in place", "on a canvas, strided", "computed kernel", "two heads",
+        "pixel unshuffle", "unshuffle and shuffle", "unfolded",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the notes work out in numbers, quantity by quantity in their words; and where a number of theirs is wrong."""
+"""The numbers worked out in the notes, and the ones that are wrong there."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.equations import operations as reference
+from models.equations.classification import linear
+from models.equations.convolution import convolution, convolution_sum, depthwise
 from models.equations.counts import (
-    Field,
     convolution_parameters,
     convolution_shape,
     fully_connected_weights,
@@ -22,39 +22,45 @@ from models.equations.counts import (
     separable_ratio,
     standard_cost,
 )
+from models.equations.normalization import moving_averages, normalize
+from models.equations.pooling import global_average_pool, max_pool
 
 FIGURE = [[1.0, 3, 8, 2], [4, 2, 1, 0], [5, 6, 7, 3], [1, 2, 4, 9]]  # "1382 4210 5673 1249"
-STEM = [(7, 2), (3, 2)]  # (K, S) of the first convolution and the pooling behind it
+STEM = [(7, 2), (3, 2)]  # (K, S) of the first convolution and the pooling after it
 
 
 def shape_of(operation: Callable[..., torch.Tensor], *shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """Of what comes out, tensors without numbers going in."""
+    """The shape of a result, for inputs of some shapes."""
     return tuple(operation(*(torch.empty(shape, device="meta") for shape in shapes)).shape)
 
 
 def pooled(K: int, *, S: int, P: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda X: reference.max_pool(X, K, S=S, P=P)
+    return lambda X: max_pool(X, K, S=S, P=P)
 
 
-def bottlenecks() -> list[Field]:
-    """Behind the stem's convolution and each stage of ResNet-50, He et al. 2016, table 1: strides sit on the 3x3."""
+def field_sizes(layers: list[tuple[int, int]]) -> list[int]:
+    return [r for r, _ in receptive_fields(layers)]
+
+
+def bottlenecks() -> list[int]:
+    """r after the stem's convolution and each stage of ResNet-50, He et al. 2016, table 1: strides sit on the 3x3."""
     layers, ends = [*STEM], [1]
     for depth, stride in zip((3, 4, 6, 3), (1, 2, 2, 2), strict=True):
         for block in range(depth):
             layers += [(1, 1), (3, stride if block == 0 else 1), (1, 1)]
         ends.append(len(layers))
-    fields = receptive_fields(layers)
-    return [fields[end - 1] for end in ends]
+    sizes = field_sizes(layers)
+    return [sizes[end - 1] for end in ends]
 
 
 def ends_of_range() -> list[float]:
-    """What black and white become, the least and the largest, by means and deviations of ImageNet's colours."""
+    """The smallest and the largest normalized value, by means and deviations of ImageNet's colours."""
     mu, sigma = 255 * torch.tensor([0.485, 0.456, 0.406]), 255 * torch.tensor([0.229, 0.224, 0.225])
-    X = reference.normalize(torch.tensor([[[0] * 3, [255] * 3]], dtype=torch.uint8), mu, sigma=sigma)
+    X = normalize(torch.tensor([[[0] * 3, [255] * 3]], dtype=torch.uint8), mu, sigma=sigma)
     return [X.min().item(), X.max().item()]
 
 
-# The notes' words: what our functions make of it, and what the notes say.
+# The notes' words, our result and the notes' number.
 WORKED: dict[str, tuple[Callable[[], object], object]] = {
     "2. values [0, 255] become ≈ [−2.5, +2.5]; with ImageNet's mu and sigma −2.12 to 2.64": (
         lambda: [round(value, 2) for value in ends_of_range()],
@@ -66,7 +72,7 @@ WORKED: dict[str, tuple[Callable[[], object], object]] = {
     ),
     "3. the same, computed": (
         lambda: shape_of(
-            lambda X, W: reference.convolution(X, W, S=2, P=3),
+            lambda X, W: convolution(X, W, S=2, P=3),
             *((32, 3, 224, 224), (64, 3, 7, 7)),
         ),
         (32, 64, 112, 112),
@@ -79,20 +85,20 @@ WORKED: dict[str, tuple[Callable[[], object], object]] = {
         (32, 256, 28, 28),
     ),
     "6. figure: 1382 4210 5673 1249 max 2×2 output 4 8 6 9": (
-        lambda: reference.max_pool(torch.tensor([[FIGURE]]), 2, S=2).tolist(),
+        lambda: max_pool(torch.tensor([[FIGURE]]), 2, S=2).tolist(),
         [[[[4.0, 8.0], [6.0, 9.0]]]],
     ),
     "6. two stacked 3×3 convs (stride 1): r_1 = 3, r_2 = 5": (
-        lambda: [field.r for field in receptive_fields([(3, 1)] * 2)],
+        lambda: field_sizes([(3, 1)] * 2),
         [3, 5],
     ),
     "6. figure: r = 5, r = 7 (three 3×3 convs)": (
-        lambda: [field.r for field in receptive_fields([(3, 1)] * 3)[1:]],
+        lambda: field_sizes([(3, 1)] * 3)[1:],
         [5, 7],
     ),
     "6. add a stride-2 layer and the field jumps faster": (
         lambda: receptive_fields([(3, 2), (3, 1)]),
-        [Field(r=3, j=2), Field(r=7, j=2)],
+        [(3, 2), (7, 2)],
     ),
     "6. for K=3 and a large C_out, the ratio ≈ 1/9": (
         lambda: separable_ratio(10**9, 3),
@@ -103,11 +109,11 @@ WORKED: dict[str, tuple[Callable[[], object], object]] = {
         [8.41, 8.84],
     ),
     "7. GAP (B,2048,7,7) → (B,2048)": (
-        lambda: shape_of(reference.global_average_pool, (32, 2048, 7, 7)),
+        lambda: shape_of(global_average_pool, (32, 2048, 7, 7)),
         (32, 2048),
     ),
     "7. logits (B,2048)×(2048,C) → (B,C)": (
-        lambda: shape_of(reference.linear, (32, 2048), (2048, 1000)),
+        lambda: shape_of(linear, (32, 2048), (2048, 1000)),
         (32, 1000),
     ),
     "7. params (ImageNet) 2048×1000 + 1000 = 2,049,000": (lambda: linear_parameters(2048, 1000), 2_049_000),
@@ -123,50 +129,47 @@ WORKED: dict[str, tuple[Callable[[], object], object]] = {
         lambda: round(1 - linear_parameters(2048, 1000) / linear_parameters(100_352, 1000), 4),
         0.9796,
     ),
-    "8. after stem conv: 7×7 px": (lambda: bottlenecks()[0].r, 7),
+    "8. after stem conv: 7×7 px": (lambda: bottlenecks()[0], 7),
     "8. after stage 2, ~35×35 px; after stage 3, ~91×91 px": (
-        lambda: [field.r for field in bottlenecks()[1:3]],
+        lambda: bottlenecks()[1:3],
         [35, 91],
     ),
     "8. linear layer: 512 → 1000 classes: (32, 1000)": (
-        lambda: shape_of(
-            lambda X, W: reference.linear(reference.global_average_pool(X), W), (32, 512, 7, 7), (512, 1000)
-        ),
+        lambda: shape_of(lambda X, W: linear(global_average_pool(X), W), (32, 512, 7, 7), (512, 1000)),
         (32, 1000),
     ),
 }
 
 
 @pytest.mark.parametrize("quantity", WORKED)
-def test_the_notes_numbers_come_out(quantity: str) -> None:
-    compute, said = WORKED[quantity]
-    ours = compute()
-    assert (ours.tolist() if isinstance(ours, torch.Tensor) else ours) == said
+def test_our_result_is_the_notes_number(quantity: str) -> None:
+    compute, expected = WORKED[quantity]
+    assert compute() == expected
 
 
-def test_a_fully_connected_layer_is_five_times_what_the_notes_say() -> None:
+def test_a_fully_connected_layer_is_five_times_as_large_as_in_the_notes() -> None:
     """Section 3: "≈ 24 billion parameters", "a reduction of over 2.5 million×". Over is right: it is 12.8 million."""
     weights = fully_connected_weights((3, 224, 224), (64, 112, 112))
     assert weights == (224 * 224 * 3) * (112 * 112 * 64) == 120_846_286_848
     assert weights / 24e9 == pytest.approx(5.04, abs=0.01)
     assert weights // convolution_parameters(3, 64, K=7) == 12_758_265
-    assert round(24e9 / convolution_parameters(3, 64, K=7)) == 2_533_784  # theirs follows from the 24 billion
+    assert round(24e9 / convolution_parameters(3, 64, K=7)) == 2_533_784  # their factor follows from the 24 billion
 
 
-def test_the_stem_pooling_needs_a_padding_that_the_notes_leave_out() -> None:
+def test_the_stem_pooling_needs_a_padding_that_the_notes_omit() -> None:
     """Section 8: "MaxPool 3×3, stride 2" from 112 to 56. Section 6's equation, without padding, gives 55."""
     assert shape_of(pooled(3, S=2), (32, 64, 112, 112)) == (32, 64, 55, 55)
     assert shape_of(pooled(3, S=2, P=1), (32, 64, 112, 112)) == (32, 64, 56, 56)
 
 
-def test_the_last_stage_sees_beyond_the_image() -> None:
+def test_the_field_of_the_last_stage_exceeds_the_image() -> None:
     """Section 8: "After stage 4", "~224×224 px (global)". 35 and 91 before it are ResNet-50's, whose last is 427."""
-    assert [field.r for field in bottlenecks()] == [7, 35, 91, 267, 427]
+    assert bottlenecks() == [7, 35, 91, 267, 427]
 
 
-def test_the_two_convolutions_of_the_figure_see_5_and_3() -> None:
+def test_the_fields_of_the_figures_two_convolutions_are_5_and_3() -> None:
     """Section 6's figure says "input r = 7, conv 3×3, r = 5, conv 3×3, 1 neuron"; its caption says 5 and 3."""
-    assert [field.r for field in reversed(receptive_fields([(3, 1)] * 2))] == [5, 3]
+    assert field_sizes([(3, 1)] * 2)[::-1] == [5, 3]
 
 
 @pytest.mark.parametrize("C_in", [1, 3, 64, 512])
@@ -191,42 +194,40 @@ def test_counts_are_those_of_torchs_layers(C_in: int, C_out: int, K: int) -> Non
 @pytest.mark.parametrize(
     "layers", [[(3, 1), (3, 2), (5, 1)], [(7, 2), (3, 2), (1, 1), (3, 1)], [(2, 2), (2, 3), (4, 1)]]
 )
-def test_the_recurrence_is_what_the_gradient_reaches(layers: list[tuple[int, int]]) -> None:
-    """Ones as kernels: the pixels on which an output, and its neighbour, depend, on a line of a large image."""
+def test_the_recurrence_agrees_with_the_gradient(layers: list[tuple[int, int]]) -> None:
+    """Kernels of ones: the pixels on which an output and its neighbour depend, along a row of a large image."""
     X = torch.ones(1, 1, 150, 150, dtype=torch.float64, requires_grad=True)
     Y = X
-    for field, (K, S) in zip(receptive_fields(layers), layers, strict=True):
-        Y = reference.convolution(Y, torch.ones(1, 1, K, K, dtype=torch.float64), S=S)
+    for (r, jump), (K, S) in zip(receptive_fields(layers), layers, strict=True):
+        Y = convolution(Y, torch.ones(1, 1, K, K, dtype=torch.float64), S=S)
         reached = []
         for j in (2, 3):
             (gradient,) = torch.autograd.grad(Y[0, 0, 2, j], X, retain_graph=True)
             reached.append(gradient[0, 0].sum(0).nonzero().flatten().tolist())
-        # Where a kernel is narrower than its stride, pixels between are skipped; the field spans them.
-        assert reached[0][-1] - reached[0][0] + 1 == field.r
-        assert reached[1][0] - reached[0][0] == field.j
+        # A kernel narrower than its stride skips pixels; the field spans them.
+        assert reached[0][-1] - reached[0][0] + 1 == r
+        assert reached[1][0] - reached[0][0] == jump
 
 
 @pytest.mark.parametrize(
-    ("call", "answer"),
+    ("call", "message"),
     [
         (lambda: output_size(3, 6, P=1), r"K=6 does not fit into 3 \+ 2 \* 1 pixels"),
         (lambda: convolution_shape((1, 4, 8, 8), (2, 3, 3, 3)), r"W has the shape \(2, 3, 3, 3\): an input of 4"),
         (lambda: convolution_shape((1, 3, 8, 8), (2, 3, 3, 5)), r"takes \(C_out, 3, K, K\)"),
-        (lambda: reference.convolution_sum(torch.ones(1, 4, 8, 8), torch.ones(2, 3, 3, 3)), "an input of 4 channels"),
+        (lambda: convolution_sum(torch.ones(1, 4, 8, 8), torch.ones(2, 3, 3, 3)), "an input of 4 channels"),
         (
-            lambda: reference.depthwise(torch.ones(1, 4, 8, 8), torch.ones(8, 1, 3, 3)),
+            lambda: depthwise(torch.ones(1, 4, 8, 8), torch.ones(8, 1, 3, 3)),
             r"4 channels take \(4, 1, K, K\)",
         ),
-        (lambda: reference.max_pool(torch.ones(1, 1, 8, 8), 2, S=2, P=2), "P=2 must be at most half of K=2"),
-        (lambda: reference.max_pool(torch.ones(1, 1, 8, 2), 3, S=2), "K=3 does not fit into 2"),
+        (lambda: max_pool(torch.ones(1, 1, 8, 8), 2, S=2, P=2), "P=2 must be at most half of K=2"),
+        (lambda: max_pool(torch.ones(1, 1, 8, 2), 3, S=2), "K=3 does not fit into 2"),
         (
-            lambda: reference.moving_averages(
-                torch.ones(1, 2, 1, 1), torch.zeros(2), variance=torch.ones(2), momentum=0.1
-            ),
+            lambda: moving_averages(torch.ones(1, 2, 1, 1), torch.zeros(2), variance=torch.ones(2), momentum=0.1),
             r"\(1, 2, 1, 1\): batch norm trains on more than one value",
         ),
     ],
 )
-def test_what_has_no_answer_says_why(call: Callable[[], object], answer: str) -> None:
-    with pytest.raises(ValueError, match=answer):
+def test_impossible_shapes_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""Networks on the notes' equations: numbers, parameters, names and hooks as on torch's layers."""
+"""Networks on the notes' equations have the results, parameters, names and hooks of torch's layers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from models.equations.layers import LAYERS, with_reference_ops
 from models.layers import ConvNet
-from pipeline.cli.config import compose
+from pipeline.cli.compose import compose
 from tests.support.networks import build, scatter, without_chance
 
 # Variants and image sizes. Between them: dense and depthwise convolutions, strides, paddings, norms, shortcuts and both
-# poolings; at 96 pixels, ResNet's stem pools 3x3 windows at stride 2 with padding 1.
+# poolings; at 96 pixels, ResNet's stem pools with a 3x3 kernel at stride 2 and padding 1.
 NETS = {"lenet": ("lenet5", 32), "resnet": ("resnet18", 96), "mobilenet": ("mobilenet_v1", 32)}
 
 
@@ -43,7 +43,7 @@ def test_a_network_on_the_equations_equals_torchs(architecture: str) -> None:
     replaced = {type(layer) for layer in theirs.modules()} & LAYERS.keys()
     assert len(replaced) >= 4
     assert not any(type(layer) in LAYERS for layer in ours.modules())
-    for training in (True, False):  # the first moves the averages that the second uses
+    for training in (True, False):  # the first updates the averages that the second uses
         gradients = []
         for net in (theirs, ours):
             loss = functional.cross_entropy(net.train(training)(images), torch.arange(3))
@@ -63,21 +63,21 @@ def test_a_network_on_the_equations_equals_torchs(architecture: str) -> None:
 def test_parameters_names_and_hooks_stay() -> None:
     net = build("resnet", "resnet18", image_size=32)
     names, parameters = list(net.state_dict()), list(net.parameters())
-    seen: list[str] = []
+    called: list[str] = []
     for name, layer in net.named_modules():
         if type(layer) in LAYERS:
-            layer.register_forward_hook(lambda _layer, _inputs, _output, name=name: seen.append(name))
+            layer.register_forward_hook(lambda _layer, _inputs, _output, name=name: called.append(name))
     assert with_reference_ops(net) is net
     assert list(net.state_dict()) == names
     assert all(ours is theirs for ours, theirs in zip(net.parameters(), parameters, strict=True))
     net(torch.randn(2, 3, 32, 32))
-    assert len(set(seen)) == 20 + 20 + 17 + 1 + 1  # convolutions, norms, ReLUs, the average and the linear layer
+    assert len(set(called)) == 20 + 20 + 17 + 1 + 1  # convolutions, norms, ReLUs, the average and the linear layer
     assert isinstance(net.stages.stage1[0].conv1[0], nn.Conv2d)
 
 
 @pytest.mark.parametrize("architecture", ["lenet", "mobilenet"])
-def test_autocast_and_channels_last_come_close_to_torchs(architecture: str) -> None:
-    """In bfloat16 sums depend on their order: by 13 % in a gradient here, and torch's own are 17 % from its float32."""
+def test_autocast_and_channels_last_are_close_to_torchs(architecture: str) -> None:
+    """In bfloat16 sums depend on their order, by 13 % in a gradient here; torch's differ by 17 % from its float32."""
     (theirs, ours), images = pair(architecture, torch.float32), make_images(architecture).float()
     logits = []
     for net in (theirs, ours):
@@ -95,7 +95,7 @@ def test_autocast_and_channels_last_come_close_to_torchs(architecture: str) -> N
 
 
 @pytest.mark.parametrize("architecture", NETS)
-def test_shapes_are_known_without_numbers(architecture: str) -> None:
+def test_shapes_propagate_on_the_meta_device(architecture: str) -> None:
     side = NETS[architecture][1]
     with torch.device("meta"):
         net = with_reference_ops(make(architecture))
@@ -136,7 +136,7 @@ def test_a_layer_without_an_equation_is_named_and_nothing_changes(layer: nn.Modu
         with_reference_ops(layer)
 
 
-def test_the_config_of_lenet_chooses_who_computes() -> None:
+def test_the_config_of_lenet_chooses_the_ops() -> None:
     def net_of(*words: str) -> ConvNet:
         net = instantiate(compose("train", ["+model=lenet", *words]).model)
         assert isinstance(net, ConvNet)

@@ -1,4 +1,4 @@
-"""The notes' equations: against torch's layers, finite differences, brute force, and a training with each."""
+"""The notes' equations against torch's layers, finite differences and brute force, and in a training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,26 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2.functional import normalize as torchvision_normalize
 
-from models.equations import operations as reference
+from models.equations import activation, classification, convolution, normalization, pooling
+from models.equations.activation import relu
+from models.equations.classification import cross_entropy, linear, softmax
+from models.equations.convolution import (
+    convolution_im2col,
+    convolution_sum,
+    depthwise,
+    gradient_beta,
+    gradient_W,
+    gradient_X,
+    pointwise,
+)
 from models.equations.layers import with_reference_ops
+from models.equations.normalization import batch_norm, moving_averages, normalize, normalized, scaled
+from models.equations.pooling import global_average_pool, max_pool
 from tests.support.networks import build
 
 Operation = Callable[..., Tensor]
-CONVOLUTIONS = (reference.convolution, reference.convolution_im2col, reference.convolution_sum)
+MODULES = (activation, classification, convolution, normalization, pooling)
+CONVOLUTIONS = (convolution.convolution, convolution_im2col, convolution_sum)
 
 
 class Geometry(NamedTuple):
@@ -53,7 +67,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_same(ours: Operation, theirs: Operation, *tensors: Tensor) -> None:
-    """Results to 1e-12, and to 1e-10 how a random sum of them depends on each of the tensors."""
+    """Assert equal results to 1e-12, and equal gradients of a random sum of them to 1e-10."""
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     our_result, their_result = ours(*leaves), theirs(*leaves)
     assert their_result.numel() > 0
@@ -82,13 +96,13 @@ def test_a_convolution_equals_torchs(convolve: Operation, geometry: Geometry) ->
 def test_the_matrix_product_equals_the_sum(geometry: Geometry) -> None:
     B, C_in, C_out, size, K, S, P = geometry
     X, W, beta = normal(B, C_in, *size), normal(C_out, C_in, K, K), normal(C_out)
-    by_sum = reference.convolution_sum(X, W, beta=beta, S=S, P=P)
+    by_sum = convolution_sum(X, W, beta=beta, S=S, P=P)
     assert by_sum.shape == (B, C_out, *((side + 2 * P - K) // S + 1 for side in size))
-    assert_close(reference.convolution_im2col(X, W, beta=beta, S=S, P=P), by_sum, rtol=0, atol=1e-12)
+    assert_close(convolution_im2col(X, W, beta=beta, S=S, P=P), by_sum, rtol=0, atol=1e-12)
 
 
 def test_the_gradients_are_the_sums_of_the_notes() -> None:
-    """Section 3, "Backward Pass", symbol by symbol: one image, stride 1, no padding; outside of it delta_Y is 0."""
+    """Section 3, "Backward Pass", symbol by symbol: one image, stride 1, no padding; delta_Y is 0 outside."""
     X, W, delta_Y = normal(1, 2, 5, 6), normal(3, 2, 3, 3), normal(1, 3, 3, 4)
     to_W, to_X, to_beta = torch.zeros_like(W), torch.zeros_like(X), torch.zeros(3, dtype=torch.float64)
     for k, i, j in itertools.product(range(3), range(3), range(4)):
@@ -99,9 +113,9 @@ def test_the_gradients_are_the_sums_of_the_notes() -> None:
         for p, q in itertools.product(range(5), range(6)):
             if 0 <= p - u < 3 and 0 <= q - v < 4:
                 to_X[0, c, p, q] += delta_Y[0, k, p - u, q - v] * W[k, c, u, v]
-    assert_close(reference.gradient_W(delta_Y, X, K=3), to_W, rtol=0, atol=1e-12)
-    assert_close(reference.gradient_X(delta_Y, W, size=(5, 6)), to_X, rtol=0, atol=1e-12)
-    assert_close(reference.gradient_beta(delta_Y), to_beta, rtol=0, atol=1e-12)
+    assert_close(gradient_W(delta_Y, X, K=3), to_W, rtol=0, atol=1e-12)
+    assert_close(gradient_X(delta_Y, W, size=(5, 6)), to_X, rtol=0, atol=1e-12)
+    assert_close(gradient_beta(delta_Y), to_beta, rtol=0, atol=1e-12)
 
 
 @given(geometry=geometries())
@@ -109,18 +123,18 @@ def test_a_depthwise_convolution_equals_torchs(geometry: Geometry) -> None:
     B, C, _, size, K, S, P = geometry
     X, W, beta = normal(B, C, *size), normal(C, 1, K, K), normal(C)
     assert_same(
-        lambda X, W, beta: reference.depthwise(X, W, beta=beta, S=S, P=P),
+        lambda X, W, beta: depthwise(X, W, beta=beta, S=S, P=P),
         lambda X, W, beta: functional.conv2d(X, W, beta, stride=S, padding=P, groups=C),
         *(X, W, beta),
     )
     alone = functional.conv2d(X, W, stride=S, padding=P, groups=C)
-    assert_close(reference.depthwise(X, W, S=S, P=P), alone, rtol=0, atol=1e-12)
+    assert_close(depthwise(X, W, S=S, P=P), alone, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("beta", [normal(4), None], ids=["bias", "no bias"])
 def test_a_pointwise_convolution_equals_torchs(beta: Tensor | None) -> None:
     assert_same(
-        lambda X, W: reference.pointwise(X, W, beta=beta),
+        lambda X, W: pointwise(X, W, beta=beta),
         lambda X, W: functional.conv2d(X, W[:, :, None, None], beta),
         *(normal(2, 3, 5, 6), normal(4, 3)),
     )
@@ -131,10 +145,10 @@ def test_max_pooling_equals_torchs(geometry: Geometry) -> None:
     B, C, _, size, K, S, P = geometry
     P = min(P, K // 2)
     X = normal(B, C, *(max(side, K) for side in size))
-    ties = normal(*X.shape).round()  # of six values: most windows hold their maximum more than once
-    for images in (X, ties, -X.abs() - 1):  # and none above the padding, were that 0
+    ties = normal(*X.shape).round()  # six values: most kernels cover their maximum more than once
+    for images in (X, ties, -X.abs() - 1):  # the last all below a padding with zeros
         assert_same(
-            lambda X: reference.max_pool(X, K, S=S, P=P),
+            lambda X: max_pool(X, K, S=S, P=P),
             lambda X: functional.max_pool2d(X, K, stride=S, padding=P),
             images + 0.0,
         )
@@ -142,14 +156,14 @@ def test_max_pooling_equals_torchs(geometry: Geometry) -> None:
 
 def test_a_tie_sends_the_gradient_to_the_first_maximum() -> None:
     X = torch.tensor([[[[1.0, 5.0], [5.0, 5.0]]]], requires_grad=True)
-    reference.max_pool(X, 2, S=2).backward()
+    max_pool(X, 2, S=2).backward()
     assert X.grad is not None
     assert X.grad.tolist() == [[[[0.0, 1.0], [0.0, 0.0]]]]
 
 
-def test_relu_equals_torchs_at_zero_too() -> None:
+def test_relu_equals_torchs_also_at_zero() -> None:
     X = torch.cat([normal(50), torch.zeros(3, dtype=torch.float64), -torch.zeros(3, dtype=torch.float64)])
-    assert_same(reference.relu, functional.relu, X)
+    assert_same(relu, functional.relu, X)
 
 
 def test_batch_norm_equals_torchs_over_steps_and_in_evaluation() -> None:
@@ -162,18 +176,18 @@ def test_batch_norm_equals_torchs_over_steps_and_in_evaluation() -> None:
     for step in range(4):
         X = 3 * normal(2, 3, 4, 5, seed=step) + step
         assert_same(
-            lambda X, gamma, beta: reference.batch_norm(X, gamma, beta=beta, eps=1e-3),
+            lambda X, gamma, beta: batch_norm(X, gamma, beta=beta, eps=1e-3),
             lambda X, gamma, beta: functional.batch_norm(X, None, None, gamma, beta, training=True, eps=1e-3),
             *(X, gamma, beta),
         )
         theirs.train()(X)
-        mu, variance = reference.moving_averages(X, mu, variance=variance, momentum=0.3)
+        mu, variance = moving_averages(X, mu, variance=variance, momentum=0.3)
         assert_close(mu, theirs.running_mean, rtol=0, atol=1e-12)
         assert_close(variance, theirs.running_var, rtol=0, atol=1e-12)
         theirs.eval()
         assert_same(
-            lambda X, mu=mu, variance=variance: reference.scaled(
-                reference.normalized(X, mu, variance=variance, eps=1e-3), gamma, beta=beta
+            lambda X, mu=mu, variance=variance: scaled(
+                normalized(X, mu, variance=variance, eps=1e-3), gamma, beta=beta
             ),
             theirs,
             X,
@@ -181,24 +195,22 @@ def test_batch_norm_equals_torchs_over_steps_and_in_evaluation() -> None:
 
 
 def test_the_head_equals_torchs() -> None:
-    assert_same(
-        reference.global_average_pool, lambda X: functional.adaptive_avg_pool2d(X, 1)[:, :, 0, 0], normal(2, 3, 4, 5)
-    )
+    assert_same(global_average_pool, lambda X: functional.adaptive_avg_pool2d(X, 1)[:, :, 0, 0], normal(2, 3, 4, 5))
     z, W_cls, b_cls = normal(4, 6), normal(6, 3), normal(3)
     assert_same(
-        lambda z, W_cls, b_cls: reference.linear(z, W_cls, b_cls=b_cls),
+        lambda z, W_cls, b_cls: linear(z, W_cls, b_cls=b_cls),
         lambda z, W_cls, b_cls: functional.linear(z, W_cls.T, b_cls),  # torch's weight is (C, features)
         *(z, W_cls, b_cls),
     )
-    assert_same(reference.linear, lambda z, W_cls: functional.linear(z, W_cls.T), z, W_cls)
+    assert_same(linear, lambda z, W_cls: functional.linear(z, W_cls.T), z, W_cls)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])  # e^1000 is beyond float64
 def test_softmax_and_cross_entropy_equal_torchs(scale: float) -> None:
     logits, labels = scale * normal(5, 7), torch.tensor([0, 6, 3, 3, 1])
-    assert_same(reference.softmax, lambda logits: functional.softmax(logits, 1), logits)
+    assert_same(softmax, lambda logits: functional.softmax(logits, 1), logits)
     assert_same(
-        lambda logits: reference.cross_entropy(logits, labels),
+        lambda logits: cross_entropy(logits, labels),
         lambda logits: functional.cross_entropy(logits, labels),
         logits,
     )
@@ -207,39 +219,40 @@ def test_softmax_and_cross_entropy_equal_torchs(scale: float) -> None:
 def test_normalization_equals_torchvisions() -> None:
     pixels = torch.randint(0, 256, (5, 6, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of 1, not of 255
-    ours = reference.normalize(pixels, 255 * torch.tensor(mean), sigma=255 * torch.tensor(std))
+    ours = normalize(pixels, 255 * torch.tensor(mean), sigma=255 * torch.tensor(std))
     assert ours.dtype == torch.float32
     assert_close(ours.permute(2, 0, 1), torchvision_normalize(pixels.permute(2, 0, 1) / 255, mean, std))
 
 
 LABELS = torch.tensor([2, 0, 1])
-# What to differentiate, and with respect to what. Kinks of ReLU and maxima are farther away than a step.
+# Functions and the tensors to differentiate by. Kinks of ReLU and maxima are farther away than a step.
 DIFFERENTIATED: dict[str, tuple[Operation, tuple[Tensor, ...]]] = {
     "Convolution": (
-        lambda X, W, beta: reference.convolution(X, W, beta=beta, S=2, P=1),
+        lambda X, W, beta: convolution.convolution(X, W, beta=beta, S=2, P=1),
         (normal(2, 2, 5, 6), normal(3, 2, 3, 3), normal(3)),
     ),
-    "ReLU": (reference.relu, (normal(2, 3, 4),)),
+    "ReLU": (relu, (normal(2, 3, 4),)),
     "BatchNorm": (
-        lambda X, gamma, beta: reference.batch_norm(X, gamma, beta=beta),
+        lambda X, gamma, beta: batch_norm(X, gamma, beta=beta),
         (normal(2, 3, 2, 3), normal(3), normal(3, seed=1)),
     ),
-    "MaxPooling": (lambda X: reference.max_pool(X, 3, S=2, P=1), (normal(2, 2, 5, 6),)),
-    "CrossEntropy": (lambda logits: reference.cross_entropy(logits, LABELS), (normal(3, 4),)),
-    "depthwise": (lambda X, W: reference.depthwise(X, W, S=2, P=1), (normal(2, 2, 5, 6), normal(2, 1, 3, 3))),
-    "pointwise": (reference.pointwise, (normal(2, 3, 2, 2), normal(4, 3))),
-    "softmax": (reference.softmax, (normal(3, 4),)),
+    "MaxPooling": (lambda X: max_pool(X, 3, S=2, P=1), (normal(2, 2, 5, 6),)),
+    "CrossEntropy": (lambda logits: cross_entropy(logits, LABELS), (normal(3, 4),)),
+    "depthwise": (lambda X, W: depthwise(X, W, S=2, P=1), (normal(2, 2, 5, 6), normal(2, 1, 3, 3))),
+    "pointwise": (pointwise, (normal(2, 3, 2, 2), normal(4, 3))),
+    "softmax": (softmax, (normal(3, 4),)),
 }
 
 
-def test_every_function_with_its_own_backward_is_differentiated() -> None:
-    functions = {name for name, kind in vars(reference).items() if inspect.isclass(kind) and hasattr(kind, "apply")}
+def test_every_function_with_a_backward_is_differentiated() -> None:
+    members = [member for module in MODULES for member in vars(module).values() if inspect.isclass(member)]
+    functions = {member.__name__ for member in members if hasattr(member, "apply")}
     assert len(functions) == 5
     assert functions <= DIFFERENTIATED.keys()
 
 
 @pytest.mark.parametrize("name", DIFFERENTIATED)
-def test_autograd_accepts_the_gradient_and_the_gradients_own(name: str) -> None:
+def test_autograd_accepts_first_and_second_derivatives(name: str) -> None:
     operation, tensors = DIFFERENTIATED[name]
     leaves = tuple(tensor.clone().requires_grad_() for tensor in tensors)
     assert torch.autograd.gradcheck(operation, leaves)
@@ -247,7 +260,7 @@ def test_autograd_accepts_the_gradient_and_the_gradients_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIFFERENTIATED)
-def test_the_gradient_is_that_of_finite_differences(name: str) -> None:
+def test_the_gradient_equals_finite_differences(name: str) -> None:
     operation, tensors = DIFFERENTIATED[name]
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     result = operation(*leaves)
@@ -271,7 +284,7 @@ def test_a_shortcut_adds_one_to_the_gradient() -> None:
     x, W, delta_y = normal(1, 2, 3, 3), normal(2, 2, 3, 3), normal(1, 2, 3, 3, seed=1)
 
     def F(x: Tensor) -> Tensor:
-        return reference.relu(reference.convolution(x, W, P=1))
+        return relu(convolution.convolution(x, W, P=1))
 
     jacobian = torch.autograd.functional.jacobian(F, x).view(18, 18)  # dF/dx
     assert jacobian.abs().max() > 0.1
@@ -287,7 +300,7 @@ def test_50_steps_of_lenet_end_with_torchs_weights(in_channels: int) -> None:
     nets = [build("lenet", "lenet5", in_channels=in_channels, ops=ops).double() for ops in ("torch", "reference")]
     nets[1].load_state_dict(nets[0].state_dict())
     first = {name: tensor.clone() for name, tensor in nets[0].state_dict().items()}
-    for net, loss in zip(nets, (functional.cross_entropy, reference.cross_entropy), strict=True):
+    for net, loss in zip(nets, (functional.cross_entropy, cross_entropy), strict=True):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         for step in range(50):  # over four batches
             images, labels = normal(8, in_channels, 32, 32, seed=step % 4), (torch.arange(8) + step % 4) % 10
@@ -302,7 +315,7 @@ def test_50_steps_of_lenet_end_with_torchs_weights(in_channels: int) -> None:
 
 
 class Called(TorchDispatchMode):
-    """Notes the name of each of torch's operations, forward and backward."""
+    """Records the name of each of torch's operations, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -316,7 +329,7 @@ class Called(TorchDispatchMode):
 
 
 def operations(net: nn.Module, loss: Operation) -> set[str]:
-    """What one training step calls."""
+    """The names of torch's operations in a training step."""
     with Called() as called:
         loss(net(torch.randn(4, 3, 8, 8)), torch.arange(4)).backward()
     return called.names
@@ -331,18 +344,19 @@ def test_a_training_step_calls_no_layer_of_torch() -> None:
     words = ("convolution", "batch_norm", "relu", "threshold", "max_pool", "softmax", "nll_loss", "addmm")
     theirs = operations(make(), functional.cross_entropy)
     assert [word for word in words if not any(word in name for name in theirs)] == []
-    ours = operations(with_reference_ops(make()), reference.cross_entropy)
+    ours = operations(with_reference_ops(make()), cross_entropy)
     assert {"mm", "maximum", "scatter_add", "exp"} <= ours
     assert [name for name in ours if any(word in name for word in words)] == []
 
 
 def test_the_equations_use_arithmetic_only() -> None:
-    tree = ast.parse(Path(reference.__file__).read_text())
-    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    modules += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
-    assert sorted(modules) == ["__future__", "itertools", "models.reference_counts", "torch", "torch"]
-    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    nodes = [node for module in MODULES for node in ast.walk(ast.parse(Path(module.__file__).read_text()))]
+    imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    ours = {f"models.equations.{name}" for name in ("context", "convolution", "counts")}
+    assert imported - {"__future__"} == {"itertools", "torch", *ours}
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
     of_torch = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "torch"}
     assert of_torch == {"autograd", "maximum", "where", "sqrt", "exp", "log", "arange", "inf", "float32"}
-    # Tensor.unfold is a view of the patches; functional.unfold, of the same name, copies them.
+    # Tensor.unfold is a view of the patches; functional.unfold copies them.
     assert {node.attr for node in attributes} & vars(functional).keys() == {"unfold"}

@@ -1,4 +1,4 @@
-"""Files as others write them, loaded by name or by order, and every way in which one can be wrong."""
+"""Published files load by name or by order; files that do not fit are refused, naming the differences."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from torch import Tensor, nn
 
 from models.attention import resize_table
 from models.layers import ConvNet
-from models.learning.classifier import ResidualClassifier
+from models.learning.families import ResidualClassifier
 from models.weights.load import load_weights
-from tests.models.learning.test_classifier import recipe
-from tests.support.networks import build, scatter
+from tests.support.networks import build, make_recipe, scatter
 
 State = dict[str, Tensor]
 
 
 def in_alphabet(state: State) -> State:
-    """A state dict as safetensors gives it back, without the order of registration."""
+    """A state dict in the order of safetensors, not of registration."""
     return {name: state[name].contiguous() for name in sorted(state)}
 
 
 def as_facebook(state: State) -> State:
-    """torchvision's ConvNeXt with the names and in the order of Facebook's: all downsampling layers first."""
+    """torchvision's ConvNeXt with Facebook's names and order: all downsampling layers first."""
     renamed, first = {}, {}
     parts = {"0": "dwconv", "2": "norm", "3": "pwconv1", "5": "pwconv2"}
     for name, tensor in state.items():
@@ -46,8 +45,8 @@ def as_facebook(state: State) -> State:
     return first | renamed
 
 
-def by_others(net: nn.Module) -> State:
-    """The names of somebody nobody knows, in the order of registration."""
+def with_unknown_names(net: nn.Module) -> State:
+    """Tensors under unknown names, in the order of registration."""
     return {f"part{place}.kernel": tensor for place, tensor in enumerate(net.state_dict().values())}
 
 
@@ -92,7 +91,7 @@ def test_a_file_without_order_is_matched_by_name(
     save_file(in_alphabet(publishers.state_dict()), tmp_path / "weights.safetensors")
     net = build(architecture, ours, image_size=224)
     loaded = load_weights(net, tmp_path / "weights.safetensors")
-    assert loaded.names_of == source
+    assert loaded.layout == source
     assert not loaded.left_out
     assert not loaded.kept
     assert_same(net, publishers, side=224 if architecture == "coatnet" else 65)
@@ -112,23 +111,23 @@ def test_facebooks_convnext_loads(tmp_path: Path) -> None:
     torch.save({"model": as_facebook(original.state_dict())}, tmp_path / "convnext_tiny_1k_224_ema.pth")
     net = build("convnext", "convnext_tiny", image_size=224)
     loaded = load_weights(net, tmp_path / "convnext_tiny_1k_224_ema.pth")
-    assert (loaded.names_of, loaded.wrapper) == ("Facebook's ConvNeXt", "model")
+    assert (loaded.layout, loaded.wrapper) == ("Facebook's ConvNeXt", "model")
     assert_same(net, original)
 
 
 def test_unknown_names_are_matched_by_order(tmp_path: Path) -> None:
     original = torchvisions("mobilenet_v2")
-    torch.save(by_others(original), tmp_path / "weights.pt")
+    torch.save(with_unknown_names(original), tmp_path / "weights.pt")
     net = build("mobilenet", "mobilenet_v2", image_size=224)
     loaded = load_weights(net, tmp_path / "weights.pt")
     assert "order" in str(loaded)
     assert_same(net, original)
-    save_file(in_alphabet(by_others(original)), tmp_path / "weights.safetensors")
+    save_file(in_alphabet(with_unknown_names(original)), tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="keeps no order"):
         load_weights(net, tmp_path / "weights.safetensors")
 
 
-def test_averaged_weights_go_before_the_latest(tmp_path: Path) -> None:
+def test_averaged_weights_precede_the_latest(tmp_path: Path) -> None:
     latest, averaged = torchvisions("resnet18"), scatter(torchvisions("resnet18"), seed=1)
     average = {"n_averaged": torch.tensor(7), **{f"module.{name}": t for name, t in averaged.state_dict().items()}}
     torch.save({"model": latest.state_dict(), "model_ema": average, "epoch": 3}, tmp_path / "checkpoint.pth")
@@ -142,41 +141,42 @@ def test_our_own_checkpoint_brings_its_norm_constant(tmp_path: Path) -> None:
     torch.save(original.state_dict(), tmp_path / "timm.pth")
     net = build("mobilenet", "mobilenet_v3_small", image_size=224)
     assert load_weights(net, tmp_path / "timm.pth").norm_eps == 1e-5
-    module = ResidualClassifier(net, num_classes=1000, recipe=recipe())
-    load_weights(net, tmp_path / "timm.pth")  # the module has drawn its first weights over them
+    module = ResidualClassifier(net, num_classes=1000, recipe=make_recipe())
+    load_weights(net, tmp_path / "timm.pth")  # the module has initialised the network
     checkpoint = {"state_dict": module.state_dict(), "epoch": 1}
     module.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "best.ckpt")
     again = build("mobilenet", "mobilenet_v3_small", image_size=224)
     loaded = load_weights(again, tmp_path / "best.ckpt")
-    assert (loaded.names_of, loaded.norm_eps, loaded.image_size) == ("convoy", 1e-5, 224)
+    assert (loaded.is_ours, loaded.norm_eps, loaded.image_size) == (True, 1e-5, 224)
     assert_same(again, original)
-    resumed = ResidualClassifier(build("mobilenet", "mobilenet_v3_small"), num_classes=1000, recipe=recipe())
+    resumed = ResidualClassifier(build("mobilenet", "mobilenet_v3_small"), num_classes=1000, recipe=make_recipe())
     resumed.on_load_checkpoint(checkpoint)
     assert {layer.eps for layer in resumed.net.modules() if isinstance(layer, nn.BatchNorm2d)} == {1e-5}
 
 
-def test_the_head_is_replaced_when_asked(tmp_path: Path) -> None:
+def test_the_head_is_replaced_on_request(tmp_path: Path) -> None:
     original = torchvisions("resnet18")
     torch.save(original.state_dict(), tmp_path / "weights.pth")
     net = build("resnet", "resnet18", num_classes=10, image_size=224)
-    drawn = net.head.linear.weight.clone()
-    with pytest.raises(ValueError, match=r"fc.weight \(1000, 512\), fc.bias .* weights.head=replace"):
+    initial = net.head.linear.weight.clone()
+    with pytest.raises(ValueError, match=r"fc.weight \(1000, 512\), fc.bias .* head=replace"):
         load_weights(net, tmp_path / "weights.pth")
-    assert torch.equal(net.head.linear.weight, drawn)
+    assert torch.equal(net.head.linear.weight, initial)
     loaded = load_weights(net, tmp_path / "weights.pth", head="replace")
     assert loaded.left_out == ("fc.weight", "fc.bias")
     assert loaded.kept == ("head.linear.weight", "head.linear.bias")
-    assert torch.equal(net.head.linear.weight, drawn)
+    assert torch.equal(net.head.linear.weight, initial)
+    assert "; newly initialised: head.linear.weight, head.linear.bias" in str(loaded)
     original.fc = net.head.linear
     assert_same(net, original)
 
 
-def test_the_stem_is_adapted_when_asked(tmp_path: Path) -> None:
+def test_the_stem_is_adapted_on_request(tmp_path: Path) -> None:
     original = torchvisions("resnet18")
     torch.save(original.state_dict(), tmp_path / "weights.pth")
     grey = build("resnet", "resnet18", in_channels=1, image_size=224).eval()
-    with pytest.raises(ValueError, match=r"conv1.weight \(64, 3, 7, 7\) .*weights.stem=adapt"):
+    with pytest.raises(ValueError, match=r"conv1.weight \(64, 3, 7, 7\) .*stem=adapt"):
         load_weights(grey, tmp_path / "weights.pth")
     loaded = load_weights(grey, tmp_path / "weights.pth", stem="adapt")
     assert loaded.reshaped == ("conv1.weight",)
@@ -191,7 +191,7 @@ def test_the_stem_is_adapted_when_asked(tmp_path: Path) -> None:
         assert (wide(colours.repeat(1, 2, 1, 1)) - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_a_table_of_offsets_is_resized_to_other_image_sizes(tmp_path: Path) -> None:
+def test_a_table_of_relative_biases_is_resized_to_other_image_sizes(tmp_path: Path) -> None:
     original = build("coatnet", "coatnet_0", image_size=64)
     scatter(original)
     torch.save(original.state_dict(), tmp_path / "weights.pth")
@@ -212,7 +212,7 @@ def test_old_files_without_counters_load(tmp_path: Path) -> None:
     assert_same(net, original)
 
 
-def test_what_is_named_may_be_left_out(tmp_path: Path) -> None:
+def test_skipped_tensors_may_be_left_out(tmp_path: Path) -> None:
     original = torchvisions("resnet18")
     torch.save({**original.state_dict(), "extra.weight": torch.zeros(3)}, tmp_path / "weights.pth")
     small = build("resnet", "resnet18", image_size=32)
@@ -223,7 +223,7 @@ def test_what_is_named_may_be_left_out(tmp_path: Path) -> None:
 
 
 def test_variants_ported_from_tensorflow_are_refused(tmp_path: Path) -> None:
-    """They have timm's names and shapes, and pad as TensorFlow does: nothing in the tensors shows it."""
+    """They have timm's names and shapes but TensorFlow's padding, which no tensor shows."""
     state = timms("tf_mobilenetv3_small_100").state_dict()
     name = "tf_mobilenetv3_small_100"
     cached = tmp_path / f"models--timm--{name}.in1k" / "snapshots" / "0123abc" / "model.pth"
@@ -236,7 +236,7 @@ def test_variants_ported_from_tensorflow_are_refused(tmp_path: Path) -> None:
     assert load_weights(build("lenet", "lenet5"), tmp_path / "tf_lenet.pth").num_tensors == 10
 
 
-def test_what_is_typed_goes_before_the_files_norm_constant(tmp_path: Path) -> None:
+def test_a_given_norm_constant_precedes_the_files(tmp_path: Path) -> None:
     torch.save(timms("mobilenetv3_small_100").state_dict(), tmp_path / "weights.pth")
     net = build("mobilenet", "mobilenet_v3_small", norm_eps=2e-3)
     assert load_weights(net, tmp_path / "weights.pth", norm_eps=2e-3).norm_eps == 2e-3
@@ -269,21 +269,21 @@ def damaged(state: State, how: str) -> State:
 
 
 @pytest.mark.parametrize(
-    ("how", "answer"),
+    ("how", "message"),
     [
-        ("missing", r"has nothing for stages.stage2.0.conv1.0.weight \(128, 64, 3, 3\); weights.skip"),
+        ("missing", r"has nothing for stages.stage2.0.conv1.0.weight \(128, 64, 3, 3\); skip"),
         ("missing bias", r"has nothing for stages.stage2.0.conv1.1.bias \(128,\)"),
         ("shape", r"layer3.1.conv2.weight \(256, 256, 1, 1\) for stages.stage3.1.conv2.0.weight \(256, 256, 3, 3\)"),
         ("renamed", r"has nothing for .*stages.stage1.0.conv1.1.weight .*layer3.9.bn1.weight \(64,\), for which"),
         ("many", r"has nothing for stages.stage4.0.conv1.0.weight .*, .*, .* and 27 more"),
     ],
 )
-def test_what_does_not_fit_is_named(how: str, answer: str, tmp_path: Path) -> None:
+def test_differences_are_named(how: str, message: str, tmp_path: Path) -> None:
     state = damaged(dict(torchvisions("resnet18").state_dict()), how)
     torch.save(state, tmp_path / "weights.pth")
     net = build("resnet", "resnet18", image_size=224)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    with pytest.raises(ValueError, match=answer):
+    with pytest.raises(ValueError, match=message):
         load_weights(net, tmp_path / "weights.pth")
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
@@ -313,41 +313,41 @@ def test_our_own_file_of_another_variant_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it has stages.stage1.2.conv1.0.weight .* for which there is no place"):
         load_weights(build("resnet", "resnet18"), tmp_path / "weights.ckpt")
     torch.save(build("resnet", "resnet18", num_classes=10).state_dict(), tmp_path / "ten.ckpt")
-    with pytest.raises(ValueError, match=r"head.linear.weight \(10, 512\).* weights.head=replace"):
+    with pytest.raises(ValueError, match=r"head.linear.weight \(10, 512\).* head=replace"):
         load_weights(build("resnet", "resnet18"), tmp_path / "ten.ckpt")
     loaded = load_weights(build("resnet", "resnet18"), tmp_path / "ten.ckpt", head="replace")
     assert loaded.kept == ("head.linear.weight", "head.linear.bias")
 
 
 @pytest.mark.parametrize("skip", [[""], ["layr4"], ["head.linear", "nothing"], ["layer"], [1]])
-def test_a_name_that_means_nothing_is_refused(skip: list[object], tmp_path: Path) -> None:
+def test_an_unknown_skip_is_refused(skip: list[object], tmp_path: Path) -> None:
     torch.save(torchvisions("resnet18").state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights.skip=\S* is no tensor and no module"):
+    with pytest.raises(ValueError, match=r"^skip=\S* is no tensor and no module"):
         load_weights(build("resnet", "resnet18"), tmp_path / "weights.pth", skip=skip)
 
 
 @pytest.mark.parametrize(
     ("architecture", "variant"), [("resnet", "resnet18"), ("alexnet", "alexnet"), ("vgg", "vgg11")]
 )
-def test_networks_for_small_and_large_images_are_told_apart(architecture: str, variant: str, tmp_path: Path) -> None:
+def test_networks_for_small_and_large_images_are_distinguished(architecture: str, variant: str, tmp_path: Path) -> None:
     small, large = (build(architecture, variant, image_size=size) for size in (32, 224))
     torch.save(torchvisions(variant).state_dict(), tmp_path / "large.pth")
-    with pytest.raises(ValueError, match=r"network was built for small images, model.image_size=224 builds the publ"):
+    with pytest.raises(ValueError, match=r"network was built for small images, image_size=224 builds the publ"):
         load_weights(small, tmp_path / "large.pth")
     torch.save(small.state_dict(), tmp_path / "small.pth")
-    with pytest.raises(ValueError, match=r"file's network was built for small images, model.image_size=64 builds such"):
+    with pytest.raises(ValueError, match=r"file's network was built for small images, image_size=64 builds such"):
         load_weights(large, tmp_path / "small.pth")
 
 
-def test_wider_layers_are_not_taken_for_those_of_other_images(tmp_path: Path) -> None:
+def test_wider_layers_are_not_blamed_on_the_image_size(tmp_path: Path) -> None:
     torch.save(torchvisions("efficientnet_b1").state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="does not fit this network") as error:
         load_weights(build("efficientnet", "efficientnet_b2", image_size=224), tmp_path / "weights.pth")
     assert "small images" not in str(error.value)
-    assert "weights.stem" not in str(error.value)
+    assert "stem=" not in str(error.value)
 
 
-def test_a_head_that_is_left_out_cannot_be_replaced(tmp_path: Path) -> None:
+def test_a_skipped_head_cannot_be_replaced(tmp_path: Path) -> None:
     torch.save(torchvisions("resnet18").state_dict(), tmp_path / "weights.pth")
     net = build("resnet", "resnet18", num_classes=10, image_size=224)
     with pytest.raises(ValueError, match=r"layer4.1.bn2.running_var .* are not the last layer of a classifier"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pipeline.runs.checkpoint import KeepBest, WholeFiles
+from pipeline.runs.checkpoint import AtomicCheckpointIO, BestCheckpoint
 
 SCORES = (0.5, 0.3, 0.7, 0.6, 0.2)
 
@@ -51,7 +51,8 @@ def test_the_last_epoch_is_kept_whether_or_not_it_was_the_best(tmp_path: Path) -
     look = Look(tmp_path)
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=len(SCORES), logger=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, callbacks=[look, KeepBest(tmp_path, monitor="val/top1")], plugins=[WholeFiles()],
+        num_sanity_val_steps=0, callbacks=[look, BestCheckpoint(tmp_path, monitor="val/top1")],
+        plugins=[AtomicCheckpointIO()],
     )  # fmt: skip
     batches = DataLoader(torch.randn(6, 1), batch_size=2)
     trainer.fit(Scored(), batches, batches)

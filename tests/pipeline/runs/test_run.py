@@ -1,4 +1,4 @@
-"""A run's name and its folder."""
+"""A run's name, its folder, and when it may be resumed."""
 
 from __future__ import annotations
 
@@ -9,77 +9,89 @@ import pytest
 import torch
 
 from data.shards.dataset import Dataset, Split
-from pipeline.cli.config import compose, flatten
-from pipeline.runs.run import Values, fingerprint, open_run
+from pipeline.build.settings import RunSettings, run_settings
+from pipeline.cli.compose import compose
+from pipeline.runs.fingerprint import Fingerprint, fingerprint
+from pipeline.runs.run import open_run
 
 DATASET = Dataset(
     Path(), Path(), "digits", ("0", "1"), (0, 0, 0), (1, 1, 1), {"train": Split((), "train.parquet", "a")}
 )
 
 
-def values_of(root: Path, *words: str) -> Values:
-    return flatten(compose("train", ["+model=resnet", f"runs={root}", *words]))
+def settings_of(root: Path, *words: str) -> RunSettings:
+    config = compose("train", ["+model=resnet", f"runs={root}", *words])
+    return run_settings(config, num_classes=10, weights_sha256=None)
 
 
 def test_the_same_command_means_the_same_run(tmp_path: Path) -> None:
-    names = [open_run(values_of(tmp_path, *words), DATASET).name for words in ((), (), ("tracking=none",))]
+    names = [open_run(settings_of(tmp_path, *words), DATASET).name for words in ((), (), ("tracking=none",))]
     assert names[0] == names[1] == names[2]
     assert names[0].startswith("resnet18-digits-")
 
 
-def test_what_changes_the_result_changes_the_name(tmp_path: Path) -> None:
+def test_settings_that_change_the_result_change_the_name(tmp_path: Path) -> None:
     words = ([], ["seed=1"], ["recipe.epochs=9"], ["model.variant=resnet34"], ["data.batch_size=32"])
-    names = {open_run(values_of(tmp_path, *change), DATASET).name for change in words}
+    names = {open_run(settings_of(tmp_path, *change), DATASET).name for change in words}
     other_images = replace(DATASET, splits={"train": Split((), "train.parquet", "b")})
-    assert len(names | {open_run(values_of(tmp_path), other_images).name}) == 6
+    assert len(names | {open_run(settings_of(tmp_path), other_images).name}) == 6
+
+
+def test_moving_a_class_changes_neither_name_nor_fingerprint(tmp_path: Path) -> None:
+    here = settings_of(tmp_path)
+    moved = settings_of(tmp_path, "classifier._target_=models.elsewhere.ResidualClassifier")
+    other = settings_of(tmp_path, "classifier._target_=models.learning.families.SequentialClassifier")
+    theirs = settings_of(tmp_path, "recipe.optimizer._target_=torch.elsewhere.SGD")
+    assert (moved.in_name, moved.in_fingerprint) == (here.in_name, here.in_fingerprint)
+    assert len({open_run(settings, DATASET).name for settings in (here, moved, other, theirs)}) == 3
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     for expected in ("mine", "mine-2", "mine-3"):
-        run = open_run(values_of(tmp_path, "name=mine"), DATASET)
+        run = open_run(settings_of(tmp_path, "name=mine"), DATASET)
         assert run.name == expected
         run.folder.mkdir()
-        assert open_run(values_of(tmp_path, "name=mine"), DATASET) == run, "an unfinished run goes on"
+        assert open_run(settings_of(tmp_path, "name=mine"), DATASET) == run, "an unfinished run continues"
         run.finish({})
 
 
-def test_the_journal_is_cut_back_to_where_a_run_goes_on(tmp_path: Path) -> None:
-    run = open_run(values_of(tmp_path), DATASET)
+def test_the_journal_is_truncated_to_the_checkpoint(tmp_path: Path) -> None:
+    run = open_run(settings_of(tmp_path), DATASET)
     run.folder.mkdir()
     for step in (10, 20, 30):
-        run.record({"train/loss": 1.0 / step}, step)
+        run.journal.record({"train/loss": 1.0 / step}, step)
     with (run.folder / "metrics.jsonl").open("a") as journal:
-        journal.write('{"step": 15, "train/lo')  # what a killed process may leave
-    run.checkpoints.mkdir()
-    torch.save({"global_step": 20}, run.checkpoints / "last.ckpt")
-    assert run.cut_back() == {"step": 30, "train/loss": 30}
-    run.record({"train/loss": 0.5}, 30)
+        journal.write('{"step": 15, "train/lo')  # as a killed process leaves it
+    assert run.journal.truncate_after(20) == {"step": 30, "train/loss": 30}
+    run.journal.record({"train/loss": 0.5}, 30)
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert lines == [
         '{"step": 10, "train/loss": 0.1}',
         '{"step": 20, "train/loss": 0.05}',
         '{"step": 30, "train/loss": 0.5}',
     ]
+    assert run.journal.truncate_after(-1) == {}
+    assert (run.folder / "metrics.jsonl").read_text() == ""
 
 
-def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> None:
-    def computed(*words: str, global_batch_size: int = 64, precision: str = "32-true") -> dict[str, object]:
-        values = values_of(tmp_path, *words)
-        return fingerprint(values, DATASET, global_batch_size=global_batch_size, precision=precision)
+def test_a_run_resumes_only_with_its_own_settings(tmp_path: Path) -> None:
+    def current(*words: str, global_batch_size: int = 64, precision: str = "32-true") -> Fingerprint:
+        deciding = settings_of(tmp_path, *words).in_fingerprint
+        return fingerprint(deciding, DATASET, global_batch_size=global_batch_size, precision=precision)
 
-    run = open_run(values_of(tmp_path, "name=mine"), DATASET)
-    run.begin(computed(), "")
-    run.check(computed("seed=1"))  # it has no checkpoint yet, and begins anew
+    run = open_run(settings_of(tmp_path, "name=mine"), DATASET)
+    run.begin(current(), "")
+    run.check(current("seed=1"))  # without a checkpoint it starts over
     torch.save({"global_step": 20}, run.checkpoints / "last.ckpt")
     # Other devices and other batches of the same sum are the same run.
     for same in (("log_every=1",), ("data.batch_size=32", "recipe.accumulate=2"), ("trainer=ddp", "data.threads=3")):
-        run.check(computed(*same))
+        run.check(current(*same))
     for name, other in (
-        ("seed", computed("seed=1")),
-        ("recipe.optimizer.lr", computed("recipe.optimizer.lr=0.2")),
-        ("global_batch_size", computed(global_batch_size=128)),
-        ("precision", computed(precision="bf16-mixed")),
-        ("trainer.limit_train_batches", computed("+trainer.limit_train_batches=3")),
+        ("seed", current("seed=1")),
+        ("recipe.optimizer.lr", current("recipe.optimizer.lr=0.2")),
+        ("global_batch_size", current(global_batch_size=128)),
+        ("precision", current(precision="bf16-mixed")),
+        ("trainer.limit_train_batches", current("+trainer.limit_train_batches=3")),
     ):
-        with pytest.raises(ValueError, match=f"mine was begun with {name}="):
+        with pytest.raises(ValueError, match=f"mine was started with {name}="):
             run.check(other)

@@ -1,0 +1,48 @@
+"""Access to the bytes of shards: local disk today, object stores later."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+OPEN_SHARDS = 256  # a quarter of the usual limit of open files
+
+
+class Storage(Protocol):
+    """Reads bytes of shards by position. Called from several threads."""
+
+    def read(self, file: str, into: NDArray[np.uint8], *, offset: int) -> None:
+        """Fill `into` with the bytes from `offset` on. Raises: ValueError, OSError naming the file."""
+
+
+class LocalShards:
+    """Tars in a folder, read by position: a tar that shrinks raises an error, where a memory map kills the process."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(_OpenFile)
+
+    def read(self, file: str, into: NDArray[np.uint8], *, offset: int) -> None:
+        """Fill `into` with the bytes from `offset` on. Raises: ValueError when the file is too short."""
+        shard = self._open(self.root / file)  # keeps it open while the cache may evict it
+        done = 0
+        while done < len(into):  # a network file system may return fewer bytes than requested
+            count = os.preadv(shard.descriptor, [into[done:].data], offset + done)
+            if count == 0:
+                end = offset + len(into)
+                raise ValueError(f"{self.root / file} ends before byte {end}: it changed after it was indexed")
+            done += count
+
+
+class _OpenFile:
+    """A file descriptor that closes with its last reference, so that the cache may evict it at any time."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)

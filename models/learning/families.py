@@ -1,0 +1,87 @@
+"""One classifier per family of architectures: its initial weights and its default recipe."""
+
+import math
+
+from torch import nn
+
+from models.attention import RelativeBias
+from models.layers import zero_last_norms
+from models.learning.classifier import Classifier
+
+
+def _zero_bias(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+class SequentialClassifier(Classifier):
+    """Sequential networks: He initialisation, a small last layer, zero biases.
+
+    Simonyan & Zisserman 2015, section 3.1, started deep networks from shallow ones, because random weights of standard
+    deviation 0.1 stalled; He, Zhang, Ren & Sun 2015 removed the need with sqrt(2 / fan-in). The last layer keeps the
+    0.01 of Krizhevsky et al. 2012, section 5. Their biases of 1, which feed ReLU early, are then not needed.
+    """
+
+    default_recipe = "sgd_step"
+
+    def initialize(self) -> None:
+        """Draw kernels and matrices, zero the biases."""
+        layers = [layer for layer in self.net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        for layer in layers:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+            _zero_bias(layer)
+        nn.init.normal_(layers[-1].weight, std=0.01)
+
+
+class ResidualClassifier(Classifier):
+    """Residual networks: He initialisation, and blocks that start as the identity.
+
+    He, Zhang, Ren & Sun 2015, "Delving deep into rectifiers", as in He et al. 2016, section 3.4; by fan-out, as in
+    torchvision. The last norm of a block starts at zero: Goyal et al. 2017, section 5.1.
+    """
+
+    def initialize(self) -> None:
+        """Draw the kernels, zero the last scale of every block."""
+        for layer in self.net.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        zero_last_norms(self.net)
+
+
+class SeparableClassifier(Classifier):
+    """Depthwise separable networks: the initialisation of Tan & Le 2019's code.
+
+    Kernels are N(0, 2 / fan-out), where the fan-out of a depthwise one is K^2, not C K^2; matrices U(-1, 1) / sqrt(K).
+    Biases and depthwise kernels decay in that code; here they do not (Howard et al. 2017, section 3.2).
+    """
+
+    default_recipe = "rmsprop"
+
+    def initialize(self) -> None:
+        """Draw kernels and matrices, zero the biases."""
+        for layer in self.net.modules():
+            if isinstance(layer, nn.Conv2d):
+                fan_out = layer.weight[0, 0].numel() * layer.out_channels // layer.groups
+                nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
+            elif isinstance(layer, nn.Linear):
+                nn.init.uniform_(layer.weight, -1 / math.sqrt(layer.out_features), 1 / math.sqrt(layer.out_features))
+            _zero_bias(layer)
+
+
+class AttentionClassifier(Classifier):
+    """Attention-augmented networks: kernels, matrices and relative biases start as a narrow normal.
+
+    The standard deviation of 0.02 is that of Liu et al. 2022's code (their table 5 prints 0.2). Dai et al. 2021 state
+    none.
+    """
+
+    default_recipe = "adamw"
+
+    def initialize(self) -> None:
+        """Draw kernels, matrices and tables, zero the biases."""
+        for layer in self.net.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)  # cut at 2, a hundred deviations, as in that code
+                _zero_bias(layer)
+            elif isinstance(layer, RelativeBias):
+                nn.init.trunc_normal_(layer.table, std=0.02)

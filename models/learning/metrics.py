@@ -1,0 +1,68 @@
+"""Training metrics: means over all images and ranks since the last reading."""
+
+from typing import NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+UNSUMMED_STEPS = 64
+
+
+class TrainingMetrics(NamedTuple):
+    """Means over images; top5 is None with five classes or fewer."""
+
+    loss: float
+    top1: float
+    top5: float | None
+
+
+class TrainingMetricAccumulator:
+    """Sums the losses and hits of this rank's training images; reduces them over ranks when they are read.
+
+    The sums are no buffer of the module: DDP overwrites those with rank 0's.
+    """
+
+    def __init__(self, top_k: int) -> None:
+        self.top_k = top_k
+        self._sums: Tensor | None = None  # images, loss, top-1 hits, top-k hits
+        self._unsummed: list[tuple[Tensor, Tensor]] = []  # losses (N,) and hits (N, top_k) of the latest steps
+
+    @torch.no_grad()
+    def add(self, losses: Tensor, logits: Tensor, *, labels: Tensor) -> None:
+        """Count a batch. Shapes: (N,), (N, K), int64 (N,)."""
+        hits = logits.topk(self.top_k).indices == labels[:, None]  # (N, top_k)
+        # Summed once in many steps: on a small network the sums of every step would cost as much as a layer.
+        self._unsummed.append((losses.detach(), hits))
+        if len(self._unsummed) == UNSUMMED_STEPS:
+            self._sum_up()
+
+    def take(self, module: pl.LightningModule) -> TrainingMetrics:
+        """Return the means over the ranks of `module` since the last call. Every rank must call it at the same step."""
+        sums = self.global_sums(module)
+        assert sums is not None, "no training step since the last call"
+        images, loss, top1, topk = sums.tolist()
+        self._sums = None
+        return TrainingMetrics(loss / images, top1 / images, topk / images if self.top_k == 5 else None)
+
+    def global_sums(self, module: pl.LightningModule) -> Tensor | None:
+        """Return the sums over all ranks, for a checkpoint; None before the first step."""
+        self._sum_up()
+        if self._sums is None:
+            return None
+        # `reduce` works in place, so it gets a copy.
+        total = module.trainer.strategy.reduce(self._sums.to(module.device, copy=True), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def restore(self, sums: Tensor | None, *, rank: int) -> None:
+        """Continue from the global sums of a checkpoint, held by rank 0."""
+        self._sums = sums if sums is None or rank == 0 else torch.zeros_like(sums)
+
+    def _sum_up(self) -> None:
+        if self._unsummed:
+            losses, hits = (torch.cat(parts).double() for parts in zip(*self._unsummed, strict=True))
+            count = losses.new_tensor(len(losses))
+            sums = torch.stack([count, losses.sum(), hits[:, 0].sum(), hits.sum()])
+            self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
+            self._unsummed.clear()

@@ -1,0 +1,86 @@
+"""From `conf/data` to an open data set and its loaders."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from data.loading.crops import CropPolicy
+from data.loading.datamodule import LoaderSettings, ShardData
+from data.shards.dataset import Dataset
+from data.shards.indexing import NotADatasetError, open_dataset
+from data.shards.tars import SkippedSample
+from pipeline.build.objects import build_object
+from pipeline.build.source import pack_once
+from pipeline.cli.console import print_skipped
+from pipeline.cli.run import config_keys_in_errors, with_config_keys
+
+LOADER_KEYS = {name: f"data.{name}" for name in ("batch_size", "shuffle_window", "readahead", "threads")}
+DATASET_KEYS = {"root": "data.root", "folder": "data.index", "label_field": "data.label_field"}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The values of `conf/data`: where the shards lie, and how a rank reads them.
+
+    `image_size` is for the crops and the network, which refer to it.
+    """
+
+    root: str
+    image_size: int
+    batch_size: int
+    shuffle_window: int
+    readahead: int
+    threads: int | None
+    index: str | None = None
+    source: str | None = None
+    label_field: str = "label"
+
+    def open_dataset(self) -> Dataset:
+        """Open the data set; with a `source`, pack it first where it is missing.
+
+        One of several processes does the work and reports skipped samples.
+        Raises: FileNotFoundError, ValueError when `root` holds no data set.
+        """
+        root = Path(str(self.root))  # a folder named 2024 arrives as a number
+        index = None if self.index is None else Path(str(self.index))
+        if self.source is not None:
+            pack_once(self.source, root)
+        try:
+            with config_keys_in_errors(DATASET_KEYS):
+                dataset, skipped = open_dataset(root, index, label_field=self.label_field)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}: pack one with python -m pipeline.pack") from error
+        except NotADatasetError as error:
+            command = f"python -m pipeline.pack source=folder source.root={self.root} name=NAME"
+            raise ValueError(f"{error} (to pack class folders: {command})") from error
+        print_skipped(
+            Console(), [SkippedSample(one.name, with_config_keys(one.reason, DATASET_KEYS)) for one in skipped]
+        )
+        return dataset
+
+    def build_loaders(self, dataset: Dataset, *, crops: dict[str, CropPolicy], seed: int, accumulate: int) -> ShardData:
+        """Build the data module; `crops` has the policies of training and evaluation."""
+        with config_keys_in_errors(LOADER_KEYS):
+            settings = LoaderSettings(
+                self.batch_size,
+                accumulate=accumulate,
+                seed=seed,
+                shuffle_window=self.shuffle_window,
+                readahead=self.readahead,
+                threads=self.threads,
+            )
+        return ShardData(
+            dataset, training_crop=crops["training"], evaluation_crop=crops["evaluation"], settings=settings
+        )
+
+
+def build_data(config: DictConfig, *, accumulate: int) -> ShardData:
+    """Open the data set of `config.data` and build its loaders with the crops of `config.augment`.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    data = build_object(config, "data", kind=DataConfig)
+    crops = {name: build_object(config, f"augment.{name}", kind=CropPolicy) for name in ("training", "evaluation")}
+    return data.build_loaders(data.open_dataset(), crops=crops, seed=config.seed, accumulate=accumulate)

@@ -1,0 +1,38 @@
+"""From `conf/source` to a packed data set; imports no Lightning, for which `pack` would wait."""
+
+from pathlib import Path
+
+from filelock import FileLock
+from omegaconf import DictConfig
+from rich.console import Console
+
+from data.shards.pack import Packed, pack
+from data.shards.sources import Source
+from pipeline.build.objects import build_object
+from pipeline.cli.compose import compose
+
+
+def pack_source(config: DictConfig) -> Packed:
+    """Pack the source of a `pack` config. Raises: FileExistsError, FileNotFoundError, ValueError."""
+    if Path(str(config.name)).name != str(config.name):
+        raise ValueError(f"name={config.name} is a path: out=FOLDER sets the data set's folder")
+    source = build_object(
+        config, "source", kind=Source, name=config.name, val_fraction=config.val_fraction, seed=config.seed
+    )
+    return pack(
+        source,
+        Path(str(config.out)),
+        seed=config.seed,
+        shard_samples=config.shard_samples,
+        resize=config.resize,
+        strict=config.strict,
+    )
+
+
+def pack_once(source: str, root: Path) -> None:
+    """Pack `conf/source/<source>.yaml` into `root` unless the folder exists; one process at a time."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f".{root.name}.lock")):
+        if not root.exists():
+            Console().print(f"packing {source} into {root}", highlight=False)
+            pack_source(compose("pack", [f"source={source}", f"out={root}"]))

@@ -1,0 +1,196 @@
+"""Check a command line before anything heavy is imported.
+
+Hydra answers many mistakes with a traceback or not at all. These checks answer each in one sentence that names the
+nearest valid word.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.cli.compose import choices, compose, default_groups, groups, known_keys, missing_keys, verbs
+from pipeline.cli.verb import Verb
+
+TRUSTED = ("models.", "data.", "pipeline.", "torch.", "torchvision.", "torchmetrics.", "pytorch_lightning.")
+# Hydra's own flags.
+FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--multirun", "-m", "--run", "-r")
+FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i")
+FLAGS_ALONE = ("--help", "-h", "--hydra-help", "--version")
+# The types that a value may have, by the type of its default, and their name in messages.
+KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
+    bool: ("true or false", (bool,)),
+    int: ("an integer", (int,)),
+    float: ("a number", (int, float)),
+    list: ("a list", (list,)),
+    dict: ("a group of keys", (dict,)),
+    str: ("a string", (str, int, float, list)),
+}
+
+
+class ConfigError(ValueError):
+    """A mistake on the command line or in a config, explained in one sentence."""
+
+
+def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """Return ": did you mean WORD?" for the most similar of `words`, or an empty string."""
+    similar = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
+    return f": did you mean {similar[0]}?" if similar else ""
+
+
+def check_targets(config: DictConfig, *, trusted: tuple[str, ...] = TRUSTED) -> None:
+    """Refuse a `_target_` outside the trusted packages unless the config has `trust=true`.
+
+    A config file is code. This check catches carelessness, not an attacker.
+    Raises: ConfigError.
+    """
+    if config.get("trust"):
+        return
+    for key, value in _targets(OmegaConf.to_container(config), ""):
+        if not str(value).startswith(trusted):
+            raise ConfigError(f"{key}={value} is outside {', '.join(trusted)}: add trust=true if you trust it")
+
+
+def check_command_line(verb: Verb, arguments: Sequence[str]) -> list[str]:
+    """Check flags, choices, keys and types; return the arguments with aliases and implied choices resolved.
+
+    Raises: ConfigError.
+    """
+    typed = _overrides_in(arguments)
+    words = [_expand_alias(verb, word) for word in typed]
+    complete = [*(word for word in arguments if word not in typed), *words]  # Hydra takes flags only before overrides
+    if any(flag in complete for flag in FLAGS_ALONE):
+        return complete
+    overrides = _parse(words)
+    for key, (setters, choice) in verb.implied.items():
+        if _sets(overrides, key) and not _sets(overrides, *setters):
+            complete, overrides = [*complete, choice], [*overrides, *_parse([choice])]
+    chosen = [override for override in overrides if override.key_or_group in groups()]
+    for override in chosen:
+        _check_choice(verb, override)
+    base = compose(verb.name, [_first_choice(override) for override in chosen])
+    _check_required(verb, base, overrides=overrides)
+    _check_keys(base, overrides)
+    missing = sorted(missing_keys(base) - {override.key_or_group for override in overrides})
+    if missing:
+        raise ConfigError(f"{missing[0]} has no default: add {missing[0]}=VALUE")
+    return complete
+
+
+def _overrides_in(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments that are neither flags nor values of flags."""
+    for word in arguments:
+        if word.startswith("-") and word not in (*FLAGS, *FLAGS_ALONE):
+            raise ConfigError(f"there is no flag {word}: set values by KEY=VALUE without dashes, --help lists them")
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [word for before, word in pairs if not word.startswith("-") and before not in FLAGS_WITH_VALUE]
+
+
+def _expand_alias(verb: Verb, word: str) -> str:
+    """Replace a short key by the full one, and quote a text that Hydra's grammar would parse or refuse."""
+    key, equals, value = word.partition("=")
+    if not equals or key not in (*verb.aliases, *verb.text_keys) or value[:1] in ("{", "["):
+        return word
+    needs_no_quotes = value in ("", "null") or value[0] in "'\"" or "," in value  # a sweep has commas
+    quoted = value if needs_no_quotes else "'{}'".format(value.replace("'", "\\'"))
+    return f"{verb.aliases.get(key, key)}={quoted}"
+
+
+def _check_choice(verb: Verb, override: Override) -> None:
+    group = override.key_or_group
+    if override.is_delete():
+        return
+    if group not in verb.groups:
+        others = [other for other in verbs() if group in default_groups(other)]
+        hint = f"{' and '.join(others)} has" if others else f"it takes {', '.join(sorted(verb.groups))}"
+        raise ConfigError(f"{verb.name} has no group {group}, {hint}")
+    names, value = choices(group), override.value()
+    if override.is_sweep_override():
+        selected: list[object] = list(override.sweep_string_iterator())
+    else:
+        selected = [*value] if isinstance(value, list) else [value]
+    for name in selected:
+        if str(name) not in names:
+            raise ConfigError(f"{group}={name} is not one of {', '.join(names)}{nearest(str(name), names)}")
+    if group in verb.added_groups and not override.is_add():
+        raise ConfigError(f"{group}={value} needs a plus: +{group}={value}")
+
+
+def _check_required(verb: Verb, base: DictConfig, *, overrides: list[Override]) -> None:
+    group = verb.required_group
+    if group is None or group in base or _sets(overrides, group, *verb.alternatives):
+        return
+    _check_keys(base, [override for override in overrides if not override.key_or_group.startswith(f"{group}.")])
+    raise ConfigError(f"no {group}: add +{group}=NAME, one of {', '.join(choices(group))}")
+
+
+def _check_keys(base: DictConfig, overrides: list[Override]) -> None:
+    known, all_groups = known_keys(base), groups()
+    for override in overrides:
+        key = override.key_or_group
+        if key in all_groups or key.startswith(("hydra.", "hydra/")):
+            continue
+        if key not in known and not _is_addable(override, base, has_plus=_has_plus(override)):
+            if _is_addable(override, base, has_plus=True):
+                node = OmegaConf.select(base, key.rpartition(".")[0])
+                raise ConfigError(f"there is no {key} in this config: +{key}=VALUE passes it to {node._target_}")
+            same_ending = {name for name in known if name.rpartition(".")[2] == key}  # lr for recipe.optimizer.lr
+            candidates = known.keys() if "." in key else known.keys() | all_groups
+            hint = nearest(key, candidates) or nearest(key, same_ending, cutoff=0)
+            raise ConfigError(f"there is no {key}{hint}")
+        if key in known and not override.is_delete() and not override.is_sweep_override():
+            _check_type(override, known[key])
+
+
+def _is_addable(override: Override, base: DictConfig, *, has_plus: bool) -> bool:
+    """Return whether a key may be added to a node with a `_target_` and is not a misspelt existing key."""
+    parent, _, name = override.key_or_group.rpartition(".")
+    node = OmegaConf.select(base, parent) if parent else None
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        return False
+    misspelt = difflib.get_close_matches(name, [str(key) for key in node], n=1, cutoff=0.85)
+    return has_plus and not misspelt
+
+
+def _check_type(override: Override, default: object) -> None:
+    if type(default) not in KINDS:
+        return
+    key, value = override.key_or_group, override.value()
+    name, allowed = KINDS[type(default)]
+    is_interpolation = isinstance(value, str) and "${" in value
+    fits = isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
+    if not fits and not is_interpolation:
+        raise ConfigError(f"{key}={override.get_value_string()} is not {name} (default {default})")
+
+
+def _parse(words: list[str]) -> list[Override]:
+    overrides: list[Override] = OverridesParser.create().parse_overrides(words)
+    return overrides
+
+
+def _sets(overrides: list[Override], *keys: str) -> bool:
+    return any(override.key_or_group in keys for override in overrides)
+
+
+def _has_plus(override: Override) -> bool:
+    return bool(override.is_add() or override.is_force_add())
+
+
+def _first_choice(override: Override) -> str:
+    """Return a choice as typed, or the first one of a sweep."""
+    if not override.is_sweep_override():
+        return override.input_line or ""
+    return f"{'+' if override.is_add() else ''}{override.key_or_group}={next(iter(override.sweep_string_iterator()))}"
+
+
+def _targets(node: object, key: str) -> Iterator[tuple[str, object]]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "_target_":
+                yield f"{key}_target_", value
+            yield from _targets(value, f"{key}{name}.")
+    elif isinstance(node, list):
+        for position, value in enumerate(node):
+            yield from _targets(value, f"{key}{position}.")

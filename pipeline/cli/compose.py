@@ -1,0 +1,78 @@
+"""Configs from `conf/`: compose them, list their groups and keys, flatten them."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def compose(verb: str, overrides: Sequence[str]) -> DictConfig:
+    """Return the config `conf/<verb>.yaml` with these overrides, without running the verb."""
+    running = GlobalHydra.instance().hydra  # Hydra is a singleton, and is already initialised inside a verb
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose(verb, list(overrides))
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def flatten(config: DictConfig) -> dict[str, Any]:
+    """Return every value by its dotted key, with interpolations resolved; lists are values."""
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return dict(_leaves(plain, ""))
+
+
+def known_keys(config: DictConfig) -> dict[str, Any]:
+    """Return every dotted key with its default; inner nodes map to an empty dict."""
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    keys: dict[str, Any] = dict(_leaves(plain, ""))
+    for key in list(keys):
+        parts = key.split(".")
+        keys.update({".".join(parts[:depth]): {} for depth in range(1, len(parts))})
+    return keys
+
+
+def missing_keys(config: DictConfig) -> set[str]:
+    """Return the keys without a default or a given value."""
+    return {key for key, value in known_keys(config).items() if value == "???"}
+
+
+def verbs() -> list[str]:
+    """Return the names of all verbs."""
+    return sorted(path.stem for path in CONF.glob("*.yaml"))
+
+
+@lru_cache
+def groups() -> set[str]:
+    """Return the names of all config groups."""
+    return {path.name for path in CONF.iterdir() if path.is_dir()}
+
+
+def choices(group: str) -> list[str]:
+    """Return the names of a group's configs."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@lru_cache
+def default_groups(verb: str) -> set[str]:
+    """Return the groups in a verb's defaults list."""
+    defaults = OmegaConf.select(OmegaConf.load(CONF / f"{verb}.yaml"), "defaults")
+    listed = {str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry}
+    return listed & groups()
+
+
+def _leaves(node: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

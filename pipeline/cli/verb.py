@@ -1,0 +1,60 @@
+"""What a verb declares about its command line."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from omegaconf import OmegaConf
+
+from pipeline.cli.compose import choices, compose, default_groups, groups
+
+MAX_EXAMPLE = 70  # columns; longer commands push their text to the right
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command and the rules of its command line beyond `conf/<name>.yaml`.
+
+    `examples` maps arguments to what they do. `required_group` needs a choice unless one of `alternatives` is given.
+    `implied` maps a key to the groups that set it and the choice to add when none of them was chosen. `aliases` are
+    short keys; `text_keys` are always strings.
+    """
+
+    name: str
+    description: str
+    examples: Mapping[str, str]
+    required_group: str | None = None
+    alternatives: tuple[str, ...] = ()
+    implied: Mapping[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    text_keys: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> set[str]:
+        """The groups from which it takes a choice."""
+        return default_groups(self.name) | self.added_groups
+
+    @property
+    def added_groups(self) -> set[str]:
+        """The groups that are absent from its defaults and need a plus: `+model=resnet`."""
+        return {self.required_group or "", *self.alternatives} & groups()
+
+
+def help_text(verb: Verb, overrides: Sequence[str]) -> str:
+    """Return the help of a verb: examples, groups and their configs, and the composed values."""
+
+    def rank(group: str) -> tuple[bool, bool, str]:
+        return group not in verb.added_groups, group != verb.required_group, group
+
+    commands = {f"python -m pipeline.{verb.name} {words}".strip(): text for words, text in verb.examples.items()}
+    width = min(max(map(len, commands)), MAX_EXAMPLE)
+    added, sorted_groups = verb.added_groups, sorted(verb.groups, key=rank)
+    return "\n".join(
+        [
+            f"{verb.description}\n",
+            *(f"  {command:<{width}}   {text}".rstrip() for command, text in commands.items()),
+            "\nGroups, and the configs of each",
+            *(f"  {'+' * (group in added)}{group}= {', '.join(choices(group))}" for group in sorted_groups),
+            "\nSet any value by KEY=VALUE; --cfg job prints the values of a command\n",
+            OmegaConf.to_yaml(compose(verb.name, overrides)),
+        ]
+    )

@@ -1,0 +1,107 @@
+"""Numbers in words, for terminals and pages: counts, bytes, shares, shapes, receptive fields.
+
+`times` is the multiplication sign: terminals and files print "x", pages "×".
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from models.analysis.intervals import Interval
+from models.analysis.receptive_field import ReceptiveField
+from models.analysis.stages import Sketch
+
+GLOBAL_PATHS = {(True, True): " + global", (True, False): " + all rows", (False, True): " + all columns"}
+
+
+class Quantity(NamedTuple):
+    """A number in words and its unit, which may be empty."""
+
+    number: str
+    unit: str
+
+
+def scaled_count(count: int) -> Quantity:
+    """Four digits with M or G, or every digit below a million."""
+    for unit, size in (("G", 1e9), ("M", 1e6)):
+        if count >= size:
+            digits = max(0, 4 - len(str(int(count / size))))
+            return Quantity(f"{count / size:,.{digits}f}", unit)
+    return Quantity(f"{count:,}", "")
+
+
+def scaled_bytes(count: int) -> Quantity:
+    """Three digits with KiB, MiB or GiB, which are 2^10, 2^20 and 2^30 bytes."""
+    unit, size = ("GiB", 2**30) if count >= 2**30 else ("MiB", 2**20) if count >= 2**20 else ("KiB", 2**10)
+    digits = 0 if count >= 100 * size else 1 if count >= 10 * size else 2
+    return Quantity(f"{count / size:,.{digits}f}", unit)
+
+
+def short_count(count: int) -> str:
+    """A count such as "11.69 M"."""
+    return " ".join(scaled_count(count)).rstrip()
+
+
+def byte_count(count: int) -> str:
+    """A size such as "564 MiB"."""
+    return " ".join(scaled_bytes(count))
+
+
+def percent(part: float, total: float) -> str:
+    """A share in integer percent; one that rounds to 0 but is not 0 reads "<1%"."""
+    share = part / max(1, total)
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
+
+
+def integer(value: float | None) -> str:
+    """A number without decimals, nothing for None."""
+    return "" if value is None else f"{value:,.0f}"
+
+
+def rate(images_per_second: float) -> str:
+    """Images per second with at least three digits."""
+    return f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: "1 layer", "69 layers"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def shape_words(shape: Sequence[int], *, times: str = "x") -> str:
+    """A shape such as "3x224x224"."""
+    return times.join(map(str, shape))
+
+
+def pair_words(rows: float | None, columns: float | None, *, times: str = "x") -> str:
+    """Two numbers such as "5x7"; one where both are equal; "-" for one that is None, nothing where both are."""
+    if rows is None and columns is None:
+        return ""
+    along_rows, along_columns = ("-" if number is None else f"{number:,g}" for number in (rows, columns))
+    return along_rows if rows == columns else f"{along_rows}{times}{along_columns}"
+
+
+def field_words(rows: ReceptiveField, columns: ReceptiveField, *, times: str = "x") -> str:
+    """A receptive field such as "435x435 px", "global", or "43x43 px + global" where a second path is global.
+
+    Along an axis without local paths only the global one is left: "5 px x all".
+    """
+    if rows.size is not None and columns.size is not None:
+        local = f"{rows.size:,}{times}{columns.size:,} px"
+        return local + GLOBAL_PATHS.get((rows.is_global, columns.is_global), "")
+    if rows.is_global and columns.is_global:
+        return "global"
+    if not rows.is_global and not columns.is_global:
+        return "unknown"
+    return f" {times} ".join("all" if axis.size is None else f"{axis.size:,} px" for axis in (rows, columns))
+
+
+def interval_words(pixels: Interval | None) -> str:
+    """The first and last pixel, "-3 to 45"."""
+    return "none" if pixels is None else f"{pixels[0]:,} to {pixels[1]:,}"
+
+
+def sketch_footnote(sketch: Sketch, *, times: str = "x") -> str:
+    """How the usual sketch of a CNN differs from this stage, and why."""
+    shape = shape_words(sketch.shape, times=times)
+    field = f"{sketch.field}{times}{sketch.field} px"
+    return f"The usual sketch of a CNN shows {shape} and a field of {field} after {sketch.stage}: {sketch.reason}."

@@ -1,0 +1,41 @@
+"""A training that is built but has not started."""
+
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+
+from data.loading.datamodule import ShardData
+from models.learning.classifier import Classifier
+from pipeline.build.objects import build_object
+from pipeline.build.settings import RunSettings, run_settings
+from pipeline.build.weights import WeightsFile
+from pipeline.runs.run import Run, open_run
+from pipeline.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a training needs except its Trainer."""
+
+    module: Classifier
+    data: ShardData
+    run: Run
+    tracker: Tracker
+    settings: RunSettings
+    initial_weights: WeightsFile
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the network."""
+        return sum(parameter.numel() for parameter in self.module.net.parameters())
+
+
+def build_job(config: DictConfig, module: Classifier, *, data: ShardData, num_classes: int) -> Job:
+    """Find the run that the config means, and build its tracker and initial weights.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    weights = build_object(config, "weights", kind=WeightsFile)
+    settings = run_settings(config, num_classes=num_classes, weights_sha256=weights.sha256)
+    tracker = build_object(config, "tracking", kind=Tracker)
+    return Job(module, data, open_run(settings, data.dataset), tracker, settings, weights)

@@ -1,0 +1,173 @@
+"""Every mistake on a command line is answered in one sentence; every config composes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from pipeline.cli.check import ConfigError, check_command_line, check_targets
+from pipeline.cli.compose import CONF, compose, flatten, missing_keys
+from pipeline.pack import VERB as PACK
+from pipeline.report.__main__ import VERB as REPORT
+from pipeline.train.__main__ import VERB as TRAIN
+from tests.support.commands import Run
+
+NAMES = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (
+            [],
+            f"no model: add +model=NAME, one of {NAMES}",
+        ),
+        (
+            ["+model=resnt"],
+            f"model=resnt is not one of {NAMES}: did you mean resnet?",
+        ),
+        (["model=resnet"], "model=resnet needs a plus: +model=resnet"),
+        (["+modle=resnet"], "there is no modle: did you mean model?"),
+        (["+model=resnet", "trainer=gpuu"], "did you mean gpu?"),
+        (["+model=resnet", "recipe.epoch=3"], "there is no recipe.epoch: did you mean recipe.epochs?"),
+        (["+model=resnet", "+optim.lrr=1"], "there is no optim.lrr: did you mean recipe.optimizer.lr?"),
+        (["+model=resnet", "recipe.epochs=many"], "recipe.epochs=many is not an integer (default 6)"),
+        (["+model=resnet", "recipe.epochs=1.5"], "is not an integer"),
+        (["+model=resnet", "recipe.epochs=true"], "is not an integer"),
+        (["+model=resnet", "data.batch_size=null"], "is not an integer"),
+        (["+model=resnet", "recipe.optimizer.lr=fast"], "is not a number (default 0.1)"),
+        (["+model=resnet", "recipe.optimizer.nesterov=1"], "is not true or false"),
+        (["+model=resnet", "augment.training.scale=1"], "is not a list"),
+        (["+model=resnet", "data=shards"], "data.root has no default: add data.root=VALUE"),
+        (["model.variant=resnet50"], "no model: add +model=NAME"),
+        (["+model=resnet", "+recipe.epoch=3"], "there is no recipe.epoch: did you mean recipe.epochs?"),
+        (["+model=resnet", "model.num_classes=12"], "+model.num_classes=VALUE passes it to models.residual.resnet"),
+        (["+model=resnet", "trainer.limit_val_batches=1"], "+trainer.limit_val_batches=VALUE passes it to pytorch_l"),
+        (["+model=resnet", "lr=1"], "there is no lr: did you mean recipe.optimizer.lr?"),
+        (["+model=resnet", "data.root=null"], "data.root=null is not a string"),
+        (["+experiment=cifar10_resnet18", "experiment=cifar10_resnet18"], "needs a plus"),
+        (["+model=resnet", "source=folder"], "train has no group source, pack has"),
+        (
+            ["+model=resnet,resnt", "-m"],
+            f"model=resnt is not one of {NAMES}: did you mean resnet?",
+        ),
+        (["+model=resnet", "--lr=0.1"], "there is no flag --lr=0.1: set values by KEY=VALUE"),
+    ],
+)
+def test_a_mistake_names_the_nearest_valid_word(words: list[str], answer: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_command_line(TRAIN, words)
+    assert answer in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["+model=resnet"],
+        ["+model=resnext", "model.variant=resnext101_64x4d", "recipe.epochs=3", "recipe.clip_norm=1"],
+        ["+model=resnet", "+trainer.limit_train_batches=3", "recipe.optimizer.lr=1", "seed=1"],
+        ["+model=resnet", "recipe.epochs=1,2", "-m"],
+        ["+model=resnet,resnext", "model.image_size=32", "hydra/launcher=basic", "-m"],
+        ["+model=resnet", "+trainer.limit_val_batches=3", "trainer.devices=[0]", "data.root=2024", "data=shards"],
+        ["+experiment=cifar10_resnet18"],
+        ["--cfg", "job", "+model=resnet"],
+        ["--help", "+model=resnet", "data=shards"],
+        ["+model=resnet", "data.threads=2", "data.threads=null", "data.image_size=${data.batch_size}"],
+    ],
+)
+def test_a_valid_command_line_is_unchanged(words: list[str]) -> None:
+    assert sorted(check_command_line(TRAIN, words)) == sorted(words)
+
+
+def test_weights_is_short_for_its_file() -> None:
+    words = check_command_line(TRAIN, ["+model=resnet", "weights=runs/a/best.ckpt", "weights.head=replace"])
+    assert words == ["+model=resnet", "weights.file='runs/a/best.ckpt'", "weights.head=replace"]
+    for text, file in (("it's (1).pth", "it's (1).pth"), ("null", None), ("12", "12"), ("'a=b'", "a=b")):
+        assert compose("train", check_command_line(TRAIN, ["+model=resnet", f"weights={text}"])).weights.file == file
+    (swept,) = check_command_line(TRAIN, ["+model=resnet", "weights=a.pth,b.pth", "-m"])[-1:]
+    assert swept == "weights.file=a.pth,b.pth"
+    with pytest.raises(ConfigError, match=r"there is no weights.heads: did you mean weights.head\?"):
+        check_command_line(TRAIN, ["+model=resnet", "weights.heads=replace"])
+
+
+def test_flags_are_accepted_anywhere() -> None:
+    assert check_command_line(TRAIN, ["+model=resnet", "-m", "seed=1"]) == ["-m", "+model=resnet", "seed=1"]
+    assert check_command_line(TRAIN, ["seed=1", "--cfg", "job", "+model=resnet"])[:2] == ["--cfg", "job"]
+
+
+def test_a_root_alone_implies_data_shards() -> None:
+    words = ["+model=resnet", "data.root=somewhere"]
+    assert check_command_line(TRAIN, words) == [*words, "data=shards"]
+    assert compose("train", [*words, "data=shards"]).data.image_size == 224
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_composes(path: Path) -> None:
+    group, choice = path.parent.name, path.stem
+    if group == "source":
+        config = compose("pack", [f"source={choice}"])
+    else:
+        plus = "+" if group in ("model", "experiment") else ""
+        model = [] if group in ("model", "experiment") else ["+model=resnet"]
+        config = compose("train", [f"{plus}{group}={choice}", *model])
+        assert config.model._target_
+    for missing in missing_keys(config):
+        OmegaConf.update(config, missing, "given")
+    assert len(flatten(config)) > 5
+    check_targets(config)
+
+
+def test_a_model_selects_its_recipe_and_the_command_line_wins() -> None:
+    assert compose("train", ["+model=resnet"]).recipe.optimizer._target_ == "torch.optim.SGD"
+    assert compose("train", ["+model=resnet", "recipe.optimizer.lr=0.5"]).recipe.optimizer.lr == 0.5
+    lenet = compose("train", ["+model=lenet"]).recipe
+    assert (lenet.optimizer.lr, lenet.schedule.factor, lenet.loss.label_smoothing) == (0.01, 0.1, 0.0)
+    changed = compose("train", ["+model=lenet", "optimizer=adamw", "loss=label_smoothing"]).recipe
+    assert (changed.optimizer.betas, changed.loss.label_smoothing) == ([0.9, 0.999], 0.1)
+
+
+def test_a_group_that_a_verb_lacks_is_answered_with_those_it_has() -> None:
+    with pytest.raises(ConfigError, match="report has no group data, train has"):
+        check_command_line(REPORT, ["+model=lenet", "data=digits"])
+    with pytest.raises(ConfigError, match="pack has no group model, it takes source"):
+        check_command_line(PACK, ["+model=lenet"])
+
+
+def test_targets_outside_the_project_need_trust() -> None:
+    config = compose("train", ["+model=resnet", "model._target_=tests.support.networks.plain"])
+    with pytest.raises(ConfigError, match=r"model._target_=tests.support.networks.plain is outside"):
+        check_targets(config)
+    hidden = compose("train", ["+model=resnet", "+trainer.plugins=[{_target_: os.getcwd}]"])
+    with pytest.raises(ConfigError, match=r"trainer.plugins.0._target_=os.getcwd is outside"):
+        check_targets(hidden)
+    config.trust = True
+    check_targets(config)
+
+
+def test_a_mistake_is_one_line_and_exit_code_one(run_verb: Run) -> None:
+    for words in (["+modle=resnet"], ["+model=resnet", "seed=[1"], ["+model=resnet", "model._target_=os.getcwd"]):
+        answer = run_verb("train", *words)
+        assert answer.returncode == 1
+        assert answer.stderr.startswith("error: ")
+        assert answer.stderr.count("\n") == 1
+        assert answer.stdout == ""
+
+
+def test_help_lists_the_groups_of_the_verb(run_verb: Run) -> None:
+    text = run_verb("report", "--help").stdout
+    assert "  +model= alexnet, coatnet" in text
+    assert "  recipe= adamw, " in text
+    assert not re.search(r"^ *(data|augment|trainer|tracking|source)=", text, re.MULTILINE)
+
+
+def test_help_and_mistakes_import_nothing_heavy(run_verb: Run) -> None:
+    for words in (["--help"], ["+model=resnt"]):
+        answer = run_verb("train", *words, PYTHONPROFILEIMPORTTIME="1")
+        imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
+        assert "pipeline.cli.check" in imported
+        assert not imported & {"torch", "numpy", "pytorch_lightning", "mlflow", "nvidia.dali", "webdataset", "pyarrow"}
+    assert "python -m pipeline.train +model=resnet" in run_verb("train", "--help").stdout

@@ -1,0 +1,107 @@
+"""A run that was stopped, moved or damaged: it continues to the same bits, or it says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from pipeline.runs.run import Run
+from tests.support.commands import TINY, Typed, journal
+from tests.support.paths import ROOT
+
+
+def stop_at(line: str, root: Path, words: tuple[str, ...], *, by: signal.Signals) -> tuple[int, str]:
+    """Start a run and send it a signal as soon as it prints `line`; return the exit code and the rest of its output."""
+    command = [sys.executable, "-m", "pipeline.train", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Background jobs of a shell ignore SIGINT and pass that on to children; a Python handler is not inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line in printed for printed in process.stdout), "it ended before it could be stopped"
+        process.send_signal(by)
+        rest = process.stdout.read()
+        return process.wait(), rest
+
+
+def test_a_run_stopped_repeatedly_ends_in_the_same_bits(train: Typed, with_digits: Path) -> None:
+    # A network with batch norm, dropout and stochastic depth: running averages and random numbers must continue too.
+    net = ("+model=mobilenet", "model.variant=mobilenet_v3_small", "model.stochastic_depth=0.2")
+    common = (*net, "recipe.optimizer.lr=0.001", "trainer.precision=32-true", "data.batch_size=32", "tracking=none")
+    # Five steps per epoch, and points that span the ends of epochs, where checkpoints are.
+    words = (*common, "recipe.epochs=3", "+trainer.limit_train_batches=5", "log_every=3")
+    train(*words, "name=complete")
+    runs, cut = with_digits / "runs", (*words, "name=cut")
+    code, printed = stop_at("step 3/15", with_digits, cut, by=signal.SIGINT)
+    assert (code, "stopped: the same command restarts from step 0" in printed) == (130, True)
+    code, printed = stop_at("step 6/15", with_digits, cut, by=signal.SIGTERM)
+    assert (code, "stopped: the same command continues after step 5" in printed) == (143, True)
+    assert stop_at("step 12/15", with_digits, cut, by=signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not (runs / "cut" / "result.json").exists()
+    assert "continues from last.ckpt" in train(*cut)
+    complete, resumed = journal(runs / "complete"), journal(runs / "cut")
+    assert len(complete) == 5 + 3
+    assert resumed == complete
+    weights = [
+        torch.load(runs / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("complete", "cut")
+    ]
+    assert len(weights[0]) > 100
+    assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
+
+
+def test_a_run_resumes_only_with_its_own_settings(train: Typed, with_digits: Path) -> None:
+    words = ("+model=lenet", "tracking=none", *TINY, "name=mine")
+    train(*words)
+    (with_digits / "runs" / "mine" / "result.json").unlink()  # as after a kill at its last step
+    for change in ("recipe.optimizer.lr=0.2", "seed=1", "augment.training.flip=0.5"):
+        with pytest.raises(ValueError, match=f"runs/mine was started with {change.partition('=')[0]}="):
+            train(*words, change)
+    with pytest.raises(ValueError, match="started with global_batch_size=256, not 128"):
+        train(*words, "data.batch_size=128")
+    assert "continues from last.ckpt" in train(*words, "data.batch_size=128", "recipe.accumulate=2")
+
+
+def test_a_moved_run_keeps_its_best_score_and_its_page(train: Typed, with_digits: Path) -> None:
+    words = ("+model=lenet", *TINY, "name=mine", "+trainer.limit_val_batches=1")
+    train(*words)
+    folder = with_digits / "runs" / "mine"
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").unlink()
+    (with_digits / "runs").rename(with_digits / "elsewhere")
+    train(*words, "runs=elsewhere")
+    assert json.loads((with_digits / "elsewhere" / "mine" / "result.json").read_text()) == {
+        "val/top1": result["val/top1"], "checkpoint": "elsewhere/mine/checkpoints/best.ckpt",
+    }  # fmt: skip
+    client = MlflowClient(f"sqlite:///{with_digits / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("convoy")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    points = {key: client.get_metric_history(run.info.run_id, key) for key in ("train/loss", "params_millions")}
+    assert [point.step for point in points["train/loss"]] == [2, 4, 6, 8, 10]
+    assert [point.step for point in points["params_millions"]] == [0]
+
+
+def test_one_process_at_a_time_trains_a_run(train: Typed, with_digits: Path) -> None:
+    with (
+        Run("mine", with_digits / "runs" / "mine").locked(),
+        pytest.raises(ValueError, match="runs/mine is locked by a running process: add name=NAME"),
+    ):
+        train("+model=lenet", "tracking=none", *TINY, "name=mine")
+
+
+def test_a_damaged_checkpoint_is_named(train: Typed, with_digits: Path) -> None:
+    words = ("+model=lenet", "tracking=none", *TINY, "name=mine")
+    train(*words)
+    (with_digits / "runs" / "mine" / "result.json").unlink()
+    (with_digits / "runs" / "mine" / "checkpoints" / "last.ckpt").write_bytes(b"PK no more")
+    with pytest.raises(ValueError, match=r"last.ckpt cannot be read .* remove it to start the run over"):
+        train(*words)

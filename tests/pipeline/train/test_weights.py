@@ -1,0 +1,78 @@
+"""Trainings that start with a file of weights, and image sizes that a network does not accept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from hydra.errors import HydraException
+
+from tests.support.commands import Typed, journal
+
+
+def test_a_training_starts_with_the_weights_of_a_run(train: Typed, with_digits: Path) -> None:
+    short = ("+model=mobilenet", "model.variant=mobilenet_v3_small", "+trainer.limit_train_batches=2", "tracking=none")
+    train(*short, "name=first", "recipe.epochs=2", "model.norm_eps=1.0e-5")
+    first = with_digits / "runs" / "first" / "checkpoints" / "last.ckpt"
+    frozen = ("recipe.epochs=1", "recipe.optimizer.lr=0", "model.norm_momentum=1.0e-12", "name=second")
+    printed = train(*short, *frozen, f"weights={first}")
+    assert "244 tensors loaded in state_dict, named as by convoy; batch norm eps 1e-05" in printed
+    assert "strides" not in printed
+    wide = train(*short, "recipe.epochs=1", "model.image_size=224", f"weights={first}", "name=wide")
+    assert re.search("strides +those for images of 224 pixels, not those with which", wide)
+    ends = [journal(with_digits / "runs" / name)[-1] for name in ("first", "second")]
+    assert ends[1]["val/loss"] == pytest.approx(ends[0]["val/loss"], rel=1e-5)
+    assert ends[1]["val/top1"] == ends[0]["val/top1"]
+    fingerprint = json.loads((with_digits / "runs" / "second" / "fingerprint.json").read_text())
+    assert fingerprint["weights.sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
+    assert "weights.file" not in fingerprint
+    # A resumed run needs its file no more, wherever it is; a digest replaces a lost one.
+    result = with_digits / "runs" / "second" / "result.json"
+    result.unlink()
+    moved = first.rename(with_digits / "elsewhere.ckpt")
+    assert "is not read: the run continues" in train(*short, *frozen, f"weights={moved}")
+    result.unlink()
+    moved.unlink()
+    digest = fingerprint["weights.sha256"].upper()
+    assert "is not read: the run continues" in train(*short, *frozen, f"weights={moved}", f"weights.sha256={digest}")
+
+
+def test_weights_that_do_not_fit_leave_no_run(train: Typed, with_digits: Path) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), with_digits / "resnet18.pth")
+    for words, message in (
+        (["weights=none.pth"], "weights=none.pth: there is no such file"),
+        (["weights=a=b.pth"], "weights=a=b.pth: there is no such file"),
+        (["weights=12"], "weights=12: there is no such file"),
+        (["weights=it's (1) #2.pth"], "weights=it's (1) #2.pth: there is no such file"),
+        (["weights.file=epoch=3.ckpt"], "weights=epoch=3.ckpt: there is no such file"),
+        (["weights=moved.pth", f"weights.sha256={'0' * 64}"], "weights=moved.pth: there is no such file"),
+        (["weights=resnet18.pth", "weights.sha256=12e45678"], "not weights.sha256=12e45678"),
+        (["weights.head=replace"], "weights.head=replace needs a file: add weights=FILE"),
+        (["weights.sha256=0123"], "weights.sha256=0123 needs a file: add weights=FILE"),
+        (["weights=resnet18.pth"], "built for small images, model.image_size=224 builds the published one"),
+        (["weights=resnet18.pth", "model.image_size=224"], "weights.head=replace leaves out the last layer"),
+        (["weights=resnet18.pth", "weights.sha256=00"], "not weights.sha256=0"),
+        (["weights=resnet18.pth", "weights.head=drop"], "weights.head=drop must be keep or replace"),
+    ):
+        with pytest.raises((ValueError, OSError)) as error:
+            train("+model=resnet", "tracking=none", *words)
+        assert message in str(error.value)
+        assert not (with_digits / "runs").exists()
+
+
+def test_an_unsuitable_image_size_is_refused(train: Typed, with_digits: Path) -> None:
+    for words, message in (
+        (["+model=vgg", "model.image_size=224"], "data.image_size=16 does not suit vgg11_bn, built for 224"),
+        (["+model=lenet", "data.image_size=16"], "image_size=16: LeNet-5 takes images of 28 or 32 pixels"),
+        (["+model=convnext", "data.image_size=7"], "image_size=7: this network takes images of 8 pixels and more"),
+        (["+model=vgg", "augment.evaluation.image_size=8"], "data.image_size=8 does not suit vgg11_bn, built for 16"),
+    ):
+        with pytest.raises((ValueError, HydraException)) as error:
+            train(*words, "tracking=none")
+        assert message in str(error.value)
+        assert not (with_digits / "runs").exists()
