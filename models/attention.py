@@ -2,9 +2,11 @@
 
 Liu, Mao, Wu, Feichtenhofer, Darrell & Xie 2022, "A ConvNet for the 2020s", section 3
 Dai, Liu, Le & Tan 2021, "CoAtNet: marrying convolution and attention for all data sizes", table 3
+In shapes H' is ceil(H / stride), W' alike.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
@@ -47,10 +49,7 @@ COATNETS = {
 
 
 class ConvNeXtBlock(ResidualBlock):
-    """A 7x7 depthwise convolution, then a layer norm and two linear layers on each pixel: figure 4 of Liu et al.
-
-    Shapes: (N, C, H, W) -> (N, C, H, W).
-    """
+    """7x7 depthwise, layer norm, two linear layers: figure 4 of Liu et al. Shapes: (N, C, H, W) -> (N, C, H, W)."""
 
     last_norm = None
     no_decay = ()  # in the published code depthwise kernels decay
@@ -72,13 +71,11 @@ class ConvNeXtBlock(ResidualBlock):
         return residual + x
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     """The shortcut of a block that changes the shape: average pooling over 2x2 and a 1x1 convolution.
 
     Equations 4 and 5 of Dai et al., with averages for their maxima as in timm. An odd last row or column is averaged
-    alone: the parallel strided convolution reads it too.
-
-    Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
+    alone: the parallel strided convolution reads it too. Shapes: (N, in_channels, H, W) -> (N, out_channels, H', W').
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
@@ -86,17 +83,11 @@ class Downsample(nn.Module):
         self.pool = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
         self.expand = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        changed: Tensor = self.expand(self.pool(x))
-        return changed
-
 
 class MBConv(ResidualBlock):
     """An inverted residual with pre-normalisation and a squeeze-excite gate: Dai et al. sections 2.1 and A.1.
 
-    The stride sits on the depthwise convolution, the better place by their table 9.
-
-    Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
+    The depthwise layer strides, better by their table 9. Shapes: (N, in_channels, H, W) -> (N, out_channels, H', W').
     """
 
     last_norm = None  # it ends with a convolution
@@ -114,17 +105,14 @@ class MBConv(ResidualBlock):
         self.stochastic_depth = StochasticDepth()
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = self.depthwise(self.expand(self.norm(x)))  # (N, 4 out_channels, H / stride, W / stride)
-        residual: Tensor = self.stochastic_depth(self.project(self.gate(wide)))  # (N, out_channels, ...)
-        shortcut: Tensor = self.shortcut(x)
-        return residual + shortcut
+        wide = self.depthwise(self.expand(self.norm(x)))  # (N, 4 out_channels, H', W')
+        residual = self.stochastic_depth(self.project(self.gate(wide)))  # (N, out_channels, H', W')
+        added: Tensor = residual + self.shortcut(x)
+        return added
 
 
 def resize_table(table: Tensor, height: int, *, width: int) -> Tensor:
-    """Interpolate a table of biases bilinearly for maps of height x width pixels: Dai et al. section A.1.
-
-    Shapes: ((2 side - 1)^2, A) -> ((2 height - 1) (2 width - 1), A).
-    """
+    """Interpolate bilinearly, as Dai et al. A.1. Shapes: ((2 side - 1)^2, A) -> ((2 height - 1) (2 width - 1), A)."""
     full = math.isqrt(len(table))
     square = table.T.reshape(1, -1, full, full).float()  # (1, A, 2 side - 1, 2 side - 1)
     resized = functional.interpolate(square, (2 * height - 1, 2 * width - 1), mode="bilinear")
@@ -135,9 +123,7 @@ class RelativeBias(nn.Module):
     """A learned bias for each head and each offset between two pixels: w of equation 3 of Dai et al., section A.1.
 
     The table of (2 side - 1)^2 offsets x A heads is for maps of side x side pixels and is resized for others. Like
-    other biases it has no weight decay.
-
-    Shapes: height and width -> (A, L, L), L = height width.
+    other biases it has no weight decay. Shapes: height and width -> (A, L, L), L = height width.
     """
 
     no_decay = ("table",)
@@ -158,10 +144,7 @@ class RelativeBias(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Self-attention over all pixels with a bias for the offset between two: equation 3 of Dai et al.
-
-    Shapes: (N, H, W, in_channels) -> (N, H, W, out_channels), L = H W tokens, A heads of width D = 32.
-    """
+    """Attention with a bias per offset: Dai et al. (3). Shapes: (N, H, W, in_channels) -> (N, H, W, out_channels)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, side: int) -> None:
         super().__init__()
@@ -172,6 +155,7 @@ class RelativeAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         num_images, height, width, _ = x.shape
+        # L = H W tokens, A heads of width D
         parts = self.qkv(x).view(num_images, height * width, self.num_heads, 3 * HEAD_WIDTH)  # (N, L, A, 3 D)
         query, key, value = parts.transpose(1, 2).chunk(3, dim=-1)  # (N, A, L, D) each
         bias = self.bias(height, width).to(query.dtype)  # (A, L, L)
@@ -181,10 +165,7 @@ class RelativeAttention(nn.Module):
 
 
 class TransformerBlock(ResidualBlock):
-    """Relative attention over all pixels, then two linear layers on each, both pre-normalised: Dai et al. A.1.
-
-    Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
-    """
+    """Attention, two linear layers: Dai et al. A.1. Shapes: (N, in_channels, H, W) -> (N, out_channels, H', W')."""
 
     last_norm = None  # layer norms, before the layers
     no_decay = ()
@@ -203,22 +184,16 @@ class TransformerBlock(ResidualBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (N, in_channels, H, W)
-        pooled = self.pool(normed).permute(0, 2, 3, 1)  # -> (N, H / stride, W / stride, in_channels)
-        shortcut: Tensor = self.shortcut(x).permute(0, 2, 3, 1)  # -> (N, H / stride, W / stride, out_channels)
+        pooled = self.pool(normed).permute(0, 2, 3, 1)  # -> (N, H', W', in_channels)
+        shortcut: Tensor = self.shortcut(x).permute(0, 2, 3, 1)  # -> (N, H', W', out_channels)
         pixels: Tensor = shortcut + self.stochastic_depth(self.attention(pooled))
-        mixed = self.project(self.activation(self.expand(self.norm2(pixels))))  # (N, ..., out_channels)
+        mixed = self.project(self.activation(self.expand(self.norm2(pixels))))  # (N, H', W', out_channels)
         pixels = pixels + self.stochastic_depth(mixed)
-        return pixels.permute(0, 3, 1, 2)  # -> (N, out_channels, H / stride, W / stride)
+        return pixels.permute(0, 3, 1, 2)  # -> (N, out_channels, H', W')
 
 
 def convnext(variant: str = "convnext_tiny", **options: Unpack[Options]) -> ConvNet:
-    """Build a ConvNeXt from tiny to large, equal to torchvision's of the same name.
-
-    Up to 64 pixels: a 3x3 kernel at stride 1 instead of patches of 4x4.
-
-    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 32; 8 when built for small images.
-    Raises: ValueError for an unknown variant, smaller images, fewer than two classes.
-    """
+    """Build a ConvNeXt, equal to torchvision's; H, W at least 32. Up to 64 pixels: a 3x3 stem, stride 1, at least 8."""
     table = find_variant(variant, CONVNEXTS)
     settings = resolve_options(Settings(stochastic_depth=table.stochastic_depth), options, at_least=8)
     channels = table.widths[0]
@@ -227,12 +202,12 @@ def convnext(variant: str = "convnext_tiny", **options: Unpack[Options]) -> Conv
         patches = nn.Conv2d(settings.in_channels, channels, 3, padding=1)
     stages: dict[str, nn.Module] = {}
     for number, (width, depth) in enumerate(zip(table.widths, table.depths, strict=True), start=1):
-        stage = nn.Sequential()
+        stage = stages[f"stage{number}"] = nn.Sequential()
         if number > 1:
             halve = nn.Conv2d(channels, width, 2, stride=2)
             stage.append(nn.Sequential(LayerNorm2d(channels, eps=LAYER_NORM_EPS), halve))
         stage.extend(ConvNeXtBlock(width) for _ in range(depth))
-        stages[f"stage{number}"], channels = stage, width
+        channels = width
     stem = nn.Sequential(patches, LayerNorm2d(table.widths[0], eps=LAYER_NORM_EPS))
     between = {"norm": nn.LayerNorm(channels, eps=LAYER_NORM_EPS)}
     head = PooledLinear(channels, settings.num_classes, dropout=settings.dropout, between=between)
@@ -240,13 +215,7 @@ def convnext(variant: str = "convnext_tiny", **options: Unpack[Options]) -> Conv
 
 
 def coatnet(variant: str = "coatnet_0", **options: Unpack[Options]) -> ConvNet:
-    """Build a CoAtNet from 0 to 4, equal to timm's `coatnet_0_224` to `coatnet_4_224`.
-
-    Up to 64 pixels: no stride in the stem and the first stage. The attention of stages 3 and 4 is global.
-
-    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 1.
-    Raises: ValueError for an unknown variant or fewer than two classes.
-    """
+    """Build a CoAtNet, equal to timm's `coatnet_0_224` etc. Up to 64 pixels: no stride in the stem and stage 1."""
     table = find_variant(variant, COATNETS)
     settings = resolve_options(Settings(stochastic_depth=table.stochastic_depth), options)
     channels = table.widths[0]
@@ -257,16 +226,13 @@ def coatnet(variant: str = "coatnet_0", **options: Unpack[Options]) -> ConvNet:
     )
     stages: dict[str, nn.Module] = {}
     for number, (width, depth) in enumerate(zip(table.widths[1:], table.depths[1:], strict=True), start=1):
-        stage = nn.Sequential()
+        stage = stages[f"stage{number}"] = nn.Sequential()
         for position in range(depth):
             stride = 1 if position > 0 or (settings.small and number == 1) else 2
             side = math.ceil(side / stride)
-            if number <= 2:
-                stage.append(MBConv(channels, width, stride=stride))
-            else:
-                stage.append(TransformerBlock(channels, width, stride=stride, side=side))
+            block = MBConv if number <= 2 else partial(TransformerBlock, side=side)
+            stage.append(block(channels, width, stride=stride))
             channels = width
-        stages[f"stage{number}"] = stage
     norm, hidden = nn.LayerNorm(channels, eps=LAYER_NORM_EPS), nn.Linear(channels, channels)  # timm's, not the paper's
     between = {"norm": norm, "hidden": hidden, "activation": nn.Tanh()}
     head = PooledLinear(channels, settings.num_classes, dropout=settings.dropout, between=between)

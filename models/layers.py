@@ -4,6 +4,7 @@ Layers are registered in the order of torchvision's modules (timm's for CoAtNet 
 weights match parameter by parameter.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -15,18 +16,13 @@ MakeActivation = Callable[[], nn.Module]
 
 
 class ConvNet(nn.Module):
-    """A network as head(stages(stem(images))). Stages are named and end where the resolution changes.
-
-    Shapes: (N, C, H, W) -> (N, K), K classes.
-    """
+    """head(stages(stem(images))); a stage ends where the resolution changes. Shapes: (N, C, H, W) -> (N, K)."""
 
     def __init__(self, stem: nn.Module, stages: Mapping[str, nn.Module], *, head: nn.Module) -> None:
         super().__init__()
         self.image_size: int | None = None  # side in pixels the network is built for
         self.stem = stem
-        self.stages = nn.Sequential()
-        for name, stage in stages.items():
-            self.stages.add_module(name, stage)
+        self.stages = nn.Sequential(OrderedDict(stages))
         self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
@@ -38,9 +34,7 @@ class PooledLinear(nn.Sequential):
     """Global average pooling and a linear layer: Lin et al. 2014, section 3.2.
 
     Averaging (2048, 7, 7) to 2048 features leaves 2,049,000 head parameters for 1000 classes; flattening needs
-    100,353,000. `between` holds named layers that map the C means to `in_features`.
-
-    Shapes: (N, C, H, W) -> (N, K), any H and W.
+    100,353,000. `between` holds named layers that map the C means to `in_features`. Shapes: (N, C, H, W) -> (N, K).
     """
 
     def __init__(
@@ -64,8 +58,7 @@ class SqueezeExcite(nn.Module):
     """Scale each channel by a gate computed from all channel means.
 
     Hu et al. 2018, section 3. The gate depends on the entire image, so the receptive field after this layer is global.
-
-    Shapes: (N, C, H, W) -> (N, C, H, W), any H and W.
+    Shapes: (N, C, H, W) -> the same, any H and W.
     """
 
     def __init__(
@@ -87,10 +80,7 @@ class SqueezeExcite(nn.Module):
 class StochasticDepth(nn.Module):
     """In training, drop a block's residual for a random `rate` of the images and scale up the others.
 
-    Huang, Sun, Liu, Sedra & Weinberger 2016, section 3. Scaling in training rather than in evaluation keeps the same
-    expectation.
-
-    Shapes: any (N, ...) -> the same.
+    Huang, Sun, Liu, Sedra & Weinberger 2016, section 3. The scale keeps the expectation. Shapes: (N, ...) -> the same.
     """
 
     def __init__(self) -> None:
@@ -110,16 +100,10 @@ class StochasticDepth(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Base of every block that adds its result to its input. Each block class declares its special parameters.
+    """Base of every block that adds its result to its input; TypeError for a class without the two declarations."""
 
-    last_norm: name of the batch norm whose scale `ResidualClassifier` starts at zero, or None.
-    no_decay: names of kernels and matrices without weight decay. Any other module may declare `no_decay` too.
-
-    Names are relative to the block. Raises: TypeError when a class does not declare both.
-    """
-
-    last_norm: ClassVar[str | None]
-    no_decay: ClassVar[tuple[str, ...]]
+    last_norm: ClassVar[str | None]  # name in the block of the batch norm whose scale `ResidualClassifier` zeroes
+    no_decay: ClassVar[tuple[str, ...]]  # kernels and matrices without weight decay; any other module may declare it
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -129,9 +113,9 @@ class ResidualBlock(nn.Module):
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of each pixel, without a copy in channels_last memory.
+    """Layer norm over each pixel's channels, without a copy in channels_last memory: Ba, Kiros & Hinton 2016.
 
-    Ba, Kiros & Hinton 2016. Shapes: (N, C, H, W) -> (N, C, H, W).
+    Shapes: (N, C, H, W) -> the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,10 +133,7 @@ def conv_norm(
     groups: int = 1,
     activation: MakeActivation | None = None,
 ) -> nn.Sequential:
-    """Build a convolution without bias, its batch norm and an optional activation. Stride 1 keeps H and W.
-
-    Shapes: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)), odd kernels.
-    """
+    """Build a convolution without bias, batch norm and optional activation. Odd kernels give ceil(H / stride) rows."""
     padding = kernel_size // 2
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), *([activation()] if activation else []))
@@ -175,8 +156,7 @@ def set_batch_norm(net: nn.Module, *, eps: float | None = None, momentum: float 
         norm.momentum = norm.momentum if momentum is None else momentum
 
 
-def check_residual_blocks(net: nn.Module) -> None:
-    """Raise TypeError for a block with stochastic depth that is no `ResidualBlock`, and so declares nothing."""
+def _check_residual_blocks(net: nn.Module) -> None:
     for module in net.modules():
         has_residual = any(isinstance(child, StochasticDepth) for child in module.children())
         if has_residual and not isinstance(module, ResidualBlock):
@@ -184,11 +164,8 @@ def check_residual_blocks(net: nn.Module) -> None:
 
 
 def zero_last_norms(net: nn.Module) -> None:
-    """Start the scale of each block's `last_norm` at zero, so that the block starts as its shortcut.
-
-    Raises: AttributeError, TypeError for a declared name that is no batch norm of the block.
-    """
-    check_residual_blocks(net)
+    """Start every block as its shortcut. Raises: AttributeError, TypeError for a `last_norm` that is no batch norm."""
+    _check_residual_blocks(net)
     for block in net.modules():
         if isinstance(block, ResidualBlock) and block.last_norm is not None:
             norm = block.get_submodule(block.last_norm)
@@ -203,11 +180,8 @@ def undecayed_parameters(net: nn.Module) -> set[nn.Parameter]:
 
 
 def spread_stochastic_depth(net: nn.Module, rate: float) -> None:
-    """Let the rate rise linearly from 0 in the first block to `rate` in the last.
-
-    Huang et al. 2016, equation 4, starts at 1 / L of the rate; torchvision, timm and ConvNeXt start at 0.
-    """
-    check_residual_blocks(net)
+    """Let the rate rise linearly from 0, as torchvision, timm and ConvNeXt; Huang et al. 2016 start at 1 / L of it."""
+    _check_residual_blocks(net)
     depths = [layer for layer in net.modules() if isinstance(layer, StochasticDepth)]
     for position, depth in enumerate(depths):
         depth.rate = rate * position / max(1, len(depths) - 1)

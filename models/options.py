@@ -1,4 +1,8 @@
-"""The options that every builder takes beside its variant, and their effect on a network."""
+"""The options that every builder takes beside its variant, and their effect on a network.
+
+Every builder returns a network of shapes (N, in_channels, H, W) -> (N, num_classes), with the parameters of the named
+publication. It raises ValueError for an unknown variant, an impossible option, or an image size that it does not take.
+"""
 
 import difflib
 from collections.abc import Mapping
@@ -15,28 +19,19 @@ V = TypeVar("V")
 
 
 class Options(TypedDict, total=False):
-    """The options of all builders. A missing option, or None, takes the value of the variant's paper.
-
-    num_classes: number of logits; 1000 in most papers.
-    in_channels: channels of the images; 3 in most papers.
-    image_size: side in pixels the network is built for; up to 64 the stem has no early stride. Most networks take
-        other sizes too.
-    dropout: rate before the last linear layer; in AlexNet and VGG before two of the three.
-    stochastic_depth: rate of the last block, falling linearly to 0 at the first.
-    norm_eps, norm_momentum: constants of the batch norms.
-    """
+    """The options of all builders. A missing option, or None, takes the value of the variant's paper."""
 
     num_classes: int
     in_channels: int
-    image_size: int | None
-    dropout: float | None
-    stochastic_depth: float | None
-    norm_eps: float | None
+    image_size: int | None  # side in pixels built for, most networks take others; up to 64 the stem has no early stride
+    dropout: float | None  # rate before the last linear layer; in AlexNet and VGG before two of the three
+    stochastic_depth: float | None  # rate of the last block, falling linearly to 0 at the first
+    norm_eps: float | None  # constants of the batch norms
     norm_momentum: float | None
 
 
 class Settings(NamedTuple):
-    """Options with a value each. The defaults are those of ResNet and VGG; variants hold their own."""
+    """Options with a value each. The defaults are ResNet's and VGG's."""
 
     num_classes: int = 1000
     in_channels: int = 3
@@ -69,16 +64,11 @@ def _check_types(settings: Settings) -> None:
 
 
 def resolve_options(own: Settings, options: Options, *, at_least: int = 1) -> Settings:
-    """Return the variant's own settings with `options` over them. `at_least` is the smallest image side it takes.
-
-    Raises: ValueError for an unknown option or an impossible value.
-    """
-    unknown = sorted(options.keys() - Options.__annotations__.keys())
-    if unknown:
-        name, value = unknown[0], dict(options)[unknown[0]]
-        raise ValueError(f"{name}={value} is no option of a network, those are {', '.join(Options.__annotations__)}")
-    given = {name: value for name, value in options.items() if value is not None}
-    settings = Settings(**(own._asdict() | given))
+    """Return `own` with `options` over it; `at_least` is for image sizes. Raises: ValueError for impossible values."""
+    for name, value in sorted(options.items()):
+        if name not in Settings._fields:
+            raise ValueError(f"{name}={value} is no option of a network, those are {', '.join(Settings._fields)}")
+    settings = Settings(**(own._asdict() | {name: value for name, value in options.items() if value is not None}))
     _check_types(settings)
     if settings.num_classes < 2:
         raise ValueError(f"num_classes={settings.num_classes}: a classifier needs at least 2 classes")
@@ -97,16 +87,13 @@ def resolve_options(own: Settings, options: Options, *, at_least: int = 1) -> Se
 
 
 def apply_options(net: ConvNet, settings: Settings, *, options: Options) -> ConvNet:
-    """Record the image size, set the batch norms' constants and the rates of stochastic depth; returns the network.
-
-    Raises: ValueError when an option is given for layers that the network does not have.
-    """
+    """Set a network up and return it. Raises: ValueError when it has no layers that a given option is for."""
     net.image_size = settings.image_size
     set_batch_norm(net, eps=settings.norm_eps, momentum=settings.norm_momentum)
     spread_stochastic_depth(net, settings.stochastic_depth)
     layers = list(net.modules())
-    parts = {"norm_eps": _BatchNorm, "norm_momentum": _BatchNorm, "stochastic_depth": StochasticDepth}
-    for name, kind in {**parts, "dropout": nn.Dropout}.items():
+    kinds = {"norm_eps": _BatchNorm, "norm_momentum": _BatchNorm, "stochastic_depth": StochasticDepth}
+    for name, kind in (kinds | {"dropout": nn.Dropout}).items():
         if options.get(name) and not any(isinstance(layer, kind) for layer in layers):
             raise ValueError(f"{name}={options.get(name)}: this network has nothing to use it for, leave it out")
     return net

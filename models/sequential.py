@@ -31,27 +31,21 @@ VGGS = {
     "vgg13": Vgg((2, 2, 2, 2, 2)),
     "vgg16": Vgg((2, 2, 3, 3, 3)),
     "vgg19": Vgg((2, 2, 4, 4, 4)),
-    "vgg11_bn": Vgg((1, 1, 2, 2, 2), batch_norm=True),
-    "vgg13_bn": Vgg((2, 2, 2, 2, 2), batch_norm=True),
-    "vgg16_bn": Vgg((2, 2, 3, 3, 3), batch_norm=True),
-    "vgg19_bn": Vgg((2, 2, 4, 4, 4), batch_norm=True),
 }
+VGGS |= {f"{name}_bn": column._replace(batch_norm=True) for name, column in VGGS.items()}
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 HIDDEN = 4096  # units of each fully connected layer of AlexNet and VGG
-LENET_SIZES = (28, 32)  # MNIST's images, and the paper's padded ones
 
 
 class FullyConnected(nn.Sequential):
     """Two hidden layers and a linear layer: 59 of AlexNet's 61 million parameters, 124 of VGG-16's 138.
 
-    `side`: side of the pooled features, 6 in AlexNet, 7 in VGG. `dropouts`: rate before each of the three layers.
-
-    Shapes: (N, C, H, W) -> (N, K), any H and W.
+    `dropouts` are the rates before each of the three. Shapes: (N, C, H, W) -> (N, K), any H and W.
     """
 
     def __init__(self, in_channels: int, num_classes: int, *, side: int, dropouts: tuple[float, float, float]) -> None:
         super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(side)  # (N, C, H, W) -> (N, C, side, side)
+        self.pool = nn.AdaptiveAvgPool2d(side)  # (N, C, H, W) -> (N, C, side, side), 6 in AlexNet, 7 in VGG
         self.flatten = nn.Flatten()  # -> (N, C side side)
         self.dropout1 = nn.Dropout(dropouts[0])
         self.linear1 = nn.Linear(in_channels * side * side, HIDDEN)  # -> (N, 4096)
@@ -68,20 +62,15 @@ def lenet(variant: str = "lenet5", *, ops: str = "torch", **options: Unpack[Opti
 
     Modernised: ReLU for the scaled tanh, max pooling for averages with a trained scale and shift, C3 connected to all
     maps of S2 instead of table I, and a linear layer for the distances to drawn letters. 61,706 parameters with one
-    channel and ten classes.
-
-    `ops`: "torch", or "reference" for the equations of `models.equations`, with the same parameters.
-
-    Shapes: (N, in_channels, 28, 28) or (N, in_channels, 32, 32) -> (N, num_classes).
-    Raises: ValueError for an unknown variant or ops, other sizes, fewer than two classes.
+    channel and ten classes. `ops` is "torch", or "reference" for the equations of `models.equations`.
     """
     c1, c3, c5, f6 = find_variant(variant, LENETS)
     if ops not in ("torch", "reference"):
         raise ValueError(f"ops={ops} is not one of torch, reference: leave it out for torch's")
     settings = resolve_options(Settings(num_classes=10, image_size=32), options)
-    if settings.image_size not in LENET_SIZES:
+    if settings.image_size not in (28, 32):  # MNIST's images, and the paper's padded ones
         raise ValueError(f"image_size={settings.image_size}: LeNet-5 takes images of 28 or 32 pixels")
-    padding = (32 - settings.image_size) // 2  # pads 28 pixels to the paper's 32
+    padding = (32 - settings.image_size) // 2
     stem = nn.Sequential(nn.Conv2d(settings.in_channels, c1, 5, padding=padding), relu())  # -> (N, 6, 28, 28)
     stages = {
         "stage1": nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(c1, c3, 5), relu()),  # -> (N, 16, 10, 10)
@@ -96,10 +85,7 @@ def lenet(variant: str = "lenet5", *, ops: str = "torch", **options: Unpack[Opti
 def alexnet(variant: str = "alexnet", **options: Unpack[Options]) -> ConvNet:
     """Build AlexNet in one column and without local response normalisation, equal to torchvision's.
 
-    Up to 64 pixels: a first 3x3 kernel at stride 1 without pooling, and features averaged to 1x1.
-
-    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 63; 7 when built for small images.
-    Raises: ValueError for an unknown variant, smaller images, fewer than two classes.
+    Takes H and W of at least 63. Up to 64 pixels: a 3x3 stem at stride 1, features averaged to 1x1, at least 7.
     """
     widths, kernels = find_variant(variant, ALEXNETS)
     settings = resolve_options(Settings(dropout=0.5), options, at_least=7)
@@ -117,34 +103,28 @@ def alexnet(variant: str = "alexnet", **options: Unpack[Options]) -> ConvNet:
         "stage1": nn.Sequential(*conv(1), nn.MaxPool2d(3, stride=2)),  # -> (N, 192, 13, 13)
         "stage2": nn.Sequential(*conv(2), *conv(3), *conv(4), nn.MaxPool2d(3, stride=2)),  # -> (N, 256, 6, 6)
     }
-    side = 1 if settings.small else 6
     dropouts = (settings.dropout, settings.dropout, 0.0)
-    head = FullyConnected(widths[-1], settings.num_classes, side=side, dropouts=dropouts)
+    head = FullyConnected(widths[-1], settings.num_classes, side=1 if settings.small else 6, dropouts=dropouts)
     return apply_options(ConvNet(stem, stages, head=head), settings, options=options)
 
 
 def vgg(variant: str = "vgg16", **options: Unpack[Options]) -> ConvNet:
     """Build a VGG with 11 to 19 layers, with or without batch norm (`_bn`), equal to torchvision's of the same name.
 
-    It has no stem. Up to 64 pixels: no pooling after the first stage, and features averaged to 1x1.
-
-    Shapes: (N, in_channels, H, W) -> (N, num_classes), H and W at least 32; 16 when built for small images.
-    Raises: ValueError for an unknown variant, smaller images, fewer than two classes.
+    Takes H and W of at least 32. Up to 64 pixels: no pooling after stage 1, features averaged to 1x1, at least 16.
     """
     table = find_variant(variant, VGGS)
     settings = resolve_options(Settings(dropout=0.5), options, at_least=16)
     in_channels = settings.in_channels
     stages: dict[str, nn.Module] = {}
     for number, (width, depth) in enumerate(zip(VGG_WIDTHS, table.depths, strict=True), start=1):
-        layers: list[nn.Module] = []
+        stage = stages[f"stage{number}"] = nn.Sequential()
         for _ in range(depth):
             norm = [nn.BatchNorm2d(width)] if table.batch_norm else []
-            layers += [nn.Conv2d(in_channels, width, 3, padding=1), *norm, relu()]
+            stage.extend([nn.Conv2d(in_channels, width, 3, padding=1), *norm, relu()])
             in_channels = width
         if number > 1 or not settings.small:
-            layers.append(nn.MaxPool2d(2))
-        stages[f"stage{number}"] = nn.Sequential(*layers)
-    side = 1 if settings.small else 7
+            stage.append(nn.MaxPool2d(2))
     dropouts = (0.0, settings.dropout, settings.dropout)
-    head = FullyConnected(in_channels, settings.num_classes, side=side, dropouts=dropouts)
+    head = FullyConnected(in_channels, settings.num_classes, side=1 if settings.small else 7, dropouts=dropouts)
     return apply_options(ConvNet(nn.Identity(), stages, head=head), settings, options=options)

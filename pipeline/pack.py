@@ -11,7 +11,7 @@ from pipeline.cli.verb import Verb
 
 VERB = Verb(
     "pack",
-    "Pack images into shuffled WebDataset shards with a manifest and an index.",
+    "Pack images into shuffled WebDataset shards with a manifest (dataset.json) and an index.",
     {"": "scikit-learn's digits", "source=folder source.root=PATH name=NAME": "class folders"},
 )
 NUM_NAMED_CLASSES = 10

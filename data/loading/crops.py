@@ -19,8 +19,7 @@ DRAWS = 4 * CROP_ATTEMPTS + 1  # area, ratio, top and left of each attempt, then
 class CropWindows(NamedTuple):
     """The rectangle to decode of each image, and its part that becomes the output; rows before columns, contiguous.
 
-    The part is [roi_start, roi_end) in pixels of the rectangle; pixels around it only feed the resize filter. None is
-    the entire rectangle.
+    The part is [roi_start, roi_end) in pixels of the rectangle, None all of it. Pixels around it feed the filter.
     """
 
     anchor: NDArray[np.int32]  # (N, 2) first row and column to decode
@@ -61,7 +60,8 @@ class TrainingCrop:
     has_margin = False
 
     def __post_init__(self) -> None:
-        _check_image_size(self.image_size)
+        if self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size} must be at least 1 pixel")
         for name, value in (("scale", self.scale), ("ratio", self.ratio)):
             if len(value) != 2:
                 raise ValueError(f"{name}={list(value)} must be a range of two numbers")
@@ -93,22 +93,32 @@ class EvaluationCrop:
     has_margin = True
 
     def __post_init__(self) -> None:
-        _check_image_size(self.image_size)
+        if self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size} must be at least 1 pixel")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction={self.crop_fraction} must be above 0 and at most 1")
 
     def crops(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> CropWindows:
-        """Return the central crop of each image; samples, seed and epoch do not matter."""
-        return center_crop(sizes, image_size=self.image_size, resize=round(self.image_size / self.crop_fraction))
+        """Return the central crop of each image; samples, seed and epoch do not matter.
+
+        Only the crop and the reach of the resize filter are decoded, which gives the same pixels.
+        """
+        # (N, 2), torchvision truncates the longer side
+        resized = round(self.image_size / self.crop_fraction) * sizes // sizes.min(axis=1, keepdims=True)
+        corner = np.rint((resized - self.image_size) / 2)  # Python's rounding, as torchvision's
+        pixels = sizes / resized  # (N, 2) input pixels per output pixel
+        start, end = corner * pixels, (corner + self.image_size) * pixels
+        support = np.ceil(np.maximum(pixels, 1)) + 1  # reach of the triangular filter
+        anchor = np.maximum(np.floor(start - support), 0)
+        shape = (np.minimum(np.ceil(end + support), sizes) - anchor).astype(np.int32)
+        roi_start, roi_end = (start - anchor).astype(np.float32), (end - anchor).astype(np.float32)
+        return CropWindows(anchor.astype(np.int32), shape, np.zeros(len(sizes), np.int32), roi_start, roi_end)
 
 
 def random_resized_crop(
     sizes: NDArray[np.int64], draws: NDArray[np.float64], *, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Compute anchors and shapes of torchvision's RandomResizedCrop: ten attempts, then the largest central crop.
-
-    Shapes: sizes (N, 2), draws (N, 40) in [0, 1) -> (N, 2), (N, 2), rows before columns.
-    """
+    """Compute torchvision's RandomResizedCrop: sizes (N, 2), draws (N, 40) in [0, 1) -> anchors and shapes (N, 2)."""
     area_draw, ratio_draw, top_draw, left_draw = draws.reshape(len(draws), 4, CROP_ATTEMPTS).transpose(1, 0, 2)
     area = sizes.prod(axis=1)[:, None] * (scale[0] + area_draw * (scale[1] - scale[0]))  # (N, attempts)
     aspect = np.exp(np.log(ratio[0]) + ratio_draw * (np.log(ratio[1]) - np.log(ratio[0])))
@@ -119,26 +129,8 @@ def random_resized_crop(
     position = np.stack([top_draw[image, attempt], left_draw[image, attempt]], axis=1)
     anchor = np.floor(position * (sizes - chosen + 1)).astype(np.int64)
     largest = _largest_within(sizes, ratio)
-    none = ~np.any(fits, axis=1, keepdims=True)  # (N, 1)
+    none = ~np.any(fits, axis=1, keepdims=True)  # (N, 1), after ten attempts the largest central crop
     return np.where(none, (sizes - largest) // 2, anchor), np.where(none, largest, chosen)
-
-
-def center_crop(sizes: NDArray[np.int64], *, image_size: int, resize: int) -> CropWindows:
-    """Compute the crops of torchvision's Resize(resize) and CenterCrop(image_size), image_size <= resize.
-
-    Only the crop and the reach of the resize filter are decoded, which gives the same pixels.
-    """
-    shorter = sizes.min(axis=1, keepdims=True)
-    resized = resize * sizes // shorter  # (N, 2), torchvision truncates the longer side
-    corner = np.rint((resized - image_size) / 2)  # Python's rounding, as torchvision's
-    pixels = sizes / resized  # (N, 2) input pixels per output pixel
-    start, end = corner * pixels, (corner + image_size) * pixels
-    support = np.ceil(np.maximum(pixels, 1)) + 1  # reach of the triangular filter
-    anchor = np.maximum(np.floor(start - support), 0)
-    stop = np.minimum(np.ceil(end + support), sizes)
-    mirror, shape = np.zeros(len(sizes), np.int32), (stop - anchor).astype(np.int32)
-    roi_start, roi_end = (start - anchor).astype(np.float32), (end - anchor).astype(np.float32)
-    return CropWindows(anchor.astype(np.int32), shape, mirror, roi_start, roi_end)
 
 
 def _largest_within(sizes: NDArray[np.int64], ratio: tuple[float, float]) -> NDArray[np.int64]:
@@ -147,8 +139,3 @@ def _largest_within(sizes: NDArray[np.int64], ratio: tuple[float, float]) -> NDA
     fitted_height = np.where(aspect < ratio[0], np.rint(width / ratio[0]), height)
     fitted_width = np.where(aspect > ratio[1], np.rint(height * ratio[1]), width)
     return np.stack([fitted_height, fitted_width], axis=1).astype(np.int64)  # (N, 2)
-
-
-def _check_image_size(image_size: int) -> None:
-    if image_size < 1:
-        raise ValueError(f"image_size={image_size} must be at least 1 pixel")

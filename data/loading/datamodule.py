@@ -19,8 +19,7 @@ from data.shards.dataset import Dataset
 class LoaderSettings:
     """Settings of both loaders; `batch_size` is per step and device, `threads=None` this rank's share of the cores.
 
-    `shuffle_window` samples are shuffled together, `readahead` batches are read before they are needed.
-    Raises: ValueError for a number below 1.
+    `shuffle_window` samples are shuffled together, `readahead` batches are read early. Raises: ValueError below 1.
     """
 
     batch_size: int
@@ -91,18 +90,13 @@ class ShardData(pl.LightningDataModule):
         if self.evaluation_split is None:
             return []
         index, batch_size = self.dataset.index(self.evaluation_split), self.settings.batch_size
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        plan = EvaluationPlan(len(index), batch_size, rank=rank, world_size=world_size)
+        plan = EvaluationPlan(len(index), batch_size, self.trainer.global_rank, self.trainer.world_size)
         return Loader(index, self._storage, plan=plan, crop=self.evaluation_crop, decode=self._decode_settings())
 
     def _decode_settings(self) -> DecodeSettings:
         assert self.trainer is not None
         device: torch.device = self.trainer.strategy.root_device
+        device_id = device.index if device.type == "cuda" else None
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.num_devices))
-        return DecodeSettings(
-            self.dataset.mean,
-            self.dataset.std,
-            device_id=device.index if device.type == "cuda" else None,
-            threads=self.settings.threads or max(1, available_cores() // local_ranks),
-            readahead=self.settings.readahead,
-        )
+        threads = self.settings.threads or max(1, available_cores() // local_ranks)
+        return DecodeSettings(self.dataset.mean, self.dataset.std, device_id, threads, self.settings.readahead)

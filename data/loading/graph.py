@@ -16,16 +16,13 @@ Resizer = Literal["torch", "dali"]
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How batches are decoded: `mean` and `std` are fractions of 255; `device_id` is a GPU, None the CPU.
-
-    DALI uses `threads` CPU threads. `readahead` batches are read before they are needed.
-    """
+    """How batches are read and decoded; `mean` and `std` are fractions of 255, `device_id` is a GPU, None the CPU."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     device_id: int | None = None
-    threads: int = 2
-    readahead: int = 4
+    threads: int = 2  # of DALI, on the CPU
+    readahead: int = 4  # batches that are read before they are needed
 
     @property
     def device(self) -> str:
@@ -52,8 +49,7 @@ def build_pipeline(
     """
     # exec_dynamic: the other executor overwrites batches that are still referenced.
     threads, device_id = decode.threads, decode.device_id
-    pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, exec_dynamic=True)
-    with pipeline:
+    with Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, exec_dynamic=True) as pipeline:
         encoded, anchor, shape, mirror, *region = fn.external_source(
             source=source, num_outputs=6 if crop.has_margin else 4, batch=True, no_copy=True
         )
@@ -61,11 +57,11 @@ def build_pipeline(
             encoded, anchor, shape, axis_names="HW", device=decode.device, output_type=types.DALIImageType.RGB
         )
         if resizer == "torch":
-            resize = TorchResize(batch_size, crop.image_size)
+            resize = _TorchResize(batch_size, crop.image_size)
             resized = fn.python_function(decoded, function=resize, batch_processing=True, output_layouts="HWC")
         else:
-            size, linear = [crop.image_size, crop.image_size], types.DALIInterpType.INTERP_LINEAR
-            part = {"roi_start": region[0], "roi_end": region[1]} if region else {}
+            size, linear = [crop.image_size] * 2, types.DALIInterpType.INTERP_LINEAR
+            part = dict(zip(("roi_start", "roi_end"), region, strict=False))  # empty without a margin
             resized = fn.resize(decoded, size=size, interp_type=linear, antialias=True, **part)
         mean, std = [value * 255 for value in decode.mean], [value * 255 for value in decode.std]
         images = fn.crop_mirror_normalize(
@@ -76,13 +72,11 @@ def build_pipeline(
     return pipeline
 
 
-class TorchResize:
+class _TorchResize:
     """torch's antialiased resize as a step of the graph on a CPU: torchvision's v2 Resize to the bit.
 
     DALI's own resize stays within a level of it except at the border, where it repeats the last pixel, and takes as
-    long as decoding on a CPU (benchmarks/README.md).
-
-    Shapes: uint8 arrays (h, w, 3), sizes may differ -> (image_size, image_size, 3) each.
+    long as decoding on a CPU (benchmarks/README.md). Shapes: uint8 (h, w, 3), any sizes -> (image_size, image_size, 3).
     """
 
     def __init__(self, batch_size: int, image_size: int) -> None:
@@ -91,7 +85,6 @@ class TorchResize:
         self._resized = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
 
     def __call__(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        """Resize a batch."""
         size = list(self._resized.shape[2:])
         for number, array in enumerate(images):
             image = torch.from_numpy(array).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w), no copy
@@ -103,8 +96,7 @@ class TorchResize:
 
 def can_decode(encoded: NDArray[np.uint8], decode: DecodeSettings) -> bool:
     """Try to decode one image with DALI."""
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=decode.device_id)
-    with pipeline:
+    with Pipeline(batch_size=1, num_threads=1, device_id=decode.device_id) as pipeline:
         source = fn.external_source(source=lambda: [encoded], batch=True)
         pipeline.set_outputs(fn.decoders.image(source, device=decode.device, output_type=types.DALIImageType.RGB))
     try:

@@ -1,24 +1,28 @@
-"""From a plan to batches of images: `BatchReader` reads the bytes, the DALI graph of `graph.py` decodes them."""
+"""From a plan to batches of images: threads read the bytes ahead, the DALI graph of `graph.py` decodes them."""
 
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.utils.dlpack
+from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from torch import Tensor
 
-from data.loading.crops import CropPolicy
+from data.draws import Samples
+from data.loading.crops import CropPolicy, CropWindows
 from data.loading.graph import DecodeSettings, build_pipeline, can_decode, choose_resizer
 from data.loading.order import Plan, Position
-from data.loading.reader import BatchReader, EncodedBatch
 from data.loading.storage import Storage
 from data.shards.dataset import Index
 from data.shards.images import UnreadableImage
 
 NAMED = 3  # damaged images in an error
+READERS = 4  # threads
 
 
 class Batch(NamedTuple):
@@ -29,6 +33,16 @@ class Batch(NamedTuple):
     samples: Tensor  # (N,) int64
 
 
+class EncodedBatch(NamedTuple):
+    """A batch before decoding."""
+
+    buffer: NDArray[np.uint8]
+    images: list[NDArray[np.uint8]]  # encoded, each a part of the buffer
+    crops: CropWindows
+    labels: NDArray[np.int64]
+    samples: Samples
+
+
 class Loader:
     """The batches of a plan; each iteration is one epoch from its first step. Iterate one at a time.
 
@@ -36,9 +50,9 @@ class Loader:
     decoded. `position` is that of the next batch, `wait_seconds` the time that the caller has waited for batches.
 
     Threads; the callback `_encoded` runs on the caller's thread, inside `pipeline.run`:
-        caller's thread   position, _pipeline; pops _decoding, recycles buffers
-        DALI callback     pops the reader's _reading, submits the next read; appends to _decoding
-        reader threads    complete the futures in _reading; pop the reader's _buffers
+        caller's thread   position, _pipeline; pops _decoding, appends to _buffers
+        DALI callback     advances _batches, which submits reads; appends to _decoding
+        reader threads    run `_read`: pop _buffers, share index and storage
         DALI's threads    read the buffers of the batches in _decoding
     """
 
@@ -46,10 +60,13 @@ class Loader:
         self, index: Index, storage: Storage, *, plan: Plan, crop: CropPolicy, decode: DecodeSettings, seed: int = 0
     ) -> None:
         self.index, self.plan, self.crop, self.decode = index, plan, crop, decode
-        self.position = Position(0, 0)
-        self.wait_seconds = 0.0
-        self._reader = BatchReader(index, storage, plan=plan, crop=crop, seed=seed)
+        self.position, self.wait_seconds = Position(0, 0), 0.0
+        self._storage, self._seed = storage, seed
+        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="shard-reader")
+        # Buffers of decoded batches: fresh memory would cost a page fault for every 4 KB of every image.
+        self._buffers: deque[NDArray[np.uint8]] = deque()
         self._decoding: deque[EncodedBatch] = deque()
+        self._batches: Iterator[EncodedBatch] = iter(())
         self._pipeline: Pipeline | None = None  # its next batch is that at `position`
 
     def __len__(self) -> int:
@@ -76,16 +93,48 @@ class Loader:
 
     def _start(self) -> None:
         self._decoding.clear()
-        self._reader.start(self.position, readahead=self.decode.readahead)
+        self._batches = self._read_ahead(self.position)
         decode, crop, batch_size = self.decode, self.crop, self.plan.largest_batch
         resizer = choose_resizer(decode, crop)
         self._pipeline = build_pipeline(self._encoded, decode=decode, crop=crop, batch_size=batch_size, resizer=resizer)
 
     def _encoded(self) -> tuple[Any, ...]:
         """Hand DALI the next batch: its encoded images, then the arrays of its crops."""
-        batch = self._reader.take()
+        batch = next(self._batches)
         self._decoding.append(batch)
         return batch.images, *(array for array in batch.crops if array is not None)
+
+    def _read_ahead(self, position: Position) -> Iterator[EncodedBatch]:
+        """Yield the batches from `position` on; `readahead` more are being read. Raises: ValueError, OSError."""
+        reading: deque[Future[EncodedBatch]] = deque()
+        try:
+            while True:
+                while len(reading) <= self.decode.readahead:
+                    reading.append(self._threads.submit(self._read, position))
+                    position = position.following(len(self))
+                yield reading.popleft().result()
+        finally:
+            for batch in reading:
+                batch.cancel()
+
+    def _read(self, position: Position) -> EncodedBatch:
+        samples = self.plan.samples(*position)
+        rows = self.index.rows(samples)
+        ends = np.cumsum(rows.size)
+        buffer = self._free_buffer(int(ends[-1]))
+        images = np.split(buffer[: ends[-1]], ends[:-1])
+        for shard, offset, image in zip(rows.shard.tolist(), rows.offset.tolist(), images, strict=True):
+            self._storage.read(self.index.split.shards[shard].file, image, offset=offset)
+        sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)  # (N, 2)
+        crops = self.crop.crops(sizes, samples, seed=self._seed, epoch=position.epoch)
+        return EncodedBatch(buffer, images, crops, rows.label.astype(np.int64), samples)
+
+    def _free_buffer(self, size: int) -> NDArray[np.uint8]:
+        try:
+            buffer = self._buffers.popleft()
+        except IndexError:
+            return np.empty(size, np.uint8)
+        return buffer if len(buffer) >= size else np.empty(size + size // 4, np.uint8)
 
     def _decode_next(self) -> Batch:
         assert self._pipeline is not None
@@ -97,7 +146,7 @@ class Loader:
             raise
         self._pipeline = pipeline
         encoded = self._decoding.popleft()
-        self._reader.recycle(encoded.buffer)
+        self._buffers.append(encoded.buffer)
         # (N, H, W, 3) -> (N, 3, H, W), no copy
         images = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
         return Batch(images, torch.from_numpy(encoded.labels), torch.from_numpy(encoded.samples))
@@ -112,10 +161,9 @@ class Loader:
         ]
         if damaged:
             more = f" and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
-            raise UnreadableImage(
-                f"cannot be decoded: {', '.join(self.index.keys(damaged[:NAMED]))}{more} "
-                "(changed after packing or indexing: pack again, or remove the index)"
-            ) from error
+            names = ", ".join(self.index.keys(damaged[:NAMED])) + more
+            reason = "changed after packing or indexing: pack again, or remove the index"
+            raise UnreadableImage(f"cannot be decoded: {names} ({reason})") from error
 
 
 class TrainingLoader(Loader):

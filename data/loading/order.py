@@ -1,8 +1,4 @@
-"""The samples of each batch: stateless functions of (seed, epoch, step), the same on every machine.
-
-Nothing here builds a list as long as the data set: the next batch of a billion samples costs what the next batch of a
-thousand costs (see `data.draws.permute`).
-"""
+"""The samples of each batch: stateless functions of (seed, epoch, step) that build no list as long as the data set."""
 
 from __future__ import annotations
 
@@ -56,8 +52,8 @@ def samples_at(positions: Samples, order: EpochOrder, *, seed: int, epoch: int) 
     for window in sorted(set(window_of.tolist())):
         inside = window_of == window
         start, end = order.windows[window], order.windows[window + 1]
-        within = permute(positions[inside] - start, int(end - start), permutation=key(WINDOW, seed, epoch, window))
-        shuffled[inside] = start + within
+        permutation = key(WINDOW, seed, epoch, window)
+        shuffled[inside] = start + permute(positions[inside] - start, int(end - start), permutation=permutation)
     place = np.searchsorted(order.starts, shuffled, side="right") - 1  # (N,) place of the shard in the epoch
     return order.rows[place] + shuffled - order.starts[place]
 
@@ -81,16 +77,13 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.accumulate, self.shuffle_window) < 1:
-            raise ValueError(
-                f"batch_size={self.batch_size}, accumulate={self.accumulate} and shuffle_window={self.shuffle_window}: "
-                "each must be at least 1"
-            )
+            values = f"batch_size={self.batch_size}, accumulate={self.accumulate}, shuffle_window={self.shuffle_window}"
+            raise ValueError(f"{values}: each must be at least 1")
         if self.num_steps == 0:
-            raise ValueError(
-                f"{sum(self.shard_samples)} training images are fewer than a global batch of {self.global_batch_size} "
-                f"(batch_size={self.batch_size} x accumulate={self.accumulate} x {self.world_size} ranks): "
-                "lower one of the two or use fewer devices"
-            )
+            images, size = sum(self.shard_samples), self.global_batch_size
+            factors = f"batch_size={self.batch_size} x accumulate={self.accumulate} x {self.world_size} ranks"
+            advice = f"({factors}): lower one of the two or use fewer devices"
+            raise ValueError(f"{images} training images are fewer than a global batch of {size} {advice}")
 
     @property
     def global_batch_size(self) -> int:
@@ -112,9 +105,8 @@ class TrainingPlan:
         """Return this rank's samples of a step: (batch_size,) rows of the index."""
         order = epoch_order(self.shard_samples, seed=self.seed, epoch=epoch, shuffle_window=self.shuffle_window)
         # Micro-batches are cut from the order like batches: `accumulate` consecutive ones are one global batch.
-        start = (step * self.world_size + self.rank) * self.batch_size
-        positions = np.arange(start, start + self.batch_size)
-        return samples_at(positions, order, seed=self.seed, epoch=epoch)
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return samples_at(np.arange(first, first + self.batch_size), order, seed=self.seed, epoch=epoch)
 
 
 @dataclass(frozen=True)
@@ -134,9 +126,8 @@ class EvaluationPlan:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         if self.world_size > self.num_samples:
-            raise ValueError(
-                f"{self.world_size} ranks are more than the {self.num_samples} images to evaluate: use fewer devices"
-            )
+            images = f"the {self.num_samples} images to evaluate"
+            raise ValueError(f"{self.world_size} ranks are more than {images}: use fewer devices")
 
     @property
     def largest_batch(self) -> int:

@@ -22,17 +22,6 @@ from numpy.typing import NDArray
 FORMAT = 1
 MANIFEST = "dataset.json"
 SPLITS = ("train", "val", "test")
-SCHEMA = pa.schema(
-    {
-        "shard": pa.int32(),
-        "offset": pa.int64(),
-        "size": pa.int64(),
-        "label": pa.int32(),
-        "height": pa.int32(),  # after EXIF orientation, as is the width
-        "width": pa.int32(),
-        "key": pa.string(),
-    }
-)
 CACHED_ROWS = 8_000_000  # 32 bytes each: two of the widest shuffle windows
 
 
@@ -90,7 +79,7 @@ class Dataset:
 
 
 class Rows(NamedTuple):
-    """Rows of an index by column; every array is (N,)."""
+    """Rows of an index by column, all (N,); height and width are those after EXIF orientation."""
 
     shard: NDArray[np.int32]
     offset: NDArray[np.int64]
@@ -100,7 +89,8 @@ class Rows(NamedTuple):
     width: NDArray[np.int32]
 
 
-ROW = np.dtype([(name, str(SCHEMA.field(name).type)) for name in Rows._fields])
+ROW = np.dtype({"names": Rows._fields, "formats": ("i4", "i8", "i8", "i4", "i4", "i4")})
+SCHEMA = pa.schema([*((name, pa.from_numpy_dtype(ROW[name])) for name in Rows._fields), ("key", pa.string())])
 
 
 class Index:
@@ -150,24 +140,21 @@ class Index:
 
 
 def read_manifest(folder: Path, root: Path) -> Dataset:
-    """Read `dataset.json`. Raises: ValueError when it has another format or is damaged."""
+    """Read the manifest. Raises: ValueError when it has another format or is damaged."""
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
-        version = manifest["format"]
-        if version != FORMAT:
+        if (version := manifest["format"]) != FORMAT:
             raise ValueError(f"{path} has format {version}, this program reads {FORMAT}: pack the data set again")
-        splits = {
-            name: Split(tuple(Shard(**shard) for shard in split["shards"]), split["index"], split["digest"])
-            for name, split in manifest["splits"].items()
-        }
-        classes, mean, std = tuple(manifest["classes"]), tuple(manifest["mean"]), tuple(manifest["std"])
+        splits = {}
+        for name, split in manifest["splits"].items():
+            splits[name] = Split(tuple(Shard(**shard) for shard in split["shards"]), split["index"], split["digest"])
+        classes, mean, std = (tuple(manifest[name]) for name in ("classes", "mean", "std"))
         return Dataset(root, folder, manifest["name"], classes, mean, std, splits)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not the manifest of a data set ({type(error).__name__}: {error}): "
-            "remove it to have the tars indexed again, or pack the data set again"
-        ) from error
+        advice = "remove it to have the tars indexed again, or pack the data set again"
+        reason = f"{path} is not the manifest of a data set ({type(error).__name__}: {error})"
+        raise ValueError(f"{reason}: {advice}") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

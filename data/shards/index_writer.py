@@ -1,7 +1,6 @@
-"""From the rows of all tars to the Parquet indexes and the manifest of a data set."""
+"""From the rows of all tars to the classes, the Parquet indexes and the manifest of a data set."""
 
 import hashlib
-import itertools
 import json
 from pathlib import Path
 
@@ -10,17 +9,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data.shards.classes import label_numbers
 from data.shards.dataset import SCHEMA, Dataset, Shard, Split
 from data.shards.tars import SampleRow, ShardRows
 
 STATISTICS_IMAGES = 10_000
 
 
+def class_names(shards: list[ShardRows]) -> tuple[str, ...]:
+    """Return the sorted names that occur as labels, or "0" up to the largest number. Raises: ValueError."""
+    labels = {row.label for shard in shards for row in shard.rows}
+    names = sorted(str(label) for label in labels if isinstance(label, str))
+    if names:
+        return tuple(names)
+    num_samples = sum(len(shard.rows) for shard in shards)
+    for shard in shards:
+        _check_range(shard, num_samples)
+    return _numbers(max(int(label) for label in labels) + 1)
+
+
+def merge_classes(manifest: tuple[str, ...], tars: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the manifest's names where the tars have only numbers, otherwise those of the tars."""
+    only_numbers = tars == _numbers(len(tars))
+    return manifest if only_numbers and manifest != _numbers(len(manifest)) else tars
+
+
 def statistics_shares(num_shards: int) -> list[int]:
     """Distribute STATISTICS_IMAGES, the images decoded for mean and standard deviation, evenly over the shards."""
-    ends = [number * STATISTICS_IMAGES // num_shards for number in range(num_shards + 1)]
-    return [end - start for start, end in itertools.pairwise(ends)]
+    total = STATISTICS_IMAGES
+    return [(number + 1) * total // num_shards - number * total // num_shards for number in range(num_shards)]
 
 
 def index_origin(tars: list[tuple[str, int, int]], *, label_field: str) -> bytes:
@@ -40,25 +56,23 @@ def write_dataset(
     """Write indexes and manifest into `folder`. Raises: ValueError for a label that is not one of `classes`."""
     splits = {}
     for split, rows in shards.items():
-        tars = [(shard.file, shard.bytes, shard.modified_ns) for shard in rows]
-        origin = index_origin(tars, label_field=label_field)
-        splits[split] = write_index(folder / f"{split}.parquet", rows, classes=classes, origin=origin)
+        origin = index_origin([(shard.file, shard.bytes, shard.modified_ns) for shard in rows], label_field=label_field)
+        splits[split] = _write_index(folder / f"{split}.parquet", rows, classes=classes, origin=origin)
     colours = np.sum([shard.colours for rows in shards.values() for shard in rows], axis=0)  # (7,)
-    mean, std = mean_and_std(colours)
-    dataset = Dataset(root, folder, name, classes, mean, std, splits)
+    dataset = Dataset(root, folder, name, classes, *_mean_and_std(colours), splits)
     dataset.write()
     return dataset
 
 
-def write_index(path: Path, shards: list[ShardRows], *, classes: tuple[str, ...], origin: bytes) -> Split:
-    """Write an index atomically, a row group per shard with samples. Raises: ValueError."""
+def _write_index(path: Path, shards: list[ShardRows], *, classes: tuple[str, ...], origin: bytes) -> Split:
+    """Write an index atomically, a row group per shard with samples."""
     partial_path = path.with_name(f".{path.name}.partial")
     digest = hashlib.sha256()
     shards = [shard for shard in shards if shard.rows]
     with pq.ParquetWriter(partial_path, SCHEMA, compression="zstd") as writer:
         for number, shard in enumerate(shards):
             columns = {name: [getattr(row, name) for row in shard.rows] for name in SampleRow._fields}
-            columns |= {"shard": [number] * len(shard.rows), "label": label_numbers(shard, classes)}
+            columns |= {"shard": [number] * len(shard.rows), "label": _label_numbers(shard, classes)}
             table = pa.table(columns, schema=SCHEMA)  # in the schema's order
             writer.write_table(table, row_group_size=len(table))
             for name in SCHEMA.names[:-1]:
@@ -70,7 +84,7 @@ def write_index(path: Path, shards: list[ShardRows], *, classes: tuple[str, ...]
     return Split(tars, path.name, digest.hexdigest())
 
 
-def mean_and_std(colours: NDArray[np.float64]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _mean_and_std(colours: NDArray[np.float64]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Compute mean and standard deviation of red, green and blue from the sums of `images.colour_sums`."""
     mean = colours[1:4] / colours[0]
     # Images of one colour have no deviation; 1/255 keeps their normalised pixels finite.
@@ -78,3 +92,27 @@ def mean_and_std(colours: NDArray[np.float64]) -> tuple[tuple[float, float, floa
     red, green, blue = (round(float(value), 6) for value in mean)
     red_std, green_std, blue_std = (round(float(value), 6) for value in std)
     return (red, green, blue), (red_std, green_std, blue_std)
+
+
+def _label_numbers(shard: ShardRows, classes: tuple[str, ...]) -> list[int]:
+    if any(isinstance(row.label, int) for row in shard.rows):
+        _check_range(shard, len(classes))
+        return [int(row.label) for row in shard.rows]
+    numbers = {name: number for number, name in enumerate(classes)}
+    for row in shard.rows:
+        if row.label not in numbers:
+            raise ValueError(f"{shard.file}: {row.key} has class {row.label}, which the training split does not have")
+    return [numbers[str(row.label)] for row in shard.rows]
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(str(number) for number in range(count))
+
+
+def _check_range(shard: ShardRows, num_classes: int) -> None:
+    for row in shard.rows:
+        if not isinstance(row.label, int):
+            raise ValueError(f"{shard.file}: {row.key} has the label {row.label} where others have numbers")
+        if not 0 <= row.label < num_classes:
+            allowed = f"0 to {num_classes - 1}, as there are no more classes, or images to have them"
+            raise ValueError(f"{shard.file}: {row.key} has label {row.label}, out of range: {allowed}")

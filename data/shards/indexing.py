@@ -11,18 +11,14 @@ from filelock import FileLock
 
 from data.cores import available_cores
 from data.shards import images
-from data.shards.classes import class_names, merge_classes
 from data.shards.dataset import MANIFEST, SPLITS, Dataset, read_manifest
-from data.shards.index_writer import index_origin, statistics_shares, write_dataset
+from data.shards.index_writer import class_names, index_origin, merge_classes, statistics_shares, write_dataset
 from data.shards.parallel import map_tasks
+from data.shards.sources import SPLIT_FOLDERS
 from data.shards.tars import ShardRows, SkippedSample, TarTask, read_shard
 
 POOL_SHARDS = 4  # up to here, reading is faster than the imports of another process
-SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
+SPLIT_WORDS = SPLIT_FOLDERS | {"training": "train", "dev": "val", "eval": "val", "testing": "test"}
 
 
 class NotADatasetError(ValueError):
@@ -35,30 +31,29 @@ def open_dataset(
     """Open a data set; index the tars first, in one process, if they have no manifest or have changed.
 
     `folder` is for manifest and indexes, by default `root`. Also returns the samples that indexing has just skipped.
-
-    Raises: FileNotFoundError, ValueError when this is not a data set; PermissionError.
+    Raises: FileNotFoundError, ValueError when this is not a data set or a tar is damaged; PermissionError.
     """
     folder = folder or root
     if root.is_file():
         raise ValueError(f"root={root} is a file: give the folder that contains it")
     if not root.is_dir():
         raise FileNotFoundError(f"root={root} is not a folder")
-    tars = find_tars(root)
-    current = partial(current_dataset, root, folder, tars=tars, label_field=label_field)
+    tars = _find_tars(root)
+    current = partial(_current_dataset, root, folder, tars=tars, label_field=label_field)
     if dataset := current():
         return dataset, []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             dataset = current()  # another process may have been faster
-            return (dataset, []) if dataset else index_tars(root, folder, tars=tars, label_field=label_field)
+            return (dataset, []) if dataset else _index_tars(root, folder, tars=tars, label_field=label_field)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise PermissionError(f"{error}: folder=FOLDER puts manifest and index elsewhere") from error
         raise
 
 
-def find_tars(root: Path) -> dict[str, list[str]]:
+def _find_tars(root: Path) -> dict[str, list[str]]:
     """List the tars below `root` by split: a word of the path, or `train`. Raises: ValueError without tars."""
     splits: dict[str, list[str]] = {}
     for path in sorted(root.rglob("*.tar")):
@@ -71,13 +66,12 @@ def find_tars(root: Path) -> dict[str, list[str]]:
     if not splits:
         compressed = next((path for pattern in ("*.tar.*", "*.tgz") for path in root.rglob(pattern)), None)
         if compressed is not None:
-            raise NotADatasetError(f"{compressed} is compressed, so it cannot be read by position: unpack it to a .tar")
-        content = f"neither {MANIFEST} nor a .tar file"
-        raise ValueError(f"root={root} is not a data set: it contains {content}")
+            raise ValueError(f"{compressed} is compressed, so it cannot be read by position: unpack it to a .tar")
+        raise NotADatasetError(f"root={root} is not a data set: it contains neither {MANIFEST} nor a .tar file")
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
-def current_dataset(root: Path, folder: Path, *, tars: dict[str, list[str]], label_field: str) -> Dataset | None:
+def _current_dataset(root: Path, folder: Path, *, tars: dict[str, list[str]], label_field: str) -> Dataset | None:
     """Return the data set of the manifest if its indexes belong to it and to the tars as they are now."""
     if not (folder / MANIFEST).is_file():
         return None
@@ -88,20 +82,17 @@ def current_dataset(root: Path, folder: Path, *, tars: dict[str, list[str]], lab
         path = folder / split.index
         metadata = pq.read_metadata(path).metadata if path.is_file() else {}
         status = [(file, os.stat(root / file)) for file in tars[name]]
-        states = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in status]
-        origin = index_origin(states, label_field=label_field)
+        tars_now = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in status]
+        origin = index_origin(tars_now, label_field=label_field)
         if (metadata.get(b"made"), metadata.get(b"digest")) != (origin, split.digest.encode()):
             return None
     return dataset
 
 
-def index_tars(
+def _index_tars(
     root: Path, folder: Path, *, tars: dict[str, list[str]], label_field: str
 ) -> tuple[Dataset, list[SkippedSample]]:
-    """Read every tar, write indexes and manifest, and return the data set and the skipped samples.
-
-    Raises: ValueError for a damaged tar, a split without a labelled image, a label out of range.
-    """
+    """Read every tar, write indexes and manifest, and return the data set and the skipped samples."""
     shards: dict[str, list[ShardRows]] = {}
     for split, files in tars.items():
         measured = split == "train" or "train" not in tars
@@ -110,21 +101,14 @@ def index_tars(
         workers = available_cores() if len(files) > POOL_SHARDS else 1
         read = partial(read_shard, root, label_field=label_field, size_of=images.intact_size)
         shards[split] = map_tasks(read, tasks, workers=workers, label=f"index {split}")
-        _check_labelled(root, split, rows=shards[split], label_field=label_field)
+        if not any(shard.rows for shard in shards[split]):
+            skipped = [sample for shard in shards[split] for sample in shard.skipped]
+            first = f"; {skipped[0].name}: {skipped[0].reason}" if skipped else ""
+            label = f"a label (.cls, or the .json field of label_field={label_field})"
+            raise ValueError(f"root={root}: the tars of split {split} contain no image with {label}{first}")
     name, classes = root.resolve().name, class_names(shards.get("train") or next(iter(shards.values())))
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder, root)
         name, classes = manifest.name, merge_classes(manifest.classes, classes)
     dataset = write_dataset(root, folder, shards=shards, name=name, classes=classes, label_field=label_field)
     return dataset, [sample for rows in shards.values() for shard in rows for sample in shard.skipped]
-
-
-def _check_labelled(root: Path, split: str, *, rows: list[ShardRows], label_field: str) -> None:
-    if any(shard.rows for shard in rows):
-        return
-    skipped = [sample for shard in rows for sample in shard.skipped]
-    first = f"; {skipped[0].name}: {skipped[0].reason}" if skipped else ""
-    raise ValueError(
-        f"root={root}: the tars of split {split} contain no image with a label "
-        f"(.cls, or the .json field of label_field={label_field}){first}"
-    )

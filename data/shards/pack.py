@@ -1,14 +1,11 @@
-"""From a source to shuffled tar shards, a manifest and an index: the same bytes for the same images and seed.
-
-Each shard is written, then read back by the code that indexes foreign tars, so that the index describes the file.
-"""
+"""From a source to shuffled tar shards, a manifest and an index: the same bytes for the same images and seed."""
 
 import shutil
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import webdataset as wds
@@ -25,8 +22,7 @@ from data.shards.tars import ShardRows, SkippedSample, TarTask, read_shard
 POOL_IMAGES = 4_000  # up to here, packing is faster than the imports of another process
 
 
-@dataclass(frozen=True)
-class ShardPlan:
+class _ShardPlan(NamedTuple):
     """A tar to write: its split, the task to read it back, its items in order."""
 
     split: str
@@ -34,8 +30,7 @@ class ShardPlan:
     items: list[Item]
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """The data set that was written, the skipped samples, and the source's ignored files by suffix."""
 
     dataset: Dataset
@@ -55,9 +50,7 @@ def pack(
     """Write `source` as a data set into `folder`, which appears only when it is complete.
 
     `resize` re-encodes larger images to that shorter side in pixels; None copies the bytes. Unreadable images are
-    skipped and returned, or raise when `strict`.
-
-    Raises: FileExistsError when `folder` exists; ValueError.
+    skipped and returned, or raise when `strict`. Raises: FileExistsError when `folder` exists; ValueError.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: remove it, or choose another name")
@@ -67,19 +60,19 @@ def pack(
         raise ValueError(f"resize={resize} must be an integer of at least 1 pixel, or unset to copy the bytes")
     if len(source.classes) < 2:
         raise ValueError(f"{source.name} has one class, {source.classes[0]}: a classifier needs at least 2")
-    plans = plan_shards(source, seed=seed, shard_samples=shard_samples)
+    plans = _plan_shards(source, seed=seed, shard_samples=shard_samples)
     sizes = [len(plan.items) for plan in plans]
     workers = available_cores() if sum(sizes) > POOL_IMAGES else 1
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     partial_folder.chmod(0o755)  # mkdtemp creates 0700; data sets are readable by all
     try:
-        write = partial(write_shard, partial_folder, resize=resize, strict=strict)
+        write = partial(_write_shard, partial_folder, resize=resize, strict=strict)
         rows = map_tasks(write, plans, workers=workers, label=f"pack {source.name}", unit="images", sizes=sizes)
         shards: dict[str, list[ShardRows]] = {}
         for plan, shard in zip(plans, rows, strict=True):
             shards.setdefault(plan.split, []).append(shard)
-        check_classes(source, shards)
+        _check_classes(source, shards)
         write_dataset(partial_folder, partial_folder, shards=shards, name=source.name, classes=source.classes)
         partial_folder.rename(folder)
     finally:
@@ -87,8 +80,7 @@ def pack(
     return Packed(read_manifest(folder, folder), [sample for shard in rows for sample in shard.skipped], source.ignored)
 
 
-def check_classes(source: Source, shards: dict[str, list[ShardRows]]) -> None:
-    """Raise ValueError when every image of a class was skipped in a split."""
+def _check_classes(source: Source, shards: dict[str, list[ShardRows]]) -> None:
     for split, rows in shards.items():
         labels = {row.label for shard in rows for row in shard.rows}
         expected = {item.label for item in source.splits[split]}
@@ -96,23 +88,23 @@ def check_classes(source: Source, shards: dict[str, list[ShardRows]]) -> None:
             raise ValueError(f"class {source.classes[label]} has no readable image in split {split}")
 
 
-def plan_shards(source: Source, *, seed: int, shard_samples: int) -> list[ShardPlan]:
+def _plan_shards(source: Source, *, seed: int, shard_samples: int) -> list[_ShardPlan]:
     """Shuffle each split by `seed` and cut it into shards; the last of a split may be smaller."""
     plans = []
     for number, split in enumerate(SPLITS):
         items = source.splits.get(split, [])
         permutation = draws.key(draws.PACK, seed, number)
         shuffled = [items[place] for place in draws.permute(np.arange(len(items)), len(items), permutation=permutation)]
-        starts = range(0, len(shuffled), shard_samples)
+        starts = range(0, len(items), shard_samples)
         counts = statistics_shares(len(starts)) if split == "train" else [0] * len(starts)
         for shard, (start, count) in enumerate(zip(starts, counts, strict=True)):
             tar = TarTask(f"{split}-{shard:06d}.tar", count)
-            plans.append(ShardPlan(split, tar, shuffled[start : start + shard_samples]))
+            plans.append(_ShardPlan(split, tar, shuffled[start : start + shard_samples]))
     return plans
 
 
-def write_shard(folder: Path, plan: ShardPlan, *, resize: int | None, strict: bool) -> ShardRows:
-    """Write one tar with webdataset's writer and read its rows back. Raises: UnreadableImage when `strict`."""
+def _write_shard(folder: Path, plan: _ShardPlan, *, resize: int | None, strict: bool) -> ShardRows:
+    """Write one tar with webdataset's writer and read its rows back as from a foreign tar: the index describes it."""
     skipped = []
     # A fixed modification time: the bytes of a shard depend on its images, not on the day.
     with open(folder / plan.tar.file, "wb") as stream, wds.TarWriter(stream, encoder=False, mtime=0) as writer:

@@ -25,10 +25,7 @@ def map_tasks(
     unit: str = "shards",
     sizes: Sequence[int] | None = None,
 ) -> list[Result]:
-    """Apply `function` to each task in `workers` processes (1 is this process); results keep the order of the tasks.
-
-    Progress counts `sizes` of each task in `unit`, 1 per task by default.
-    """
+    """Apply `function` to each task in `workers` processes, in order; progress counts `sizes` (default 1) in `unit`."""
     show = partial(_show_progress, label=label, unit=unit, sizes=sizes or [1] * len(tasks))
     if workers <= 1 or len(tasks) <= 1:
         return list(show(map(function, tasks)))

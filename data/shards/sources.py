@@ -60,7 +60,6 @@ def folder(root: Path | str, name: str, *, val_fraction: float, seed: int) -> So
 
     `train/` and `val/` (or `validation/`, `valid/`) or `test/` below `root` are the splits; without them
     `val_fraction` of each class is split off by `seed`.
-
     Raises: FileNotFoundError; ValueError without classes, for a class without images or one that `train/` lacks.
     """
     root = Path(root)
@@ -79,10 +78,7 @@ def folder(root: Path | str, name: str, *, val_fraction: float, seed: int) -> So
 
 
 def split_off(items: list[Item], *, val_fraction: float, seed: int) -> dict[str, list[Item]]:
-    """Split `val_fraction` of each class off for validation, at least one image of every class that has two.
-
-    0 means no validation split. Raises: ValueError for a fraction outside [0, 1).
-    """
+    """Split this fraction of each class off, at least one image of two; 0 means no validation. Raises: ValueError."""
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must be at least 0 and less than 1")
     if val_fraction == 0:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from data.shards import images
 
 RESERVED = re.compile(r"__[^/]*__($|/)")  # names that WebDataset reserves and skips
-SizeOf = Callable[[bytes], tuple[int, int]]  # height and width of an encoded image; raises UnreadableImage
+# Height and width of an encoded image: `images.intact_size`, or `oriented_size` where each was decoded before.
+SizeOf = Callable[[bytes], tuple[int, int]]
 Place = tuple[int, int]  # offset and size of a file in a tar, in bytes
 
 
@@ -60,17 +61,14 @@ class ShardRows:
 
 
 def read_shard(root: Path, task: TarTask, *, label_field: str, size_of: SizeOf) -> ShardRows:
-    """Read one tar. Raises: ValueError when it is cut short or not a tar.
-
-    `size_of` is `images.intact_size`, or `images.oriented_size` where every image has been decoded before.
-    """
+    """Read one tar. Raises: ValueError when it is cut short or not a tar."""
     path, shard = root / task.file, ShardRows(task.file)
     with path.open("rb") as stream:
         shard.modified_ns = os.fstat(stream.fileno()).st_mtime_ns
         shard.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         shard.bytes = stream.tell()
         try:
-            samples, repeated = list_samples(stream)
+            samples, repeated = _list_samples(stream)
         except tarfile.TarError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}): copy or pack it again") from error
         for key, files in samples.items():
@@ -86,11 +84,8 @@ def read_shard(root: Path, task: TarTask, *, label_field: str, size_of: SizeOf) 
     return shard
 
 
-def list_samples(stream: BinaryIO) -> tuple[dict[str, dict[str, Place]], list[str]]:
-    """List the files of a tar by sample key (up to the first dot of the name) and lower-case suffix; repeated names.
-
-    Raises: tarfile.TarError when the tar has no end mark.
-    """
+def _list_samples(stream: BinaryIO) -> tuple[dict[str, dict[str, Place]], list[str]]:
+    """List the files of a tar by sample key (up to the first dot of the name) and lower-case suffix; repeated names."""
     samples: dict[str, dict[str, Place]] = {}
     repeated = []
     stream.seek(0)

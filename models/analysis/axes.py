@@ -1,10 +1,7 @@
 """The receptive field of a tensor: which dimensions hold rows and columns, and which pixels each position reads.
 
-To follow changes of layout, (N, C, H, W) to (N, H, W, C), to (N, L, C), to (N H W, C), each dimension is a product of
-factors, and each factor knows its axis.
+To follow changes of layout, as (N, C, H, W) to (N, L, C), each dimension is a product of factors that know their axis.
 """
-
-from __future__ import annotations
 
 import functools
 import math
@@ -12,9 +9,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-from models.analysis.intervals import Interval, Intervals, TapPattern, distance, hull, union
+from models.analysis.intervals import Intervals, TapPattern, distance, hull, union
 
 ROWS, COLUMNS = 0, 1
 AXES = (ROWS, COLUMNS)
@@ -42,26 +39,21 @@ Dims = tuple[tuple[Factor, ...], ...]
 
 @dataclass(frozen=True)
 class AxisField:
-    """Which pixels the positions along the rows or columns of a map read.
+    """Which pixels the positions along the rows or columns of a map read."""
 
-    `local` holds the intervals of the paths made of kernels, None without such a path. `is_global` says that some path
-    reads the entire axis, through a mean, a gate or attention. `misalignment` is the largest distance in pixels between
-    the centers of branches that met. `image_side` is the size of the image, `size` that of the map.
-    """
-
-    local: Intervals | None
+    local: Intervals | None  # of the paths made of kernels, None without such a path
     image_side: int
-    size: int
-    is_global: bool = False
-    misalignment: Fraction = Fraction(0)
+    size: int  # of the map
+    is_global: bool = False  # some path reads the entire axis, through a mean, a gate or attention
+    misalignment: Fraction = Fraction(0)  # largest distance in pixels between the centers of branches that met
     unread: tuple[int, int] = (0, 0)  # pixels at both ends that slices and strides have left out
 
-    def through(self, pattern: TapPattern, size: int) -> AxisField:
+    def through(self, pattern: TapPattern, size: int) -> Self:
         """The field after an operation with this pattern and `size` outputs."""
-        local = self.local and self.local.through(pattern)
-        return replace(self, local=local, size=size, unread=self._unread_after(pattern, size))
+        unread = self._unread_after(pattern, size)
+        return replace(self, local=self.local and self.local.through(pattern), size=size, unread=unread)
 
-    def made_global(self, name: str) -> AxisField:
+    def made_global(self, name: str) -> Self:
         """The field after a reduction over all positions, which must read the image up to less than a stride."""
         if self.local is not None and max(self.unread) >= self.local.stride:
             raise UnknownReceptiveField(f"it uses {self.size} {name}, which do not cover the image, as the entire axis")
@@ -69,21 +61,17 @@ class AxisField:
 
     def _unread_after(self, pattern: TapPattern, size: int) -> tuple[int, int]:
         """Pixels left out after an operation; padding brings none back."""
-        positions = _positions_read(self.size, pattern, outputs=size)
-        if self.local is None or positions == (0, self.size - 1):
+        read = {tap for output in range(size) for tap in pattern.taps(output) if 0 <= tap < self.size}
+        if self.local is None or {0, self.size - 1} <= read:
             return self.unread
-        pixels = hull(map(self.local.at, positions)) if positions is not None else None
-        first, last = pixels or (self.image_side, -1)
+        ends = (min(read), max(read)) if read else ()
+        first, last = hull(map(self.local.at, ends)) or (self.image_side, -1)
         return (max(self.unread[0], first), max(self.unread[1], self.image_side - 1 - last))
 
 
 @dataclass(frozen=True)
 class TensorAxes:
-    """The dimensions of a tensor, and the receptive field along both axes of the map that they hold.
-
-    Methods return those after an operation. They raise UnknownReceptiveField for parts of axes and other operations
-    that the fields cannot follow.
-    """
+    """The dimensions of a tensor, and the receptive field along both axes of the map that they hold."""
 
     dims: Dims
     fields: tuple[AxisField, AxisField]
@@ -92,7 +80,7 @@ class TensorAxes:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
-        return tuple(_size(dim) for dim in self.dims)
+        return tuple(map(_size, self.dims))
 
     @property
     def has_local_field(self) -> bool:
@@ -113,22 +101,22 @@ class TensorAxes:
             raise UnknownReceptiveField(f"it treats {_describe(self.dims[dim])} as one axis")
         return on_axes[0].axis
 
-    def rearranged(self, dims: Iterable[Sequence[Factor]]) -> TensorAxes:
+    def rearranged(self, dims: Iterable[Sequence[Factor]]) -> Self:
         """The same fields with other dimensions."""
         return replace(self, dims=tuple(tuple(dim) for dim in dims))
 
-    def along(self, dim: int, pattern: TapPattern, *, size: int) -> TensorAxes:
+    def along(self, dim: int, pattern: TapPattern, *, size: int) -> Self:
         """After an operation that reads a dimension by this pattern and leaves `size` entries of it."""
         axis, dims, fields = self.axis_of(dim), list(self.dims), list(self.fields)
         if axis is None and size < self.shape[dim] and self.is_mixed:
             raise UnknownReceptiveField("it selects channels of concatenated branches")
-        padded_channels = axis is None and size > self.shape[dim]  # new channels read nothing
+        is_mixed = self.is_mixed or (axis is None and size > self.shape[dim])  # new channels read nothing
         dims[dim] = (Factor(size, axis),)
         if axis is not None:
             fields[axis] = fields[axis].through(pattern, size)
-        return TensorAxes(tuple(dims), (fields[ROWS], fields[COLUMNS]), self.is_mixed or padded_channels)
+        return replace(self, dims=tuple(dims), fields=(fields[ROWS], fields[COLUMNS]), is_mixed=is_mixed)
 
-    def viewed(self, shape: Sequence[int]) -> TensorAxes:
+    def viewed(self, shape: Sequence[int]) -> Self:
         """After a view of this shape, which must not split rows or columns."""
         factors = deque(factor for dim in self.dims for factor in dim if factor.size > 1 or factor.axis is not None)
         dims = [_take(factors, size) for size in shape]
@@ -136,22 +124,15 @@ class TensorAxes:
             raise UnknownReceptiveField(f"{self.shape} cannot be viewed as {tuple(shape)}")
         return self.rearranged([*dims[:-1], [*dims[-1], *factors]] if dims else [])
 
-    def reduced(self, dims: Iterable[int], *, keep: bool) -> TensorAxes:
-        """After a reduction over some dimensions, kept with size 1 or removed."""
-        gone = {dim % len(self.dims) for dim in dims}
-        ones = {dim: [factor for factor in self.dims[dim] if factor.size == 1] for dim in gone}
-        kept = [ones.get(position, dim) for position, dim in enumerate(self.dims) if keep or position not in gone]
-        return self.made_global(gone).rearranged(kept)
-
-    def made_global(self, dims: Iterable[int]) -> TensorAxes:
+    def made_global(self, dims: Iterable[int]) -> Self:
         """After an operation in which each position depends on all along some dimensions; single ones stay local."""
         fields = list(self.fields)
-        for factor in (factor for dim in dims for factor in self.dims[dim]):
-            if factor.axis is not None and factor.size > 1:
-                fields[factor.axis] = fields[factor.axis].made_global(AXIS_NAMES[factor.axis])
+        for size, axis in (factor for dim in dims for factor in self.dims[dim]):
+            if axis is not None and size > 1:
+                fields[axis] = fields[axis].made_global(AXIS_NAMES[axis])
         return replace(self, fields=(fields[ROWS], fields[COLUMNS]))
 
-    def normalized(self, dims: Iterable[int]) -> TensorAxes:
+    def normalized(self, dims: Iterable[int]) -> Self:
         """After a norm with statistics over some dimensions, which makes fields global and keeps local ones."""
         fields = zip(self.fields, self.made_global(dims).fields, strict=True)
         rows, columns = (replace(field, is_global=statistic.is_global) for field, statistic in fields)
@@ -172,9 +153,7 @@ def image_axes(shape: Sequence[int]) -> TensorAxes:
 def meet(tensors: Sequence[TensorAxes], dims: Dims, *, concatenated: bool = False) -> TensorAxes:
     """Several tensors combined into one with these dimensions, entry by entry or concatenated.
 
-    Along each axis local fields are joined, and a global one makes the result global. A tensor with one position where
-    others have many acts on all of them, so it must read the entire axis.
-    Raises: UnknownReceptiveField for branches that do not match.
+    A tensor with one position where others have many acts on all of them, so it must read the entire axis.
     """
     map_axes = [factor.axis for dim in dims for factor in dim if factor.is_map]
     if len(map_axes) > len(set(map_axes)):
@@ -186,33 +165,25 @@ def meet(tensors: Sequence[TensorAxes], dims: Dims, *, concatenated: bool = Fals
 
 
 def broadcast(tensors: Sequence[TensorAxes], shape: Sequence[int], *, concatenated: bool = False) -> TensorAxes:
-    """Several tensors broadcast to one shape, and combined entry by entry or concatenated.
-
-    Raises: UnknownReceptiveField if rows of one meet something else of another.
-    """
+    """Several tensors broadcast to one shape, and then combined by `meet`."""
     dims: list[tuple[Factor, ...]] = []
-    for position, size in enumerate(shape):
-        back = position - len(shape)
+    for back, size in enumerate(shape, start=-len(shape)):
         groups = [tensor.dims[back] for tensor in tensors if len(tensor.dims) >= -back]
         on_axes = {tuple(factor for factor in group if factor.axis is not None) for group in groups} - {()}
-        on_axes = {factors for factors in on_axes if any(factor.size > 1 for factor in factors)} or on_axes
+        on_axes = {factors for factors in on_axes if any(factor.is_map for factor in factors)} or on_axes
         if len(on_axes) > 1:
             raise UnknownReceptiveField("it combines " + " with ".join(sorted(map(_describe, on_axes))))
-        matching = [group for group in groups if _size(group) == size]
-        dims.append(
-            max(matching, key=lambda group: sum(part.axis is not None for part in group), default=(Factor(size),))
-        )
+        matching = [group for group in groups if _size(group) == size] or [(Factor(size),)]
+        dims.append(max(matching, key=lambda group: sum(part.axis is not None for part in group)))
     return meet(tensors, tuple(dims), concatenated=concatenated)
 
 
 def _joined_axis(tensors: Sequence[TensorAxes], axis: int, *, on_map: bool) -> AxisField:
     """One axis of several tensors that meet on many positions, or on one."""
-    fields = [tensor.fields[axis] for tensor in tensors]
-    if on_map:
-        fields = [
-            field if axis in tensor.map_axes() else field.made_global(AXIS_NAMES[axis])
-            for tensor, field in zip(tensors, fields, strict=True)
-        ]
+    fields = [
+        field.made_global(AXIS_NAMES[axis]) if on_map and axis not in tensor.map_axes() else field
+        for tensor, field in ((tensor, tensor.fields[axis]) for tensor in tensors)
+    ]
     joined = functools.reduce(_joined, [field for field in fields if field.local is not None] or fields)
     return replace(joined, is_global=any(field.is_global for field in fields))
 
@@ -230,35 +201,20 @@ def _joined(one: AxisField, other: AxisField) -> AxisField:
     return replace(one, local=local, misalignment=misalignment, unread=unread)
 
 
-def _positions_read(size: int, pattern: TapPattern, *, outputs: int) -> Interval | None:
-    """First and last of `size` positions that the outputs read, None for none; others are padding."""
-    first, last = size, -1
-    for output in range(outputs):
-        first = min([first, *(tap for tap in pattern.taps(output) if 0 <= tap < size)])
-        if first == 0:
-            break
-    for output in reversed(range(outputs)):
-        last = max([last, *(tap for tap in pattern.taps(output) if 0 <= tap < size)])
-        if last == size - 1:
-            break
-    return (first, last) if first <= last else None
-
-
 def _take(factors: deque[Factor], size: int) -> list[Factor]:
     """Take the factors of a dimension of this size from the front."""
     taken: list[Factor] = []
-    missing = size
-    while missing > 1 or (factors and factors[0].size == 1 and not taken):
+    while size > 1 or (factors and factors[0].size == 1 and not taken):
         if not factors:
             raise UnknownReceptiveField("the sizes of a view do not match")
         factor = factors.popleft()
-        if missing % factor.size == 0:
+        if size % factor.size == 0:
             taken.append(factor)
-            missing //= factor.size
-        elif factor.size % missing == 0 and factor.axis is None:
-            taken.append(Factor(missing))
-            factors.appendleft(Factor(factor.size // missing))
-            missing = 1
+            size //= factor.size
+        elif factor.size % size == 0 and factor.axis is None:
+            taken.append(Factor(size))
+            factors.appendleft(Factor(factor.size // size))
+            size = 1
         else:
             raise UnknownReceptiveField(f"it splits {_describe([factor])} into windows or patches")
     return taken

@@ -1,11 +1,8 @@
 """The effective receptive field: how strongly each pixel influences a unit.
 
-Luo, Li, Urtasun & Zemel 2016, "Understanding the effective receptive field in deep convolutional neural networks": with
-n random layers it grows with the square root of n, the receptive field with n. Its size is given in squares, as in Ding
-et al. 2022, "Scaling up your kernels to 31x31", section 5.
+Luo et al. 2016, "Understanding the effective receptive field in deep convolutional neural networks"; its size is given
+in squares, as in Ding et al. 2022, "Scaling up your kernels to 31x31", section 5.
 """
-
-from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
@@ -17,33 +14,28 @@ from torch import Tensor, nn
 from models.analysis.axes import AXES, AXIS_NAMES, TensorAxes
 from models.analysis.receptive_field import receptive_fields
 from models.analysis.summary import BATCH, NetworkSummary, Pixels
-from models.analysis.trace import NETWORK_ITSELF, evaluation_mode, trace
+from models.analysis.trace import NETWORK_ITSELF, in_mode, trace
 
 SHARES = (0.2, 0.5, 0.9, 0.99)  # of the energy, for `EffectiveField.sides`
 WARNING_SHARE = 0.9  # of the energy: the square that is compared with the image
-WARNING_SIDE = 1 / 3  # of the image's side: smaller squares cause a warning
+WARNING_SIDE = 1 / 3  # of the image's side: smaller squares cause a warning; training widens them (Luo et al., 3)
 
 
 @dataclass(frozen=True, eq=False)
 class EffectiveField:
-    """How strongly each pixel influences the middle unit of a layer's map.
-
-    `energy` (H, W), float64 on the CPU, is the squared gradient of the unit with respect to the pixel, summed over the
-    channels of both, averaged over `num_images` images, and scaled to a sum of 1. `center` is the middle of the unit's
-    local receptive field, in pixels from the middle of the first; it ends in .5 for a field of even size.
-    """
+    """How strongly each pixel influences the middle unit of a layer's map."""
 
     layer: str
+    # (H, W), float64, CPU: the unit's squared gradient, summed over all channels, averaged over images, with sum 1.
     energy: Tensor
-    center: Pixels
+    center: Pixels  # of the unit's local receptive field, from the middle of the first pixel: .5 for even sizes
     num_images: int
 
     def side(self, share: float) -> int:
         """Side in pixels of the smallest square around the center that holds this share of the energy.
 
-        A square of side s holds the pixels whose middle is at most (s - 1) / 2 from the center along both axes. Squares
-        are cut at the borders of the image, and may cross the near one to reach the far one.
-        Raises: ValueError for a share outside (0, 1].
+        A square of side s holds the pixels whose middle is at most (s - 1) / 2 from the center along both axes, and is
+        cut at the borders of the image. Raises: ValueError for a share outside (0, 1].
         """
         if not 0 < share <= 1:
             raise ValueError(f"a share of {share} of the energy is not in (0, 1]")
@@ -56,10 +48,7 @@ class EffectiveField:
         return {share: self.side(share) for share in SHARES}
 
     def area(self, share: float) -> float:
-        """Share of the image's pixels inside the square for this share of the energy.
-
-        The high-contribution area ratio of Ding et al. 2022, but of squared gradients, and with squares cut at borders.
-        """
+        """Share of the image's pixels in the square for this share of the energy: Ding et al.'s area ratio."""
         return float((self._distances() < self.side(share)).double().mean())
 
     def _distances(self) -> Tensor:
@@ -75,11 +64,9 @@ def effective_field(
     """Measure on images (N, C, H, W) how strongly each pixel influences the middle unit of a map, in evaluation mode.
 
     The map is the output of `layer`, by default of the last module that returns one: (N, C', H', W') or
-    (N, H', W', C') with a local receptive field. The middle of H' rows is row H' // 2, and likewise for columns.
-
+    (N, H', W', C') with a local receptive field. The middle of H' rows is row H' // 2.
     Channels c are summed with random signs s_c, drawn from `seed`: (sum_c s_c dy_c/dx)^2 is sum_c (dy_c/dx)^2 on
-    average, since mixed terms s_b s_c average to 0, so one backward replaces one per channel (Hutchinson's estimator of
-    the diagonal of J'J). The network is not changed. Images are moved to the device and type of the parameters.
+    average, so one backward replaces one per channel (Hutchinson's estimator of the diagonal of J'J).
     Raises: ValueError for images that are not float (N, C, H, W), for a layer without such a map, and for a unit that
     no pixel influences; TraceError and UnknownReceptiveField if the middle of the field is unknown.
     """
@@ -89,7 +76,7 @@ def effective_field(
     energy = torch.zeros(images.shape[2:], dtype=torch.float64)
     signs = torch.Generator().manual_seed(seed)
     like = next(net.parameters(), images)
-    with evaluation_mode(net), torch.enable_grad():
+    with in_mode(net, training=False), torch.enable_grad():
         for part in torch.split(images.detach(), images_at_once):
             pixels = part.to(like.device, like.dtype, copy=True).requires_grad_()  # also for inference-mode tensors
             values = _values(net, pixels, unit=unit)  # (N, C')
@@ -98,21 +85,17 @@ def effective_field(
             energy += gradient.cpu().double().square().sum((0, 1))  # (N, C, H, W) -> (H, W)
     total = float(energy.sum())
     if not 0 < total < float("inf"):
-        location = unit.layer or NETWORK_ITSELF
-        raise ValueError(f"the squared gradients of {location} sum to {total}: there is no effective field to measure")
+        sums = f"the squared gradients of {unit.layer or NETWORK_ITSELF} sum to {total}"
+        raise ValueError(f"{sums}: there is no effective field to measure")
     return EffectiveField(unit.layer, energy / total, unit.center, len(images))
 
 
 def field_warnings(field: EffectiveField, summary: NetworkSummary) -> list[str]:
-    """Warn if the receptive field, or the square of 0.9 of the energy, is small; `summary` is of the same network.
-
-    Small is a field below the image, and a square below a third of it. The third is a rule of thumb, and says little of
-    a fresh network: training widens the square (Luo et al., section 3).
-    """
+    """Warn if the receptive field is smaller than the image, or the square of 0.9 of the energy than a third of it."""
     _, height, width = summary.image_shape
     image, warnings = f"the image of {height} x {width} px", []
     last, first_global = summary.last_local_layer, summary.first_global_layer
-    rows, columns = last.local_size if last is not None and last.local_size is not None else (height, width)
+    rows, columns = (last and last.local_size) or (height, width)
     if last is not None and (rows < height or columns < width):
         consequence = "no unit covers larger objects completely"
         if last.is_global and first_global is not None:
@@ -127,10 +110,8 @@ def field_warnings(field: EffectiveField, summary: NetworkSummary) -> list[str]:
 
 
 class _Unit(NamedTuple):
-    """The middle unit of a map: layer, number of the call that returns it, its entry in the output, center."""
-
     layer: str
-    call: int
+    call: int  # number of the layer's call that returns the map
     entry: tuple[int | slice, ...]
     center: Pixels
 
@@ -140,11 +121,8 @@ def _middle_unit(net: nn.Module, image: tuple[int, ...], *, layer: str | None) -
         raise ValueError(f"{type(net).__name__} has no layer {layer}: take a name from `net.named_modules()`")
     traced = trace(net, (BATCH, image[0], image[1], image[2]))
     # A tensor that is overwritten in place belongs to the last operation that wrote to it.
-    sources = {
-        id(operation.outputs[0]): (operation.layer, axes)
-        for operation, axes in zip(traced.operations, receptive_fields(traced), strict=True)
-        if axes is not None
-    }
+    fields = zip(traced.operations, receptive_fields(traced), strict=True)
+    sources = {id(one.outputs[0]): (one.layer, axes) for one, axes in fields if axes is not None}
     for position, (name, output) in reversed(list(enumerate(traced.module_outputs))):
         source, axes = sources.get(id(output), (None, None))
         middle = _middle(axes, name) if axes is not None and name == (source if layer is None else layer) else None
@@ -179,12 +157,10 @@ def _values(net: nn.Module, pixels: Tensor, *, unit: _Unit) -> Tensor:
     """The channels of a unit for each image: (N, C, H, W) -> (N, C')."""
     calls, values = itertools.count(), []
 
-    def observe(*hooked: object) -> None:
-        output = hooked[-1]  # after the module and its inputs
+    def observe(output: Tensor) -> None:
         if next(calls) == unit.call:
-            assert isinstance(output, Tensor)
             values.append(output[unit.entry].clone())  # a later layer may overwrite the map
 
-    with net.get_submodule(unit.layer).register_forward_hook(observe):
+    with net.get_submodule(unit.layer).register_forward_hook(lambda *hooked: observe(hooked[-1])):
         net(pixels.clone())  # the first layer may write to its input, which a leaf with gradient forbids
     return values[0]

@@ -1,11 +1,9 @@
 """A check of receptive fields: the pixels with a gradient, for one unit of a network made linear and positive.
 
 Weights become positive, norms and activations the identity, maxima sums. No two paths cancel then, so a unit depends on
-exactly the pixels where its gradient is not zero. Kernels, strides and offsets enter only through torch itself. The
-propagated fields only select the operations that read an entire axis; those paths are left out of the comparison.
+exactly the pixels where its gradient is not zero. Kernels, strides and offsets enter only through torch itself; the
+propagated fields select the paths to compare.
 """
-
-from __future__ import annotations
 
 import functools
 import math
@@ -15,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from models.analysis.axes import AXES, AXIS_NAMES, COLUMNS, ROWS, AxisField, TensorAxes, UnknownReceptiveField
 from models.analysis.intervals import Interval, Intervals
@@ -25,6 +23,7 @@ from models.analysis.trace import Operation, Trace, TraceError, trace
 ACROSS = 64  # pixels along the axis that is not compared
 MARGIN = 12  # positions that fit beside the receptive field, so that no border is near
 MAX_UNITS = 8  # neighbouring units that are compared
+Fields = Sequence[TensorAxes | None]  # one per operation
 
 
 class FieldComparison(NamedTuple):
@@ -50,37 +49,31 @@ class FieldComparison(NamedTuple):
 
     def to_dict(self) -> dict[str, object]:
         """The comparison for a JSON file."""
-        names = ("layer", "axis", "field", "gradient", "image")
-        return {**dict(zip(names, self, strict=True)), "agrees": self.agrees}
+        names = ("layer", "axis", "field", "gradient", "image", "agrees")
+        return dict(zip(names, (*self, self.agrees), strict=True))
 
 
 class LinearNetwork:
     """A traced network with everything linear and positive, in float64, and the outputs of some of its operations.
 
-    Without `fields` all paths are followed. With the fields of all operations, paths that read an entire axis at once
-    (means, gates, attention) are cut, and the paths made of kernels along `axis` remain.
-    Raises: UnknownReceptiveField for an operation without a linear, positive form.
+    With the fields of all operations, paths that read an entire axis at once (means, gates, attention) are cut, those
+    of kernels along `axis` remain. Raises: UnknownReceptiveField for an operation without a linear, positive form.
     """
 
     def __init__(
-        self,
-        traced: Trace,
-        observed: Collection[int],
-        *,
-        fields: Sequence[TensorAxes | None] | None = None,
-        axis: int = ROWS,
+        self, traced: Trace, observed: Collection[int], *, fields: Fields | None = None, axis: int = ROWS
     ) -> None:
         self.images = torch.ones(traced.images.shape, dtype=torch.float64, requires_grad=True)
         self.outputs: dict[int, Tensor] = {}  # of the observed operations, by position
         self._values: dict[int, Tensor] = {id(traced.images): self.images}  # of tensors that depend on the images
         self._local = {id(traced.images)}  # tensors with a local field along the axis
-        self._cuts_global_paths = fields is not None
+        self._cuts_global_paths, fields = fields is not None, fields or [None] * len(traced.operations)
         last_use = {id(tensor): position for position, one in enumerate(traced.operations) for tensor in one.inputs}
         for position, operation in enumerate(traced.operations[: max(observed) + 1]):
             inputs = [id(tensor) for tensor in operation.inputs]
             if not any(key in self._values for key in inputs):
                 continue
-            axes = fields[position] if fields is not None else None
+            axes = fields[position]
             self._execute(operation, None if axes is None else axes.fields[axis])
             if position in observed:
                 self.outputs[position] = self._values[id(operation.outputs[0])]
@@ -113,7 +106,7 @@ class LinearNetwork:
         if name in PRODUCTS and len(inputs) > 1:
             result = _sum_of_products(operation, [self._values.get(id(factor)) for factor in operation.inputs[-2:]])
         elif name in LINEAR:
-            arguments, options = tree_map(self._value, (list(operation.args), dict(operation.kwargs)))
+            arguments, options = tree_map_only(Tensor, self._value, (list(operation.args), dict(operation.kwargs)))
             result = operation.function(*arguments, **options)
         elif name in SUBSTITUTES:
             result = SUBSTITUTES[name](operation, inputs[0])
@@ -126,34 +119,30 @@ class LinearNetwork:
             raise UnknownReceptiveField(f"gradient unknown: {operation.location}: {reason}")
         return list(result) if isinstance(result, list | tuple) else [result] * len(operation.outputs)
 
-    def _value(self, argument: object) -> object:
-        if not isinstance(argument, Tensor):
-            return argument
-        return self._values.get(id(argument), _positive(argument.shape))
+    def _value(self, tensor: Tensor) -> Tensor:
+        """Of weights equal ones that sum to 1 over input channels, so that no value overflows or vanishes in depth."""
+        value = 1 / tensor.shape[1] if tensor.ndim == 4 else 1.0
+        weights = torch.full((1,) * tensor.ndim, value, dtype=torch.float64).expand(tensor.shape)
+        return self._values.get(id(tensor), weights)
 
 
 def compare_with_gradient(net: nn.Module, shape: tuple[int, int, int, int]) -> list[FieldComparison]:
     """Compare propagated fields and gradients at the end of every resolution, along rows and along columns.
 
-    `shape` is that of a batch that the network accepts, (N, C, H, W). The images are enlarged beyond the receptive
-    field if the network accepts that; otherwise both end at the borders of the image.
-    Raises: UnknownReceptiveField.
+    `shape` is (N, C, H, W); images are enlarged beyond the field if the network allows. Raises: UnknownReceptiveField.
     """
-    return [comparison for axis in AXES for comparison in _compare_axis(net, shape, axis=axis)]
-
-
-def _compare_axis(net: nn.Module, shape: tuple[int, int, int, int], *, axis: int) -> list[FieldComparison]:
-    traced = _enlarged(net, shape, axis=axis)
-    fields = receptive_fields(traced)
-    ends = _ends_of_resolutions(fields, axis=axis)
-    linear = LinearNetwork(traced, ends.keys(), fields=fields, axis=axis)
     comparisons = []
-    for position, dim in ends.items():
-        layer, (field, local) = traced.operations[position].layer, _local_field(fields[position], axis)
-        middle = field.size // 2
-        for unit in range(middle, min(field.size, middle + min(MAX_UNITS, local.period))):
-            gradient = linear.extent(position, unit, dim=dim)[axis]
-            comparisons.append(FieldComparison(layer, AXIS_NAMES[axis], local.at(unit), gradient, field.image_side))
+    for axis in AXES:
+        traced = _enlarged(net, shape, axis=axis)
+        fields = receptive_fields(traced)
+        ends = _ends_of_resolutions(fields, axis=axis)
+        linear = LinearNetwork(traced, ends.keys(), fields=fields, axis=axis)
+        for position, dim in ends.items():
+            layer, (field, local) = traced.operations[position].layer, _local_field(fields[position], axis)
+            middle = field.size // 2
+            for unit in range(middle, min(field.size, middle + min(MAX_UNITS, local.period))):
+                gradient = linear.extent(position, unit, dim=dim)[axis]
+                comparisons.append(FieldComparison(layer, AXIS_NAMES[axis], local.at(unit), gradient, field.image_side))
     return comparisons
 
 
@@ -175,7 +164,7 @@ def _enlarged(net: nn.Module, shape: tuple[int, int, int, int], *, axis: int) ->
     return original
 
 
-def _ends_of_resolutions(fields: Sequence[TensorAxes | None], *, axis: int) -> dict[int, int]:
+def _ends_of_resolutions(fields: Fields, *, axis: int) -> dict[int, int]:
     """The last operation with a local field on each size of the map, and the dimension of the axis in its output."""
     ends: dict[int, tuple[int, int]] = {}
     for position, axes in enumerate(fields):
@@ -188,16 +177,10 @@ def _ends_of_resolutions(fields: Sequence[TensorAxes | None], *, axis: int) -> d
 
 
 def _local_field(axes: TensorAxes | None, axis: int) -> tuple[AxisField, Intervals]:
-    """The field along an axis that is known to be local."""
     assert axes is not None
     field = axes.fields[axis]
     assert field.local is not None
     return field, field.local
-
-
-def _positive(shape: Sequence[int]) -> Tensor:
-    """Equal weights that sum to 1 over input channels, so that values neither overflow nor vanish in deep networks."""
-    return torch.full((1,) * len(shape), 1 / shape[1] if len(shape) == 4 else 1.0, dtype=torch.float64).expand(shape)
 
 
 def _span(touched: Tensor) -> Interval | None:
@@ -206,29 +189,27 @@ def _span(touched: Tensor) -> Interval | None:
 
 
 def _pooling_sums(operation: Operation, images: Tensor) -> Tensor:
-    """Sum pooling in place of maximum pooling."""
     kernel, padding, dilation = (operation.pair(name) for name in ("kernel_size", "padding", "dilation"))
-    stride = operation.pair("stride", kernel)
-    sizes = operation.outputs[0].shape[-2:]
-    spans = [(sizes[axis] - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1 for axis in AXES]
-    after = [max(0, spans[axis] - padding[axis] - images.shape[axis - 2]) for axis in AXES]  # more in ceil mode
+    stride, shape = operation.pair("stride", kernel), operation.outputs[0].shape
+    after = [padding[axis] + stride[axis] for axis in AXES]  # a stride more in ceil mode
     padded = functional.pad(images, (padding[COLUMNS], after[COLUMNS], padding[ROWS], after[ROWS]))
     ones = torch.ones(1, 1, *kernel, dtype=images.dtype)
     single = padded.reshape(-1, 1, *padded.shape[-2:])  # (N, C, H, W) -> (N C, 1, H, W)
     sums = functional.conv2d(single, ones, stride=stride, dilation=dilation)
-    return sums[..., : sizes[ROWS], : sizes[COLUMNS]].reshape(operation.outputs[0].shape)
+    return sums[..., : shape[-2], : shape[-1]].reshape(shape)
 
 
 def _sum_of_products(operation: Operation, factors: list[Tensor | None]) -> Tensor:
     """The product of two image-dependent factors as the sum of each with ones: squares would overflow in depth."""
     one, other = factors
     left, right = (torch.ones(factor.shape, dtype=torch.float64) for factor in operation.inputs[-2:])
-    products = [*([] if one is None else [one @ right]), *([] if other is None else [left @ other])]
-    return functools.reduce(torch.add, products)
+    if one is None or other is None:
+        return (left if one is None else one) @ (right if other is None else other)
+    return one @ right + left @ other
 
 
 def _adaptive_means(operation: Operation, images: Tensor) -> Tensor:
-    height, width = operation.outputs[0].shape[-2:]
+    *_, height, width = operation.outputs[0].shape
     return functional.adaptive_avg_pool2d(images, (height, width))
 
 
@@ -240,28 +221,22 @@ def _plus_mean(operation: Operation, images: Tensor) -> Tensor:
     return images + images.mean(operation.integers("dim"), keepdim=True)
 
 
-def _identity(operation: Operation, images: Tensor) -> Tensor:
-    return images
-
-
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
-# Operations that run unchanged.
-LINEAR = PRODUCTS | {
+STATISTICS = {"native_group_norm"}  # norms with statistics over the map
+# In place, `as_strided` changes the memory layout of a tensor only.
+IDENTITIES = {"native_batch_norm", "native_batch_norm_legit_no_training", "native_layer_norm", "as_strided"}
+LINEAR = PRODUCTS | {  # operations that run as they are
     "convolution", "avg_pool2d", "adaptive_avg_pool2d", "mean", "sum", "cat", "stack", "permute", "transpose", "t",
     "unsqueeze", "squeeze", "slice", "select", "split", "split_with_sizes", "unbind", "unfold", "roll", "flip",
     "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "upsample_nearest2d", "upsample_bilinear2d",
     "pixel_shuffle", "pixel_unshuffle",
 }  # fmt: skip
-# Linear operations that replace others.
 SUBSTITUTES: Mapping[str, Callable[[Operation, Tensor], Tensor]] = {
     "max_pool2d_with_indices": _pooling_sums,
     "adaptive_max_pool2d": _adaptive_means,
     **dict.fromkeys(["amax", "amin", "var", "std", "linalg_vector_norm"], _mean_over),
     **dict.fromkeys(["softmax", "safe_softmax", "log_softmax"], _plus_mean),
-    **dict.fromkeys(["native_batch_norm", "native_batch_norm_legit_no_training", "native_layer_norm"], _identity),
+    **dict.fromkeys(IDENTITIES, lambda _, images: images),
     # Memory layouts may differ here, so views are reshapes.
     **dict.fromkeys(["view", "unsafe_view"], lambda operation, images: images.reshape(operation.outputs[0].shape)),
-    "as_strided": _identity,  # in place, it changes the memory layout of a tensor only
 }
-# Norms with statistics over the map.
-STATISTICS = {"native_group_norm"}

@@ -1,17 +1,14 @@
 """Receptive fields along one axis in exact arithmetic: the interval of pixels that each position of a map reads.
 
-For layers in a row this is the recurrence r_l = r_{l-1} + (K_l - 1) j_{l-1}, j_l = j_{l-1} S_l. Intervals also keep
-their place, to join branches, and may have a period, for transposed convolutions and resizing, whose neighbouring
-outputs read differently.
+For layers in a row this is the recurrence r_l = r_{l-1} + (K_l - 1) j_{l-1}, j_l = j_{l-1} S_l. Intervals keep their
+place, to join branches, and may have a period, since neighbouring outputs of a resizing read differently.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 Interval = tuple[int, int]  # first and last pixel; those outside the image lie in the padding
 
@@ -24,13 +21,13 @@ class TapPattern(NamedTuple):
     inputs: int
 
     @classmethod
-    def kernel(cls, size: int, *, stride: int = 1, padding: int = 0, dilation: int = 1) -> TapPattern:
+    def kernel(cls, size: int, *, stride: int = 1, padding: int = 0, dilation: int = 1) -> Self:
         """Convolution or pooling: `size` positions, `dilation` apart."""
         first, last = -padding, (size - 1) * dilation - padding
         return cls(lambda output: range(first + output * stride, last + output * stride + 1, dilation), 1, stride)
 
     @classmethod
-    def transposed(cls, size: int, *, stride: int = 1, padding: int = 0, dilation: int = 1) -> TapPattern:
+    def transposed(cls, size: int, *, stride: int = 1, padding: int = 0, dilation: int = 1) -> Self:
         """Transposed convolution: the positions whose kernel, in the forward convolution, covers the output."""
 
         def taps(output: int) -> Iterable[int]:
@@ -40,22 +37,17 @@ class TapPattern(NamedTuple):
         return cls(taps, stride, 1)
 
     @classmethod
-    def adaptive(cls, before: int, after: int) -> TapPattern:
+    def adaptive(cls, before: int, after: int) -> Self:
         """Adaptive pooling from `before` to `after` positions."""
-        common = math.gcd(before, after)
-        inputs, outputs = before // common, after // common
-        return cls(
-            lambda output: range(output * inputs // outputs, -(-(output + 1) * inputs // outputs)), outputs, inputs
-        )
+        return cls(lambda output: range(output * before // after, -(-(output + 1) * before // after)), after, before)
 
     @classmethod
-    def nearest(cls, before: int, after: int) -> TapPattern:
+    def nearest(cls, before: int, after: int) -> Self:
         """Nearest-neighbour resizing from `before` to `after` positions."""
-        common = math.gcd(before, after)
-        return cls(lambda output: [output * before // after], after // common, before // common)
+        return cls(lambda output: [output * before // after], after, before)
 
     @classmethod
-    def linear(cls, before: int, after: int, *, align_corners: bool) -> TapPattern:
+    def linear(cls, before: int, after: int, *, align_corners: bool) -> Self:
         """Linear resizing from `before` to `after` positions; `align_corners` as in torch."""
         inputs, outputs = (before - 1, after - 1) if align_corners else (before, after)
         center = Fraction(0) if align_corners else Fraction(1, 2)  # of the first position, from the border
@@ -64,25 +56,20 @@ class TapPattern(NamedTuple):
             position = (output + center) * inputs / outputs - center
             return range(math.floor(position), math.ceil(position) + 1)
 
-        common = math.gcd(inputs, outputs)
-        return cls(taps, outputs // common, inputs // common)
+        return cls(taps, outputs, inputs)
 
     @classmethod
-    def slice(cls, start: int, *, step: int = 1) -> TapPattern:
+    def slice(cls, start: int, *, step: int = 1) -> Self:
         """A slice from `start`; with a negative `start`, padding in front."""
         return cls(lambda output: [start + output * step], 1, step)
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """The interval of pixels that each position of an axis reads, without regard to the borders of the image.
+    """The interval of pixels that each position of an axis reads, without regard to the borders of the image."""
 
-    Position i reads `phases[i]`, position i + len(phases) the same shifted by `advance` pixels. None reads nothing, as
-    some outputs of a transposed convolution with a stride larger than its kernel.
-    """
-
-    phases: tuple[Interval | None, ...] = ((0, 0),)
-    advance: int = 1
+    phases: tuple[Interval | None, ...] = ((0, 0),)  # of the first positions, None for those that read nothing
+    advance: int = 1  # position i + len(phases) reads what position i does, shifted by these pixels
 
     @property
     def period(self) -> int:
@@ -110,25 +97,21 @@ class Intervals:
         interval, shift = self.phases[phase], repeats * self.advance
         return interval and (interval[0] + shift, interval[1] + shift)
 
-    def through(self, pattern: TapPattern) -> Intervals:
+    def through(self, pattern: TapPattern) -> "Intervals":
         """The intervals after an operation with this pattern."""
         repeats = self.period // math.gcd(self.period, pattern.inputs)
-        outputs = range(repeats * pattern.outputs)
-        phases = tuple(hull(self.at(tap) for tap in pattern.taps(output)) for output in outputs)
+        phases = tuple(hull(map(self.at, pattern.taps(output))) for output in range(repeats * pattern.outputs))
         return _simplified(Intervals(phases, self.advance * repeats * pattern.inputs // self.period))
 
 
 def hull(intervals: Iterable[Interval | None]) -> Interval | None:
     """The smallest interval around all of them, None around none."""
-    present = [interval for interval in intervals if interval is not None]
+    present = [*filter(None, intervals)]
     return (min(first for first, _ in present), max(last for _, last in present)) if present else None
 
 
 def union(one: Intervals, other: Intervals) -> Intervals:
-    """The intervals where two branches meet.
-
-    Raises: ValueError for different strides, which no common pattern describes.
-    """
+    """The intervals where two branches meet. Raises: ValueError for different strides."""
     if one.stride != other.stride:
         raise ValueError(f"branches with strides of {one.stride} and {other.stride} pixels meet")
     period = math.lcm(one.period, other.period)
@@ -145,9 +128,7 @@ def distance(one: Intervals, other: Intervals) -> Fraction:
 def _simplified(intervals: Intervals) -> Intervals:
     """The same intervals with the shortest period."""
     period, advance = intervals.period, intervals.advance
-    for shorter in range(1, period):
-        if period % shorter or advance * shorter % period:
-            continue
+    for shorter in (divisor for divisor in range(1, period) if period % divisor == 0 == advance * divisor % period):
         candidate = Intervals(intervals.phases[:shorter], advance * shorter // period)
         if all(candidate.at(position) == intervals.at(position) for position in range(period)):
             return candidate

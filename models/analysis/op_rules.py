@@ -1,9 +1,4 @@
-"""A rule for each torch operation: the receptive field of its outputs, given those of its inputs.
-
-Operations without a rule are refused by name: a wrong receptive field is worse than none.
-"""
-
-from __future__ import annotations
+"""A rule for each torch operation: its outputs' receptive fields from its inputs'. Others are refused, not guessed."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -21,19 +16,22 @@ JointRule = Callable[[Operation, Lookup], TensorAxes | list[TensorAxes]]  # from
 
 
 def outputs_of(operation: Operation, lookup: Lookup) -> list[TensorAxes | None]:
-    """The field of each output of an operation, None where it does not depend on the images.
-
-    Raises: UnknownReceptiveField for an operation without a rule, and for arguments that its rule does not cover.
-    """
-    if not _known(operation.inputs, lookup):
+    """The field of each output, None where it does not depend on the images. Raises: UnknownReceptiveField."""
+    inputs = _known(operation.inputs, lookup)
+    if not inputs:
         return [None] * len(operation.outputs)
     if not operation.outputs:
         raise UnknownReceptiveField("in-place operation without output")
     if operation.name in RULES:
         fields = RULES[operation.name](operation, _first(operation, lookup))
-    else:
-        rule = JOINT_RULES.get(operation.name, _pointwise if operation.pointwise else _without_map)
-        fields = rule(operation, lookup)
+    elif operation.name in JOINT_RULES:
+        fields = JOINT_RULES[operation.name](operation, lookup)
+    elif operation.pointwise:
+        fields = broadcast(inputs, operation.outputs[0].shape)
+    elif any(axes.map_axes() for axes in inputs):
+        raise UnknownReceptiveField("no rule for this operation")
+    else:  # no map, so positions cannot be read from one another
+        fields = [meet(inputs, tuple((Factor(size),) for size in output.shape)) for output in operation.outputs]
     if isinstance(fields, TensorAxes):  # further outputs of the same shape, such as indices, have the same field
         shape = operation.outputs[0].shape
         return [broadcast([fields], shape) if output.shape == shape else None for output in operation.outputs]
@@ -41,7 +39,6 @@ def outputs_of(operation: Operation, lookup: Lookup) -> list[TensorAxes | None]:
 
 
 def _first(operation: Operation, lookup: Lookup) -> TensorAxes:
-    """The field of the first argument."""
     axes = lookup(operation.tensor(0))
     if axes is None:
         raise UnknownReceptiveField("the input is constant but its parameters depend on the image")
@@ -49,7 +46,6 @@ def _first(operation: Operation, lookup: Lookup) -> TensorAxes:
 
 
 def _known(tensors: Sequence[Tensor], lookup: Lookup) -> list[TensorAxes]:
-    """The fields of those tensors that depend on the images."""
     return [axes for axes in map(lookup, tensors) if axes is not None]
 
 
@@ -59,27 +55,24 @@ def slice_start(operation: Operation, size: int) -> int:
     return min(start if start >= 0 else max(0, size + start), size)
 
 
-def _dim(operation: Operation, axes: TensorAxes) -> int:
-    return operation.integer("dim") % len(axes.dims)
-
-
 def _pool(operation: Operation, axes: TensorAxes) -> TensorAxes:
-    kernel = operation.pair("kernel_size")
-    options = [kernel, operation.pair("stride", kernel), operation.pair("padding"), operation.pair("dilation")]
-    patterns = [
-        TapPattern.kernel(size, stride=stride, padding=padding, dilation=dilation)
-        for size, stride, padding, dilation in zip(*options, strict=True)
+    return _on_map(operation, axes, patterns=_kernels(operation, operation.pair("kernel_size")))
+
+
+def _kernels(operation: Operation, sizes: Sequence[int]) -> list[TapPattern]:
+    """The pattern of a pooling or convolution along each axis of its kernel."""
+    taps = TapPattern.transposed if operation.argument("transposed") else TapPattern.kernel
+    options = (operation.pair("stride", sizes), operation.pair("padding"), operation.pair("dilation"))
+    return [
+        taps(size, stride=stride, padding=padding, dilation=dilation)
+        for size, stride, padding, dilation in zip(sizes, *options, strict=False)
     ]
-    return _on_map(operation, axes, patterns=patterns)
 
 
 def _adaptive_pool(operation: Operation, axes: TensorAxes) -> TensorAxes:
     after = operation.outputs[0].shape
-    last_two = (len(after) - 2, len(after) - 1)
-    pooled = axes.made_global([dim for dim in last_two if after[dim] == 1])
-    for dim in last_two:
-        pooled = pooled.along(dim, TapPattern.adaptive(axes.shape[dim], after[dim]), size=after[dim])
-    return pooled
+    pooled = axes.made_global([dim for dim in (-2, -1) if after[dim] == 1])
+    return _on_map(operation, pooled, patterns=list(map(TapPattern.adaptive, axes.shape[-2:], after[-2:])))
 
 
 def _resize_nearest(operation: Operation, axes: TensorAxes) -> TensorAxes:
@@ -93,8 +86,8 @@ def _resize_nearest(operation: Operation, axes: TensorAxes) -> TensorAxes:
 
 def _repeat(operation: Operation, axes: TensorAxes) -> TensorAxes:
     """Spread the positions evenly over more or fewer."""
-    patterns = list(map(TapPattern.nearest, axes.shape[-2:], operation.outputs[0].shape[-2:]))
-    return _on_map(operation, axes, patterns=patterns)
+    after = operation.outputs[0].shape
+    return _on_map(operation, axes, patterns=list(map(TapPattern.nearest, axes.shape[-2:], after[-2:])))
 
 
 def _resize_linear(operation: Operation, axes: TensorAxes) -> TensorAxes:
@@ -122,14 +115,14 @@ def _pixel_shuffle(operation: Operation, axes: TensorAxes) -> TensorAxes:
 
 def _pixel_unshuffle(operation: Operation, axes: TensorAxes) -> TensorAxes:
     factor = operation.integer("downscale_factor")
-    unshuffled = _on_map(operation, axes, patterns=[TapPattern.kernel(factor, stride=factor)] * 2)
-    return replace(unshuffled, is_mixed=True)
+    pattern = TapPattern.kernel(factor, stride=factor)
+    return replace(_on_map(operation, axes, patterns=[pattern, pattern]), is_mixed=True)
 
 
 def _on_map(operation: Operation, axes: TensorAxes, *, patterns: Sequence[TapPattern]) -> TensorAxes:
     """Read the last two dimensions by these patterns; the channels before them may change in number."""
     after = operation.outputs[0].shape
-    for dim, pattern in zip((len(after) - 2, len(after) - 1), patterns, strict=True):
+    for dim, pattern in zip((-2, -1), patterns, strict=True):
         axes = axes.along(dim, pattern, size=after[dim])
     if len(after) > 2 and axes.shape[-3] != after[-3]:
         axes = axes.rearranged([*axes.dims[:-3], [Factor(after[-3])], *axes.dims[-2:]])
@@ -139,8 +132,7 @@ def _on_map(operation: Operation, axes: TensorAxes, *, patterns: Sequence[TapPat
 def _pad(operation: Operation, axes: TensorAxes) -> TensorAxes:
     starts = (operation.integers("pad") or operation.integers("padding"))[::2]  # the last dimension first
     for back, start in enumerate(starts, start=1):
-        dim = len(axes.dims) - back
-        axes = axes.along(dim, TapPattern.slice(-start), size=operation.outputs[0].shape[dim])
+        axes = axes.along(-back, TapPattern.slice(-start), size=operation.outputs[0].shape[-back])
     return axes
 
 
@@ -171,29 +163,22 @@ def _squeeze(operation: Operation, axes: TensorAxes) -> TensorAxes:
 
 
 def _slice(operation: Operation, axes: TensorAxes) -> TensorAxes:
-    dim = _dim(operation, axes)
+    dim = operation.integer("dim")
     before, after = axes.shape[dim], operation.outputs[0].shape[dim]
     pattern = TapPattern.slice(slice_start(operation, before), step=operation.integer("step"))
     return axes if after == before else axes.along(dim, pattern, size=after)
 
 
-def _select(operation: Operation, axes: TensorAxes) -> TensorAxes:
-    dim = _dim(operation, axes)
-    return _entry(axes, dim, index=operation.integer("index") % axes.shape[dim])
-
-
-def _unbind(operation: Operation, axes: TensorAxes) -> list[TensorAxes]:
-    return [_entry(axes, _dim(operation, axes), index=index) for index in range(len(operation.outputs))]
-
-
-def _entry(axes: TensorAxes, dim: int, *, index: int) -> TensorAxes:
-    """One entry of a dimension, which is removed."""
-    one = axes.along(dim, TapPattern.slice(index), size=1)
-    return one.rearranged(kept for position, kept in enumerate(one.dims) if position != dim)
+def _entries(operation: Operation, axes: TensorAxes) -> list[TensorAxes]:
+    """One entry of a dimension, which is removed, for `select`; every entry for `unbind`."""
+    dim, indices = operation.integer("dim"), operation.integers("index") or range(len(operation.outputs))
+    entries = [axes.along(dim, TapPattern.slice(index % axes.shape[dim]), size=1) for index in indices]
+    kept = [position for position in range(len(axes.dims)) if position != dim % len(axes.dims)]
+    return [entry.rearranged(entry.dims[position] for position in kept) for entry in entries]
 
 
 def _split(operation: Operation, axes: TensorAxes) -> list[TensorAxes]:
-    dim, start, pieces = _dim(operation, axes), 0, []
+    dim, start, pieces = operation.integer("dim"), 0, []
     for output in operation.outputs:
         pieces.append(axes.along(dim, TapPattern.slice(start), size=output.shape[dim]))
         start += output.shape[dim]
@@ -201,37 +186,24 @@ def _split(operation: Operation, axes: TensorAxes) -> list[TensorAxes]:
 
 
 def _reduction(operation: Operation, axes: TensorAxes) -> TensorAxes:
-    dims = operation.integers("dim") or range(len(axes.dims))
-    return axes.reduced(dims, keep=bool(operation.argument("keepdim")))
+    gone = {dim % len(axes.dims) for dim in operation.integers("dim") or range(len(axes.dims))}
+    ones = {dim: [factor for factor in axes.dims[dim] if factor.size == 1] for dim in gone}
+    keeps = bool(operation.argument("keepdim"))
+    kept = [ones.get(position, dim) for position, dim in enumerate(axes.dims) if keeps or position not in gone]
+    return axes.made_global(gone).rearranged(kept)
 
 
 def _flip_or_roll(operation: Operation, axes: TensorAxes) -> TensorAxes:
-    """Flips and rolls of channels or images; those of the map are refused."""
     dims = operation.integers("dims")
     if not dims or any(axes.axis_of(dim) is not None for dim in dims):
         raise UnknownReceptiveField("it flips or rolls the map")
     return axes
 
 
-def _pointwise(operation: Operation, lookup: Lookup) -> TensorAxes:
-    return broadcast(_known(operation.inputs, lookup), operation.outputs[0].shape)
-
-
-def _without_map(operation: Operation, lookup: Lookup) -> list[TensorAxes]:
-    """Any operation on tensors that hold no map: no position can be read from another."""
-    inputs = _known(operation.inputs, lookup)
-    if any(axes.map_axes() for axes in inputs):
-        raise UnknownReceptiveField("no rule for this operation")
-    return [meet(inputs, tuple((Factor(size),) for size in output.shape)) for output in operation.outputs]
-
-
 def _convolution(operation: Operation, lookup: Lookup) -> TensorAxes:
     kernel, shape = operation.tensor(1), operation.outputs[0].shape
-    taps = TapPattern.transposed if operation.argument("transposed") else TapPattern.kernel
     axes = _first(operation, lookup).made_global([1])
-    options = zip(*(operation.pair(name) for name in ("stride", "padding", "dilation")), strict=True)
-    for dim, (stride, padding, dilation) in zip(range(2, len(shape)), options, strict=False):
-        pattern = taps(kernel.shape[dim], stride=stride, padding=padding, dilation=dilation)
+    for dim, pattern in enumerate(_kernels(operation, kernel.shape[2:]), start=2):
         axes = axes.along(dim, pattern, size=shape[dim])
     # Kernels and biases computed from the image act on every position.
     parameters = [one.made_global(range(len(one.dims))) for one in _known(operation.inputs[1:], lookup)]
@@ -254,8 +226,7 @@ def _concatenate(operation: Operation, lookup: Lookup) -> TensorAxes:
     result = broadcast(parts, shape, concatenated=True)
     if dim == 0 and result.is_mixed:
         raise UnknownReceptiveField("it concatenates batches with different receptive fields")
-    has_constants = len(operation.inputs) > len(parts)
-    return replace(result, is_mixed=result.is_mixed or has_constants)
+    return replace(result, is_mixed=result.is_mixed or len(parts) < len(operation.inputs))  # constants read nothing
 
 
 def _norm(operation: Operation, lookup: Lookup) -> TensorAxes:
@@ -305,21 +276,17 @@ RULES: dict[str, Rule] = {
     "pixel_unshuffle": _pixel_unshuffle,
     **dict.fromkeys(["constant_pad_nd", "reflection_pad2d", "replication_pad2d"], _pad),
     "unfold": _unfold,
-    **dict.fromkeys(
-        ["view", "unsafe_view", "reshape"], lambda operation, axes: axes.viewed(operation.outputs[0].shape)
-    ),
-    "permute": lambda operation, axes: axes.rearranged(axes.dims[dim] for dim in operation.integers("dims")),
+    **dict.fromkeys(["view", "unsafe_view", "reshape"], lambda one, axes: axes.viewed(one.outputs[0].shape)),
+    "permute": lambda one, axes: axes.rearranged(axes.dims[dim] for dim in one.integers("dims")),
     **dict.fromkeys(["transpose", "t"], _transpose),
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "slice": _slice,
-    "select": _select,
+    **dict.fromkeys(["select", "unbind"], _entries),
     **dict.fromkeys(["split", "split_with_sizes"], _split),
-    "unbind": _unbind,
     **dict.fromkeys(["mean", "sum", "max", "min", "amax", "amin", "var", "std", "linalg_vector_norm"], _reduction),
     **dict.fromkeys(
-        ["softmax", "safe_softmax", "log_softmax"],
-        lambda operation, axes: axes.made_global(operation.integers("dim")),
+        ["softmax", "safe_softmax", "log_softmax"], lambda one, axes: axes.made_global(one.integers("dim"))
     ),
     **dict.fromkeys(["roll", "flip"], _flip_or_roll),
 }

@@ -1,9 +1,7 @@
 """The receptive field of every operation of a network, exact or refused, by the rules of `op_rules`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from torch import Tensor
 
@@ -16,21 +14,15 @@ OVERWRITTEN = "it reads a tensor that was overwritten through another view"
 
 
 class ReceptiveField(NamedTuple):
-    """The receptive field of one unit along one axis, in pixels of the image.
+    """The receptive field of one unit along one axis, in pixels; no numbers without a path made of kernels."""
 
-    `size`, `stride` (distance between the fields of neighbouring units) and `offset` (first pixel of the first unit,
-    negative in the padding) are those of paths made of kernels, None without such a path. After upsampling and uneven
-    pooling, where units differ, `size` is the largest and `stride` the mean. `is_global`: another path reads the entire
-    axis.
-    """
-
-    size: int | None = None
-    stride: float | None = None
-    offset: int | None = None
-    is_global: bool = False
+    size: int | None = None  # the largest, where units differ after upsampling and uneven pooling
+    stride: float | None = None  # mean distance between the fields of neighbouring units
+    offset: int | None = None  # first pixel of the first unit, negative in the padding
+    is_global: bool = False  # another path reads the entire axis
 
     @classmethod
-    def along(cls, field: AxisField) -> ReceptiveField:
+    def along(cls, field: AxisField) -> Self:
         """The receptive field along an axis of a tensor."""
         if field.local is None:
             return cls(is_global=field.is_global)
@@ -38,10 +30,7 @@ class ReceptiveField(NamedTuple):
 
 
 def receptive_fields(trace: Trace) -> list[TensorAxes | None]:
-    """The field of the first output of each operation, None where it does not depend on the images.
-
-    Raises: UnknownReceptiveField for the first operation whose field is unknown.
-    """
+    """The fields of `known_fields`. Raises: UnknownReceptiveField for the first operation whose field is unknown."""
     fields, unknown = known_fields(trace)
     if unknown is not None:
         raise UnknownReceptiveField(unknown)
@@ -49,10 +38,9 @@ def receptive_fields(trace: Trace) -> list[TensorAxes | None]:
 
 
 def known_fields(trace: Trace) -> tuple[list[TensorAxes | None], str | None]:
-    """The known fields, and the first operation whose field is unknown with the reason.
+    """The field of the first output of each operation, and the first unknown one with the reason.
 
-    None stands for operations that do not depend on the images, and for an unknown operation and all after it. Other
-    branches continue.
+    None stands for operations that do not depend on the images, and for unknown ones. Other branches continue.
     """
     tensors, unknown = _TensorFields(trace.images), None
     fields: list[TensorAxes | None] = []
@@ -62,11 +50,11 @@ def known_fields(trace: Trace) -> tuple[list[TensorAxes | None], str | None]:
         except UnknownReceptiveField as error:
             unknown = unknown or f"receptive field unknown: {operation.location}: {error}"
             tensors.forget(operation)
-            fields.append(None)
+            outputs = []
         else:
             tensors.record(operation, outputs)
-            fields.append(outputs[0] if outputs else None)
-    if unknown is None and trace.outputs is not None and tensors.is_unknown(trace.outputs):
+        fields.append(outputs[0] if outputs else None)
+    if unknown is None and id(trace.outputs) in tensors.unknown:
         unknown = f"receptive field unknown: output of the network: {OVERWRITTEN}"
     return fields, unknown
 
@@ -77,26 +65,22 @@ class _TensorFields:
     def __init__(self, images: Tensor) -> None:
         self._fields: dict[int, TensorAxes | None] = {id(images): image_axes(images.shape)}
         self._sharing: dict[int, set[int]] = {}  # tensors by the storage that they share
-        self._unknown: set[int] = set()
+        self.unknown: set[int] = set()  # tensors overwritten through another view, or from unknown operations
         self._unknown_storages: set[int] = set()  # written to by operations without a known field
         self._slices: dict[int, tuple[Tensor, dict[int, int]]] = {}  # slices of constants: base, starts by dimension
 
     def lookup(self, tensor: Tensor) -> TensorAxes | None:
         """The field of a tensor. Raises: UnknownReceptiveField if it is unknown."""
-        if self.is_unknown(tensor):
+        if id(tensor) in self.unknown:
             raise UnknownReceptiveField(OVERWRITTEN)
         return self._fields.get(id(tensor))
-
-    def is_unknown(self, tensor: Tensor) -> bool:
-        """Whether a tensor was overwritten through another view, or comes from an unknown operation."""
-        return id(tensor) in self._unknown
 
     def forget(self, operation: Operation) -> None:
         """Mark as unknown the outputs of an operation, and everything that shares memory with one it wrote to."""
         for output in operation.outputs or operation.tensors:
-            self._unknown.add(id(output))
+            self.unknown.add(id(output))
             if operation.in_place:
-                self._unknown |= self._sharing.get(storage_of(output), set())
+                self.unknown |= self._sharing.get(storage_of(output), set())
                 self._unknown_storages.add(storage_of(output))
 
     def record(self, operation: Operation, fields: Sequence[TensorAxes | None]) -> None:
@@ -106,30 +90,28 @@ class _TensorFields:
         for output, field in zip(operation.outputs, fields, strict=True):
             sharing = self._sharing.setdefault(storage_of(output), set())
             if operation.in_place and field != self._fields.get(id(output)):
-                self._unknown |= sharing - {id(output)}
+                self.unknown |= sharing - {id(output)}
             sharing.add(id(output))
             self._fields[id(output)] = field
             if field is None and any(fields):  # statistics of a norm, which nothing may read
-                self._unknown.add(id(output))
+                self.unknown.add(id(output))
         if operation.name == "slice" and fields == [None] and operation.integer("step") == 1:
             self._record_slice(operation)
         elif operation.name == "copy" and fields[0] is not None and id(operation.tensor(0)) in self._slices:
             self._fill_slice(operation, fields[0])
 
     def _record_slice(self, operation: Operation) -> None:
-        """Remember which constant a slice belongs to, and where it starts."""
         source, output = operation.tensor(0), operation.outputs[0]
         base, starts = self._slices.get(id(source), (source, {}))
         dim = operation.integer("dim") % source.ndim
-        start = slice_start(operation, source.shape[dim])
-        self._slices[id(output)] = (base, {**starts, dim: starts.get(dim, 0) + start})
+        start = starts.get(dim, 0) + slice_start(operation, source.shape[dim])
+        self._slices[id(output)] = (base, {**starts, dim: start})
 
     def _fill_slice(self, operation: Operation, field: TensorAxes) -> None:
         """Treat a map that is copied into a slice of a constant as padded by the rest of the constant."""
         base, starts = self._slices[id(operation.tensor(0))]
         for dim, start in starts.items():
             field = field.along(dim, TapPattern.slice(-start), size=base.shape[dim])
-        is_constant = self._fields.get(id(base)) is None and storage_of(base) not in self._unknown_storages
-        if is_constant:
+        if self._fields.get(id(base)) is None and storage_of(base) not in self._unknown_storages:
             self._fields[id(base)] = field
-            self._unknown.discard(id(base))
+            self.unknown.discard(id(base))

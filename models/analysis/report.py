@@ -1,7 +1,5 @@
 """All results of the analysis of a network in one place, for terminals, pages, tables and dashboards."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,20 +37,16 @@ class StageTotals(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """The analysis of one network.
-
-    `memory` is that of training on `batch_size` images in a precision. `effective` and `comparisons` are None if they
-    were not requested. `measured_with` names the weights and images of the effective field.
-    """
+    """The analysis of one network."""
 
     name: str
     summary: NetworkSummary
-    memory: TrainingMemory
+    memory: TrainingMemory  # of training on `batch_size` images in this precision
     batch_size: int
     precision: str
-    effective: EffectiveField | None = None
-    measured_with: str = ""
-    comparisons: Sequence[FieldComparison] | None = None
+    effective: EffectiveField | None = None  # None if not requested
+    measured_with: str = ""  # the weights and images of the effective field
+    comparisons: Sequence[FieldComparison] | None = None  # None if not requested
     warnings: Sequence[str] = ()
 
     @property
@@ -74,19 +68,13 @@ class Report:
     @property
     def stages(self) -> list[StageTotals]:
         """The stages in the order of execution."""
-        return [
-            StageTotals(
-                name=name,
-                shape=layers[-1].shape,
-                num_layers=len(layers),
-                num_parameters=sum(layer.num_parameters for layer in layers),
-                macs=sum(layer.macs for layer in layers),
-                num_activations=sum(layer.num_activations for layer in layers),
-                rows=layers[-1].rows,
-                columns=layers[-1].columns,
-            )
-            for name, layers in self.summary.stages.items()
-        ]
+        stages = []
+        for name, layers in self.summary.stages.items():
+            num_parameters, macs = sum(one.num_parameters for one in layers), sum(one.macs for one in layers)
+            counts = (len(layers), num_parameters, macs, sum(one.num_activations for one in layers))
+            last = layers[-1]
+            stages.append(StageTotals(name, last.shape, *counts, last.rows, last.columns))
+        return stages
 
     @property
     def bytes_per_activation(self) -> int:

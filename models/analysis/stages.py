@@ -1,18 +1,11 @@
-"""From pixels to class scores: the shape, meaning and receptive field at the end of each stage.
-
-The notes (section 8) draw this table for a sketched network. Here it holds the numbers of the given network, with the
-numbers of the sketch beside those that differ.
-"""
-
-from __future__ import annotations
+"""From pixels to class scores: the shape, meaning and receptive field at the end of each stage (notes, section 8)."""
 
 from typing import NamedTuple
 
 from models.analysis.receptive_field import ReceptiveField
 from models.analysis.summary import LayerSummary, NetworkSummary
 
-# A rule of thumb: which features stages tend to respond to, from the first map to the last.
-MEANINGS = (
+MEANINGS = (  # a rule of thumb: which features stages tend to respond to, from the first map to the last
     "edges, colour gradients",
     "textures, corners, simple patterns",
     "parts of objects, repeated motifs",
@@ -45,24 +38,21 @@ SKETCHES = (
 
 
 class StageSummary(NamedTuple):
-    """The end of a stage: output shape for one image, meaning, receptive field of one unit.
-
-    `sketch` holds the numbers of the usual sketch where they differ, None elsewhere.
-    """
+    """The end of a stage: output shape for one image, meaning, receptive field of one unit."""
 
     name: str
     shape: tuple[int, ...]
     meaning: str
     rows: ReceptiveField
     columns: ReceptiveField
-    sketch: Sketch | None = None
+    sketch: Sketch | None = None  # the usual sketch, where it differs
 
 
 def lifecycle(summary: NetworkSummary) -> list[StageSummary]:
     """The input, the end of every stage, the pooled features and the logits of a network."""
     pixel = ReceptiveField(1, 1.0, 0)
     ends = {name: layers[-1] for name, layers in summary.stages.items() if len(layers[-1].shape) == 3}
-    maps = [name for name, layer in ends.items() if not _is_pooled(layer)]
+    maps = [name for name, one in ends.items() if one.has_local_field or not one.is_global or one.shape[1:] != (1, 1)]
     stages = [StageSummary("input", summary.image_shape, "raw pixel intensities", pixel, pixel)]
     for name, layer in ends.items():
         meaning = IMAGE_SUMMARY
@@ -73,22 +63,16 @@ def lifecycle(summary: NetworkSummary) -> list[StageSummary]:
     return [*stages, *_head(summary.layers)]
 
 
-def _is_pooled(layer: LayerSummary) -> bool:
-    return layer.is_global and not layer.has_local_field and layer.shape[1:] == (1, 1)
-
-
 def _head(layers: list[LayerSummary]) -> list[StageSummary]:
     last = layers[-1]
     flat = [layer for layer in layers if len(layer.shape) < 3 or layer.shape[1:] == (1, 1)]
-    pooled = next((layer for layer in flat if layer.stage == last.stage), last)
-    stages = []
-    if pooled is not last:
-        stages.append(StageSummary("pooled", pooled.shape[:1], IMAGE_SUMMARY, pooled.rows, pooled.columns))
-    return [*stages, StageSummary("logits", last.shape, "class scores, not normalised", last.rows, last.columns)]
+    first = next((layer for layer in flat if layer.stage == last.stage), last)
+    pooled = StageSummary("pooled", first.shape[:1], IMAGE_SUMMARY, first.rows, first.columns)
+    logits = StageSummary("logits", last.shape, "class scores, not normalised", last.rows, last.columns)
+    return [logits] if first is last else [pooled, logits]
 
 
 def _differing_sketch(layer: LayerSummary) -> Sketch | None:
-    sketch = next((sketch for sketch in SKETCHES if sketch.stage == layer.stage), None)
-    if sketch is None or not layer.has_local_field:
-        return None
-    return None if (layer.shape, layer.rows.size) == (sketch.shape, sketch.field) else sketch
+    found = (layer.shape, layer.rows.size)
+    sketches = (one for one in SKETCHES if one.stage == layer.stage and (one.shape, one.field) != found)
+    return next(sketches, None) if layer.has_local_field else None

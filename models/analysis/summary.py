@@ -1,9 +1,8 @@
 """A network layer by layer: shapes, parameters, multiply-adds, receptive fields."""
 
-from __future__ import annotations
-
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,8 +16,7 @@ from models.analysis.trace import NETWORK_ITSELF, Operation, Trace, storage_of, 
 from models.layers import ConvNet
 
 BATCH = 2  # images traced together: one could not be distinguished from other dimensions of size 1
-# Operations that only rearrange or create tensors: no layers when they stand alone.
-LAYOUT = {
+LAYOUT = {  # operations that only rearrange or create tensors: no layers when they stand alone
     "view", "unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "alias", "detach", "clone",
     "slice", "select", "split", "split_with_sizes", "unbind", "unfold", "empty", "zeros", "as_strided", "to_copy",
     "copy",
@@ -34,24 +32,18 @@ class Pixels(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer of a network, for one image.
-
-    `kind` describes it for people: `Conv2d 3x3, stride 2`. `shape` is that of the output, (C, H, W) for a map in any
-    memory layout. `misalignment` is the largest distance in pixels between the field centers of branches that met.
-    `separable_cost` is the cost of this depthwise layer and the next pointwise one relative to a standard convolution,
-    None for other layers.
-    """
+    """One layer of a network, for one image."""
 
     name: str
-    kind: str
+    kind: str  # for people: `Conv2d 3x3, stride 2`
     stage: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the output, (C, H, W) for a map in any memory layout
     num_parameters: int
     macs: int
     rows: ReceptiveField
     columns: ReceptiveField
-    misalignment: float = 0.0
-    separable_cost: float | None = None
+    misalignment: float = 0.0  # largest distance in pixels between the field centers of branches that met
+    separable_cost: float | None = None  # with the next pointwise layer, relative to a standard convolution
 
     @property
     def location(self) -> str:
@@ -61,7 +53,7 @@ class LayerSummary:
     @property
     def has_local_field(self) -> bool:
         """Whether a path of convolutions and poolings leads here along both axes."""
-        return self.rows.size is not None and self.columns.size is not None
+        return self.local_size is not None
 
     @property
     def local_size(self) -> Pixels | None:
@@ -88,17 +80,13 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class NetworkSummary:
-    """All layers in the order of execution, for an image of shape (C, H, W).
-
-    `num_parameters` includes layers that an evaluation does not use. `unknown` names the first operation without a
-    known receptive field, and the reason; None if all are known.
-    """
+    """All layers in the order of execution, for an image of shape (C, H, W)."""
 
     image_shape: tuple[int, int, int]
     layers: list[LayerSummary]
-    num_parameters: int
+    num_parameters: int  # with layers that an evaluation does not use
     num_trainable: int
-    unknown: str | None
+    unknown: str | None  # the first operation without a known receptive field, and the reason
 
     @property
     def num_unused(self) -> int:
@@ -117,13 +105,9 @@ class NetworkSummary:
 
     @property
     def last_local_layer(self) -> LayerSummary | None:
-        """The last layer with a local receptive field, which is that of the network.
-
-        None without such a layer, and if any receptive field is unknown.
-        """
-        if self.unknown is not None:
-            return None
-        return next((layer for layer in reversed(self.layers) if layer.has_local_field), None)
+        """The last layer with a local receptive field, which is that of the network; None if any field is unknown."""
+        known = self.layers if self.unknown is None else []
+        return next((layer for layer in reversed(known) if layer.has_local_field), None)
 
     @property
     def first_global_layer(self) -> LayerSummary | None:
@@ -140,58 +124,48 @@ class NetworkSummary:
 
 
 def summarize(net: nn.Module, image_shape: tuple[int, int, int]) -> NetworkSummary:
-    """Trace a network on the shape (C, H, W) of one image and summarize its layers.
-
-    Raises: TraceError for a network that needs values or does not accept this shape; ValueError for an invalid shape.
-    """
+    """Trace a network on the shape (C, H, W) of one image and summarize its layers. Raises: TraceError, ValueError."""
     sides = [*image_shape] if isinstance(image_shape, Sequence) else []
     if len(sides) != 3 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"{image_shape} is not the shape of an image: give (C, H, W), three positive integers")
     traced = trace(net, (BATCH, *image_shape))
     fields, unknown = known_fields(traced)
     layers = list(_layers(net, traced, fields=fields))
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in net.parameters()]
-    return NetworkSummary(
-        image_shape=image_shape,
-        layers=layers if isinstance(net, ConvNet) else _staged_by_size(layers),
-        num_parameters=sum(count for count, _ in counts),
-        num_trainable=sum(count for count, trainable in counts if trainable),
-        unknown=unknown,
-    )
+    staged = layers if isinstance(net, ConvNet) else _staged_by_size(layers)
+    num_parameters = sum(one.numel() for one in net.parameters())
+    num_trainable = sum(one.numel() for one in net.parameters() if one.requires_grad)
+    return NetworkSummary(image_shape, staged, num_parameters, num_trainable, unknown)
 
 
 def _layers(net: nn.Module, traced: Trace, *, fields: Sequence[TensorAxes | None]) -> Iterator[LayerSummary]:
-    """One layer per call of a module without children, and one per operation outside such modules.
-
-    Parameters count where they are first used, or in the next layer if that use only prepares them.
-    """
+    """One layer per call of a module without children, and one per operation outside such modules."""
     leaves = {name for name, module in net.named_modules() if not any(module.children())}
     uncounted = {id(tensor): tensor.numel() for tensor in traced.parameters.values()}
+    # Parameters count where they are first used, or in the next layer if that use only prepares them.
     dependent, num_parameters = traced.image_dependent(), 0
     for call in _calls(traced, leaves):
         num_parameters += sum(uncounted.pop(id(tensor), 0) for one in call.values() for tensor in one.inputs)
         active = {position: one for position, one in call.items() if position in dependent and one.outputs}
         last = max(active, default=None)
-        if last is None or (active[last].layer not in leaves and active[last].name in LAYOUT):
-            continue
-        layer = _layer(net, traced, active=active, axes=fields[last])
-        yield replace(layer, num_parameters=num_parameters)
-        num_parameters = 0
+        if last is not None and (active[last].layer in leaves or active[last].name not in LAYOUT):
+            yield _layer(net, traced, active=active, axes=fields[last], num_parameters=num_parameters)
+            num_parameters = 0
 
 
 def _calls(traced: Trace, leaves: set[str]) -> Iterator[dict[int, Operation]]:
     """Operations by position: together for one call of a leaf module, alone elsewhere."""
-
-    def key(item: tuple[int, Operation]) -> tuple[int, int | None]:
-        position, operation = item
-        return operation.call, None if operation.layer in leaves else position
-
-    return (dict(group) for _, group in itertools.groupby(enumerate(traced.operations), key=key))
+    keys = [(one.call, None if one.layer in leaves else position) for position, one in enumerate(traced.operations)]
+    groups = itertools.groupby(enumerate(traced.operations), key=lambda item: keys[item[0]])
+    return (dict(group) for _, group in groups)
 
 
-def _layer(net: nn.Module, traced: Trace, *, active: Mapping[int, Operation], axes: TensorAxes | None) -> LayerSummary:
-    """A layer from its operations on the image, without its parameters."""
+def _layer(
+    net: nn.Module, traced: Trace, *, active: Mapping[int, Operation], axes: TensorAxes | None, num_parameters: int
+) -> LayerSummary:
     last = active[max(active)]
+    stage, _, rest = last.layer.partition(".")  # the outermost module, but named by a ConvNet
+    if isinstance(net, ConvNet) and stage == "stages":
+        stage = rest.partition(".")[0] or stage
     busiest = max(active, key=lambda position: (multiply_adds(active[position]), active[position] is last))
     module = net.get_submodule(last.layer)
     kind = last.name if any(module.children()) else type(module).__name__
@@ -200,9 +174,9 @@ def _layer(net: nn.Module, traced: Trace, *, active: Mapping[int, Operation], ax
     return LayerSummary(
         name=last.layer,
         kind=f"{kind} {details}" if details else kind,
-        stage=_stage(net, last.layer),
+        stage=stage,
         shape=_shape(last.outputs[0], axes),
-        num_parameters=0,
+        num_parameters=num_parameters,
         macs=sum(map(multiply_adds, active.values())) // BATCH,
         rows=rows,
         columns=columns,
@@ -211,25 +185,16 @@ def _layer(net: nn.Module, traced: Trace, *, active: Mapping[int, Operation], ax
     )
 
 
-def _stage(net: nn.Module, name: str) -> str:
-    """The stage of a module: named by a ConvNet, in other networks the outermost module."""
-    first, _, rest = name.partition(".")
-    return rest.partition(".")[0] or first if isinstance(net, ConvNet) and first == "stages" else first
-
-
 def _staged_by_size(layers: Sequence[LayerSummary]) -> list[LayerSummary]:
     """Layers of a network without named stages: its outermost modules, split where their maps change size."""
     maps = [(layer.stage, layer.shape[1:]) for layer in layers if layer.has_local_field and len(layer.shape) == 3]
-    sizes = {stage: [size for other, size in maps if other == stage] for stage, _ in maps}
-    current = {stage: stage_sizes[0] for stage, stage_sizes in sizes.items()}
-    staged = []
+    num_sizes = Counter(stage for stage, _ in set(maps))
+    current, staged = dict(reversed(maps)), []
     for layer in layers:
-        stage = layer.stage
         if layer.has_local_field and len(layer.shape) == 3:
-            current[stage] = layer.shape[1:]
-        several = len(set(sizes.get(stage, []))) > 1
-        suffix = f" at {'x'.join(map(str, current[stage]))}" if several else ""
-        staged.append(replace(layer, stage=(stage or NETWORK_ITSELF) + suffix))
+            current[layer.stage] = layer.shape[1:]
+        suffix = f" at {'x'.join(map(str, current[layer.stage]))}" if num_sizes[layer.stage] > 1 else ""
+        staged.append(replace(layer, stage=(layer.stage or NETWORK_ITSELF) + suffix))
     return staged
 
 
@@ -240,41 +205,34 @@ def _shape(output: Tensor, axes: TensorAxes | None) -> tuple[int, ...]:
         if set(AXES) <= set(order):
             channels = next(dim for dim in (1, 2, 3) if order[dim] is None)
             return tuple(axes.shape[dim] for dim in (channels, order.index(ROWS), order.index(COLUMNS)))
-    if not output.ndim:
-        return ()
-    first, *rest = output.shape
-    if first == BATCH:
-        return tuple(rest)
-    return (first // BATCH, *rest) if first % BATCH == 0 else (first, *rest)
+    if not output.ndim or output.shape[0] % BATCH:
+        return tuple(output.shape)
+    num_others = output.shape[0] // BATCH
+    return (*([] if num_others == 1 else [num_others]), *output.shape[1:])
 
 
 def _details(operation: Operation, module: nn.Module) -> str:
-    """Kernel, stride, dilation and groups in words, of the operation or of a module without a convolution of its own.
-
-    Empty for layers without a kernel.
-    """
+    """Kernel, stride, dilation and groups in words; empty for layers without a kernel."""
+    groups = 1
     if operation.name == "convolution":
         kernel, groups = list(operation.tensor(1).shape[2:]), operation.integer("groups")
         stride, dilation = operation.pair("stride"), operation.pair("dilation")
     elif "pool2d" in operation.name and operation.argument("kernel_size"):
-        kernel, groups = operation.pair("kernel_size"), 1
+        kernel = operation.pair("kernel_size")
         stride, dilation = operation.pair("stride", kernel), operation.pair("dilation")
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, nn.Conv2d):  # whose operation is not torch's convolution
         kernel, groups = list(module.kernel_size), module.groups
         stride, dilation = list(module.stride), list(module.dilation)
     else:
         return ""
     depthwise = _is_depthwise(operation) or (isinstance(module, nn.Conv2d) and groups == module.in_channels)
     words = ["x".join(map(str, kernel))]
-    words += [f"stride {_one_or_both(stride)}"] if set(stride) != {1} else []
-    words += [f"dilation {_one_or_both(dilation)}"] if set(dilation) != {1} else []
+    for name, numbers in (("stride", stride), ("dilation", dilation)):
+        if set(numbers) != {1}:
+            words.append(f"{name} {'x'.join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))}")
     words += ["transposed"] if operation.argument("transposed") else []
     words += ["depthwise" if depthwise else f"{groups} groups"] if groups > 1 else []
     return ", ".join(words)
-
-
-def _one_or_both(pair: list[int]) -> str:
-    return str(pair[0]) if len(set(pair)) == 1 else "x".join(map(str, pair))
 
 
 def _is_depthwise(operation: Operation) -> bool:
@@ -287,10 +245,9 @@ def _separable_cost(traced: Trace, position: int) -> float | None:
     depthwise = traced.operations[position]
     if not _is_depthwise(depthwise) or depthwise.argument("transposed"):
         return None
-    maps, kernel = depthwise.outputs[0], depthwise.tensor(1)
-    if kernel.shape[0] != depthwise.tensor(0).shape[1]:
+    maps, (_, _, *kernel_size) = depthwise.outputs[0], depthwise.tensor(1).shape
+    if maps.shape[1] != depthwise.tensor(0).shape[1]:
         return None
-    kernel_size = kernel.shape[2:]
     num_positions, storages = maps.numel() // maps.shape[1], {storage_of(maps)}
     for operation in traced.operations[position + 1 :]:
         if not any(storage_of(tensor) in storages for tensor in operation.inputs):
@@ -299,8 +256,8 @@ def _separable_cost(traced: Trace, position: int) -> float | None:
         output = operation.outputs[0] if operation.outputs else maps
         if operation.name == "convolution" and operation.tensor(0).shape[2:] == maps.shape[2:]:
             weight = operation.tensor(1)
-            pointwise = weight.shape[1:] == (maps.shape[1], 1, 1)
-            return float(separable_cost_ratio(kernel_size, weight.shape[0])) if pointwise else None
+            is_pointwise = weight.shape[1:] == (maps.shape[1], 1, 1)
+            return float(separable_cost_ratio(kernel_size, weight.shape[0])) if is_pointwise else None
         if operation.name in ("addmm", "mm") and math.prod(output.shape[:-1]) == num_positions:
             return float(separable_cost_ratio(kernel_size, output.shape[-1]))
     return None

@@ -1,10 +1,6 @@
-"""The operations of a network on a batch of images, recorded on torch's `meta` device without computing any values.
+"""The operations of a network on a batch of images, recorded on torch's `meta` device without computing any values."""
 
-Nothing is compiled or rewritten: every network that torch.fx or torch.export can handle is traced, and many others.
-"""
-
-from __future__ import annotations
-
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 NETWORK_ITSELF = "the network itself"  # the module with the empty name
-# Elementwise operations that torch does not tag as pointwise.
-POINTWISE = {
+POINTWISE = {  # elementwise operations that torch does not tag as such
     "hardswish", "to_copy", "alias", "detach", "copy", "prelu_kernel", "lift_fresh", "native_dropout", "expand",
     "floor_divide", "remainder",
 }  # fmt: skip
@@ -30,17 +26,14 @@ FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeErr
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One call of a torch operation on meta tensors.
+    """One call of a torch operation on meta tensors."""
 
-    `layer` is the name of the innermost module that is running, `call` the number of its call.
-    """
-
-    function: torch._ops.OpOverload
+    function: OpOverload
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
     outputs: tuple[Tensor, ...]
-    layer: str
-    call: int
+    layer: str  # name of the innermost module that is running
+    call: int  # number of that module's call
 
     @property
     def name(self) -> str:
@@ -76,11 +69,9 @@ class Operation:
 
     def argument(self, name: str) -> object:
         """An argument by its name in torch's signature, or its default; None if the signature lacks it."""
-        for position, argument in enumerate(self.function._schema.arguments):
-            if argument.name == name:
-                value = self.args[position] if position < len(self.args) else self.kwargs.get(name)
-                return argument.default_value if value is None else value
-        return None
+        named = {argument.name: argument.default_value for argument in self.function._schema.arguments}
+        given = {**dict(zip(named, self.args, strict=False)), **self.kwargs}
+        return named.get(name) if given.get(name) is None else given[name]
 
     def integer(self, name: str) -> int:
         """An integer argument."""
@@ -91,9 +82,8 @@ class Operation:
     def integers(self, name: str) -> list[int]:
         """An argument that is an integer or a list of them; empty if it is not given."""
         value = self.argument(name)
-        if isinstance(value, list | tuple):
-            return list(value)
-        return [value] if isinstance(value, int) else []
+        values = value if isinstance(value, list | tuple) else [value]
+        return [one for one in values if isinstance(one, int)]
 
     def pair(self, name: str, default: Sequence[int] = (1, 1)) -> list[int]:
         """An argument for rows and columns, which torch may give once for both."""
@@ -108,16 +98,13 @@ class Operation:
 
 
 class Trace(NamedTuple):
-    """A recorded forward: the batch, the meta parameters by name, the operations, the result of every module call.
-
-    The output is None if the forward was stopped early or returned no tensor.
-    """
+    """A recorded forward."""
 
     images: Tensor
-    parameters: dict[str, Tensor]
+    parameters: dict[str, Tensor]  # on the meta device
     operations: list[Operation]
-    module_outputs: list[tuple[str, object]]  # in the order of completion
-    outputs: Tensor | None
+    module_outputs: list[tuple[str, object]]  # of every call, in the order of completion
+    outputs: Tensor | None  # None if the forward was stopped early or returned no tensor
 
     def image_dependent(self) -> set[int]:
         """Positions of the operations that depend on the images."""
@@ -132,18 +119,15 @@ class Trace(NamedTuple):
 class TraceError(ValueError):
     """A network does not run on shapes alone."""
 
-
-def trace_error(net: nn.Module, error: Exception, *, shape: tuple[int, ...]) -> TraceError:
-    """The error for a forward that failed, with the first line of its reason."""
-    reason = str(error).partition("\n")[0]
-    hint = " (make constants buffers, or create them on x.device)" if "expected device meta" in reason else ""
-    return TraceError(f"{type(net).__name__} does not run on shapes (N, C, H, W) = {shape}: {reason}{hint}")
+    def __init__(self, net: nn.Module, error: Exception, *, shape: tuple[int, ...]) -> None:
+        reason = str(error).partition("\n")[0]
+        hint = " (make constants buffers, or create them on x.device)" if "expected device meta" in reason else ""
+        super().__init__(f"{type(net).__name__} does not run on shapes (N, C, H, W) = {shape}: {reason}{hint}")
 
 
 def dtype_of(net: nn.Module) -> torch.dtype:
     """The type of the images that a network takes: that of its first floating-point parameter, or float32."""
-    first = next((parameter.dtype for parameter in net.parameters() if parameter.is_floating_point()), None)
-    return first or torch.float32
+    return next((one.dtype for one in net.parameters() if one.is_floating_point()), torch.float32)
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -154,7 +138,7 @@ def storage_of(tensor: Tensor) -> int:
 def stand_ins(net: nn.Module, make: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Replacements for all parameters and buffers, for `functional_call` with `tie_weights=False`.
 
-    Modules that are registered twice have all their names: `functional_call` would not restore tensors without one.
+    Shared tensors have a name in each module, modules that are registered twice only one: it restores no others.
     """
     made: dict[int, Tensor] = {}
     replacements = {}
@@ -169,34 +153,34 @@ def stand_ins(net: nn.Module, make: Callable[[Tensor], Tensor]) -> dict[str, Ten
 def trace(net: nn.Module, shape: tuple[int, int, int, int], *, until: str | None = None) -> Trace:
     """Record the forward of a network in evaluation mode on a batch of this shape, (N, C, H, W).
 
-    The tensors of the network are neither read nor changed. `until` names a module after which the forward stops.
-    Raises: TraceError for a network that needs values, or does not accept this shape.
+    `until` names a module after which it stops. Raises: TraceError if the network needs values or another shape.
     """
     recorder, outputs = _Recorder(), None
     with torch.inference_mode(False), torch.no_grad():  # inference mode would hide the parts of composite operations
         images = torch.empty(shape, device="meta", dtype=dtype_of(net))
         try:
             replacements = stand_ins(net, lambda tensor: torch.empty_like(tensor, device="meta"))
-            with evaluation_mode(net), _module_names(net, recorder, until=until), torch.device("meta"), recorder:
+            hooks = _module_names(net, recorder, until=until)
+            with in_mode(net, training=False), hooks, torch.device("meta"), recorder:
                 outputs = torch.func.functional_call(net, replacements, images, tie_weights=False)
         except _StoppedError:
             pass
         except FORWARD_ERRORS as error:
-            raise trace_error(net, error, shape=shape) from error
+            raise TraceError(net, error, shape=shape) from error
     parameters = {name: replacements[name] for name, _ in net.named_parameters()}
     result = outputs if isinstance(outputs, Tensor) else None
     return Trace(images, parameters, recorder.operations, recorder.module_outputs, result)
 
 
 @contextmanager
-def evaluation_mode(net: nn.Module) -> Iterator[None]:
-    """Set every module to evaluation mode inside the block, and restore its mode after it."""
-    training = {module: module.training for module in net.modules()}
-    net.eval()
+def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
+    """Set every module to training or evaluation mode inside the block, and restore its mode after it."""
+    before = {module: module.training for module in net.modules()}
+    net.train(training)
     try:
         yield
     finally:
-        for module, was_training in training.items():
+        for module, was_training in before.items():
             module.training = was_training
 
 
@@ -209,14 +193,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         self.operations: list[Operation] = []
         self.module_outputs: list[tuple[str, object]] = []
         self.running: list[tuple[str, int]] = [("", 0)]
-        self.num_calls = 0
 
     def __torch_dispatch__(
-        self,
-        func: torch._ops.OpOverload,
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
         outputs = tuple(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
@@ -226,11 +205,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
 @contextmanager
 def _module_names(net: nn.Module, recorder: _Recorder, *, until: str | None) -> Iterator[None]:
-    """Inform the recorder of running modules and their outputs."""
+    calls = itertools.count(1)
 
     def enter(name: str) -> None:
-        recorder.num_calls += 1
-        recorder.running.append((name, recorder.num_calls))
+        recorder.running.append((name, next(calls)))
 
     def leave(name: str, output: object) -> None:
         recorder.running.pop()

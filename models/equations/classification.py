@@ -7,19 +7,13 @@ from models.equations.context import Context
 
 
 def linear(z: Tensor, W_cls: Tensor, *, b_cls: Tensor | None = None) -> Tensor:
-    """logits = z W_cls + b_cls. W_cls is (features, C) in the notes; torch stores the transpose.
-
-    Shapes: (B, features), (features, C), (C,) -> (B, C), C classes.
-    """
+    """logits = z W_cls + b_cls; torch stores W_cls transposed. Shapes: (B, features), (features, C), (C,) -> (B, C)."""
     logits = z @ W_cls
     return logits if b_cls is None else logits + b_cls
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """P(y=k|x) = e^logit_k / sum over j of e^logit_j; the largest logit is subtracted first to avoid overflow.
-
-    Shapes: (B, C) -> (B, C), rows of sum 1.
-    """
+    """P(y=k|x) = e^logit_k / sum over j of e^logit_j, without overflow. Shapes: (B, C) -> (B, C), rows of sum 1."""
     powers = torch.exp(logits - logits.amax(1, keepdim=True))
     return powers / powers.sum(1, keepdim=True)
 

@@ -34,10 +34,7 @@ def convolution_sum(X: Tensor, W: Tensor, *, beta: Tensor | None = None, S: int 
 
 
 def patches(X_pad: Tensor, K: int, *, S: int) -> Tensor:
-    """X_pad[b,c,iS+u,jS+v] as a view, [b,c,i,j,u,v]: the patch under the kernel at each position.
-
-    Shapes: (B, C, H, W) -> (B, C, H_out, W_out, K, K).
-    """
+    """X_pad[b,c,iS+u,jS+v] as a view [b,c,i,j,u,v]. Shapes: (B, C, H, W) -> (B, C, H_out, W_out, K, K)."""
     return X_pad.unfold(2, K, S).unfold(3, K, S)
 
 
@@ -47,10 +44,7 @@ def im2col(X_pad: Tensor, K: int, *, S: int) -> Tensor:
 
 
 def convolution_im2col(X: Tensor, W: Tensor, *, beta: Tensor | None = None, S: int = 1, P: int = 0) -> Tensor:
-    """The same convolution as a product of a matrix with a kernel per row and one with a patch per column.
-
-    Shapes and errors: those of `convolution_sum`.
-    """
+    """`convolution_sum` as a product of a matrix with a kernel per row and one with a patch per column."""
     B, C_out, H_out, W_out = convolution_shape(X.shape, W.shape, S=S, P=P)
     product = W.flatten(1) @ im2col(pad(X, P), W.shape[-1], S=S)  # (C_out, C_in K K) @ (C_in K K, B H_out W_out)
     Y = product.view(C_out, B, H_out, W_out).transpose(0, 1)  # -> (B, C_out, H_out, W_out)
@@ -58,10 +52,7 @@ def convolution_im2col(X: Tensor, W: Tensor, *, beta: Tensor | None = None, S: i
 
 
 def gradient_W(delta_Y: Tensor, X: Tensor, *, K: int, S: int = 1, P: int = 0) -> Tensor:
-    """dL/dW[k,c,u,v] = sum over b, i, j of delta_Y[b,k,i,j] X_pad[b,c,iS+u,jS+v], a correlation.
-
-    Shapes: (B, C_out, H_out, W_out), (B, C_in, H, W) -> (C_out, C_in, K, K).
-    """
+    """dL/dW[k,c,u,v] = sum over b, i, j of delta_Y[b,k,i,j] X_pad[b,c,iS+u,jS+v], of shape (C_out, C_in, K, K)."""
     C_out, C_in = delta_Y.shape[1], X.shape[1]
     rows = delta_Y.transpose(0, 1).flatten(1)  # (C_out, B H_out W_out)
     return (rows @ im2col(pad(X, P), K, S=S).T).view(C_out, C_in, K, K)
@@ -72,7 +63,6 @@ def gradient_X(delta_Y: Tensor, W: Tensor, *, size: tuple[int, int], S: int = 1,
 
     The equation is for S = 1 and P = 0. A stride puts S - 1 zeros between the elements of delta_Y; padding is cut off
     the result. `size` is (H, W) of X: rows and columns that no kernel reached have the gradient 0.
-
     Shapes: (B, C_out, H_out, W_out), (C_out, C_in, K, K) -> (B, C_in, H, W).
     """
     (B, C_out, H_out, W_out), K = delta_Y.shape, W.shape[-1]
@@ -91,10 +81,7 @@ def gradient_beta(delta_Y: Tensor) -> Tensor:
 
 
 class Convolution(torch.autograd.Function):
-    """`convolution_im2col` with the three gradients above; inputs X, W, beta or None, S, P.
-
-    Shapes: (B, C_in, H, W), (C_out, C_in, K, K), (C_out,) -> (B, C_out, H_out, W_out).
-    """
+    """`convolution_im2col` with these gradients; inputs X, W, beta or None, S, P. Shapes: as there, X, W, beta -> Y."""
 
     @staticmethod
     def forward(ctx: Context, *inputs: *tuple[Tensor, Tensor, Tensor | None, int, int]) -> Tensor:
@@ -116,10 +103,7 @@ class Convolution(torch.autograd.Function):
 
 
 def convolution(X: Tensor, W: Tensor, *, beta: Tensor | None = None, S: int = 1, P: int = 0) -> Tensor:
-    """`Convolution`: one matrix product forward, the notes' three gradients backward.
-
-    Shapes and errors: those of `convolution_sum`.
-    """
+    """`Convolution`: one matrix product forward, three gradients backward. Shapes and errors: `convolution_sum`'s."""
     Y: Tensor = Convolution.apply(X, W, beta, S, P)
     return Y
 
@@ -127,8 +111,7 @@ def convolution(X: Tensor, W: Tensor, *, beta: Tensor | None = None, S: int = 1,
 def depthwise(X: Tensor, W: Tensor, *, beta: Tensor | None = None, S: int = 1, P: int = 0) -> Tensor:
     """One K x K filter per channel: Y[b,c,i,j] = beta_c + sum over u, v of W[c,0,u,v] X_pad[b,c,iS+u,jS+v].
 
-    Shapes: (B, C, H, W), (C, 1, K, K), (C,) -> (B, C, H_out, W_out).
-    Raises: ValueError for another number of filters.
+    Shapes: (B, C, H, W), (C, 1, K, K), (C,) -> (B, C, H_out, W_out). Raises: ValueError for another number of filters.
     """
     if W.shape[:2] != (X.shape[1], 1):
         raise ValueError(f"W has the shape {tuple(W.shape)}: {X.shape[1]} channels take ({X.shape[1]}, 1, K, K)")
@@ -137,9 +120,6 @@ def depthwise(X: Tensor, W: Tensor, *, beta: Tensor | None = None, S: int = 1, P
 
 
 def pointwise(X: Tensor, W: Tensor, *, beta: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution, a matrix product over the channels of each pixel.
-
-    Shapes: (B, C_in, H, W), (C_out, C_in), (C_out,) -> (B, C_out, H, W).
-    """
+    """A 1x1 convolution. Shapes: (B, C_in, H, W), (C_out, C_in), (C_out,) -> (B, C_out, H, W)."""
     Y = (W @ X.flatten(2)).view(len(X), len(W), *X.shape[2:])  # (C_out, C_in) @ (B, C_in, H W)
     return Y if beta is None else Y + beta[:, None, None]

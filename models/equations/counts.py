@@ -5,20 +5,14 @@ from collections.abc import Iterable, Sequence
 
 
 def output_size(H_in: int, K: int, *, S: int = 1, P: int = 0) -> int:
-    """H_out = floor((H_in + 2P - K) / S) + 1, and W_out alike; section 3.
-
-    Raises: ValueError when the kernel is larger than the padded input.
-    """
+    """H_out = floor((H_in + 2P - K) / S) + 1; section 3. Raises: ValueError when K exceeds the padded input."""
     if H_in + 2 * P < K:
         raise ValueError(f"K={K} does not fit into {H_in} + 2 * {P} pixels: take a smaller kernel or more padding")
     return (H_in + 2 * P - K) // S + 1
 
 
 def convolution_shape(X: Sequence[int], W: Sequence[int], *, S: int = 1, P: int = 0) -> tuple[int, int, int, int]:
-    """(B, C_out, H_out, W_out) of an input (B, C_in, H_in, W_in) and kernels (C_out, C_in, K, K); section 3.
-
-    Raises: ValueError for kernels of another shape, or larger than the padded input.
-    """
+    """(B, C_out, H_out, W_out) of X (B, C_in, H_in, W_in) and W (C_out, C_in, K, K); section 3. Raises: ValueError."""
     B, C_in, H_in, W_in = X
     C_out, *kernel = W
     K = kernel[-1]

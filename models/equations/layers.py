@@ -18,7 +18,7 @@ from models.equations.pooling import global_average_pool, max_pool
 Net = TypeVar("Net", bound=nn.Module)
 
 
-def in_autocast(tensor: Tensor) -> Tensor:
+def _autocast(tensor: Tensor) -> Tensor:
     """Return the tensor in the precision of the surrounding autocast, which casts for torch's own layers only."""
     kind = tensor.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
@@ -27,15 +27,12 @@ def in_autocast(tensor: Tensor) -> Tensor:
 
 
 class ReferenceConv2d(nn.Conv2d):
-    """Convolution by im2col, or depthwise convolution if every channel is a group.
-
-    Shapes: (N, C, H, W) -> (N, out_channels, H_out, W_out).
-    """
+    """Convolution by im2col, or depthwise. Shapes: (N, C, H, W) -> (N, out_channels, H_out, W_out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else in_autocast(self.bias)
+        bias = None if self.bias is None else _autocast(self.bias)
         operation = convolution if self.groups == 1 else depthwise
-        return operation(in_autocast(x), in_autocast(self.weight), beta=bias, S=self.stride[0], P=int(self.padding[0]))
+        return operation(_autocast(x), _autocast(self.weight), beta=bias, S=self.stride[0], P=int(self.padding[0]))
 
 
 class ReferenceReLU(nn.ReLU):
@@ -46,10 +43,7 @@ class ReferenceReLU(nn.ReLU):
 
 
 class ReferenceBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm: the batch's statistics in training, moving averages in evaluation.
-
-    Shapes: (N, C, H, W) -> (N, C, H, W).
-    """
+    """Batch norm; moving averages in evaluation. Shapes: (N, C, H, W) -> (N, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
@@ -86,8 +80,8 @@ class ReferenceLinear(nn.Linear):
     """One matrix product and a sum. Shapes: (..., in_features) -> (..., out_features)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else in_autocast(self.bias)
-        return linear(in_autocast(x), in_autocast(self.weight).T, b_cls=bias)
+        bias = None if self.bias is None else _autocast(self.bias)
+        return linear(_autocast(x), _autocast(self.weight).T, b_cls=bias)
 
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -120,11 +114,7 @@ def _without_equation(layer: nn.Module) -> list[str]:
     unknown = [name for name, values in KNOWN.get(type(layer), {}).items() if getattr(layer, name) not in values]
     if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
         unknown += [name for name in ("kernel_size", "stride", "padding") if not _is_square(getattr(layer, name))]
-    if (
-        isinstance(layer, nn.Conv2d)
-        and layer.groups > 1
-        and not layer.groups == layer.in_channels == layer.out_channels
-    ):
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1 and {layer.in_channels, layer.out_channels} != {layer.groups}:
         unknown.append("groups")
     if isinstance(layer, nn.BatchNorm2d) and layer.momentum is None:
         unknown.append("momentum")
@@ -135,7 +125,6 @@ def with_reference_ops(net: Net) -> Net:
     """Let the notes' equations compute the convolutions, linear layers, ReLUs, batch norms and poolings of `net`.
 
     Other layers stay, such as dropout and flattening. Returns the same network.
-
     Raises: ValueError, and no layer is changed, when the notes have no equation for one of these layers.
     """
     layers = {name: layer for name, layer in net.named_modules() if type(layer) in LAYERS}

@@ -7,18 +7,12 @@ from models.equations.context import Context
 
 
 def normalize(pixels: Tensor, mu: Tensor, *, sigma: Tensor) -> Tensor:
-    """X = (pixel - mu) / sigma in float32; mu and sigma per channel, in the pixels' units of 0 to 255.
-
-    Shapes: uint8 (H, W, C), (C,), (C,) -> (H, W, C).
-    """
+    """X = (pixel - mu) / sigma, per channel, in units of 0 to 255. Shapes: uint8 (H, W, C), (C,), (C,) -> (H, W, C)."""
     return (pixels.to(torch.float32) - mu) / sigma
 
 
 def statistics(X: Tensor) -> tuple[Tensor, Tensor]:
-    """mu_c and sigma_c^2 of each channel: the mean and the mean squared deviation over b, i, j.
-
-    Shapes: (B, C, H, W) -> (C,), (C,).
-    """
+    """mu_c, sigma_c^2: mean and mean squared deviation over b, i, j. Shapes: (B, C, H, W) -> (C,), (C,)."""
     mu = X.mean((0, 2, 3))
     return mu, ((X - mu[:, None, None]) ** 2).mean((0, 2, 3))
 
@@ -38,7 +32,6 @@ class BatchNorm(torch.autograd.Function):
 
     The notes give no gradient. It flows through the mean and the variance too: with n = B H W,
     dL/dX = gamma / sqrt(sigma^2 + eps) (delta_Y - dL/dbeta / n - X_hat dL/dgamma / n).
-
     Shapes: (B, C, H, W), (C,), (C,) -> (B, C, H, W).
     """
 
@@ -62,10 +55,7 @@ class BatchNorm(torch.autograd.Function):
 
 
 def batch_norm(X: Tensor, gamma: Tensor, *, beta: Tensor, eps: float = 1e-5) -> Tensor:
-    """`BatchNorm`, for training. Inference is `scaled(normalized(X, ...), ...)` with the moving averages.
-
-    Shapes: (B, C, H, W), (C,), (C,) -> (B, C, H, W).
-    """
+    """`BatchNorm`, for training; in inference `scaled(normalized(X, ...), ...)` takes the moving averages."""
     Y: Tensor = BatchNorm.apply(X, gamma, beta, eps)
     return Y
 
@@ -75,9 +65,7 @@ def moving_averages(X: Tensor, mu: Tensor, *, variance: Tensor, momentum: float)
 
     The notes leave open which variance is averaged. As in torch it is the unbiased one, n / (n - 1) of the one that
     normalizes, and `momentum` is the share of the new value.
-
-    Shapes: (B, C, H, W), (C,), (C,) -> (C,), (C,).
-    Raises: ValueError for one value per channel, which has no variance.
+    Shapes: (B, C, H, W), (C,), (C,) -> (C,), (C,). Raises: ValueError for one value per channel, which has no variance.
     """
     n = X.numel() // X.shape[1]
     if n == 1:

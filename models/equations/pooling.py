@@ -12,9 +12,7 @@ class MaxPooling(torch.autograd.Function):
     """Y[b,c,i,j] = max over u, v of X[b,c,iS+u,jS+v]; inputs X, K, S, P.
 
     The gradient goes to the maximum, of equal ones to the first by rows, as in torch. Padding, which is not in the
-    notes, is -inf and never a maximum.
-
-    Shapes: (B, C, H, W) -> (B, C, H_out, W_out).
+    notes, is -inf and never a maximum. Shapes: (B, C, H, W) -> (B, C, H_out, W_out).
     """
 
     @staticmethod
@@ -41,11 +39,7 @@ class MaxPooling(torch.autograd.Function):
 
 
 def max_pool(X: Tensor, K: int, *, S: int, P: int = 0) -> Tensor:
-    """`MaxPooling`.
-
-    Shapes: (B, C, H, W) -> (B, C, H_out, W_out).
-    Raises: ValueError for a kernel that fits into the padding, or is larger than the padded input.
-    """
+    """`MaxPooling`. Raises: ValueError for a kernel that fits into the padding, or is larger than the padded input."""
     if 2 * P > K:
         raise ValueError(f"P={P} must be at most half of K={K}: else a kernel would cover padding alone")
     output_size(min(X.shape[2:]), K, S=S, P=P)

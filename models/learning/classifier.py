@@ -16,10 +16,7 @@ from models.learning.recipe import Recipe
 
 
 class Classifier(pl.LightningModule):
-    """A network with the loss, optimizer and schedule of a recipe, and top-1 and top-5 accuracy.
-
-    `net` maps images (N, C, H, W) to logits (N, K) and is trained in channels_last memory.
-    """
+    """A network with the loss, optimizer and schedule of a recipe, and top-1 and top-5 accuracy."""
 
     default_recipe: ClassVar[str] = "sgd"  # in conf/recipe/; a network's own config may refine it
 
@@ -92,27 +89,20 @@ class Classifier(pl.LightningModule):
         self.training_metrics.restore(checkpoint.get("train_sums"), rank=self.global_rank)
 
     def weight_decay_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Return the parameters with and without weight decay.
-
-        Only kernels and matrices decay (He et al. 2019, section 3.1), except those that a block declares `no_decay`.
-        """
+        """Return the kernels and matrices that decay (He et al. 2019, section 3.1, and `no_decay`), and the others."""
         undecayed = undecayed_parameters(self.net)
-        decayed: list[nn.Parameter] = []
-        free: list[nn.Parameter] = []
-        for parameter in self.parameters():
-            group = decayed if parameter.ndim > 1 and parameter not in undecayed else free
-            group.append(parameter)
-        return decayed, free
+        decayed = [one for one in self.parameters() if one.ndim > 1 and one not in undecayed]
+        others = set(self.parameters()).difference(decayed)
+        return decayed, [one for one in self.parameters() if one in others]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the recipe's optimizer over both groups, and its schedule by optimizer step."""
         decayed, free = self.weight_decay_groups()
         optimizer = self.recipe.optimizer([{"params": decayed}, {"params": free, "weight_decay": 0.0}])
         num_steps = int(self.trainer.estimated_stepping_batches)
-        steps_per_epoch = num_steps // self.recipe.epochs
+        schedule, steps_per_epoch = self.recipe.schedule, num_steps // self.recipe.epochs
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: self.recipe.schedule(step, steps_per_epoch=steps_per_epoch, num_steps=num_steps),
+            optimizer, lambda step: schedule(step, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -17,9 +17,8 @@ def _zero_bias(layer: nn.Module) -> None:
 class SequentialClassifier(Classifier):
     """Sequential networks: He initialisation, a small last layer, zero biases.
 
-    Simonyan & Zisserman 2015, section 3.1, started deep networks from shallow ones, because random weights of standard
-    deviation 0.1 stalled; He, Zhang, Ren & Sun 2015 removed the need with sqrt(2 / fan-in). The last layer keeps the
-    0.01 of Krizhevsky et al. 2012, section 5. Their biases of 1, which feed ReLU early, are then not needed.
+    He, Zhang, Ren & Sun 2015: sqrt(2 / fan-in) trains deep networks without starting from shallow ones. The last layer
+    keeps the 0.01 of Krizhevsky et al. 2012, section 5. Their biases of 1, which feed ReLU early, are not needed.
     """
 
     default_recipe = "sgd_step"
@@ -36,8 +35,7 @@ class SequentialClassifier(Classifier):
 class ResidualClassifier(Classifier):
     """Residual networks: He initialisation, and blocks that start as the identity.
 
-    He, Zhang, Ren & Sun 2015, "Delving deep into rectifiers", as in He et al. 2016, section 3.4; by fan-out, as in
-    torchvision. The last norm of a block starts at zero: Goyal et al. 2017, section 5.1.
+    He, Zhang, Ren & Sun 2015, by fan-out as in torchvision. The zero last norm is Goyal et al. 2017, section 5.1.
     """
 
     def initialize(self) -> None:
@@ -69,11 +67,7 @@ class SeparableClassifier(Classifier):
 
 
 class AttentionClassifier(Classifier):
-    """Attention-augmented networks: kernels, matrices and relative biases start as a narrow normal.
-
-    The standard deviation of 0.02 is that of Liu et al. 2022's code (their table 5 prints 0.2). Dai et al. 2021 state
-    none.
-    """
+    """Attention-augmented networks: N(0, 0.02), as in Liu et al. 2022's code (table 5 prints 0.2; Dai et al. none)."""
 
     default_recipe = "adamw"
 

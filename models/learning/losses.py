@@ -9,11 +9,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy of each image; smoothed labels are Szegedy et al. 2016, section 7.
-
-    Shapes: (N, K), int64 (N,) -> (N,).
-    Raises: ValueError for a smoothing outside [0, 1).
-    """
+    """Return the cross-entropy of each image, (N,), with the smoothed labels of Szegedy et al. 2016, section 7."""
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and less than 1")
     return functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")

@@ -18,14 +18,11 @@ class TrainingMetrics(NamedTuple):
 
 
 class TrainingMetricAccumulator:
-    """Sums the losses and hits of this rank's training images; reduces them over ranks when they are read.
-
-    The sums are no buffer of the module: DDP overwrites those with rank 0's.
-    """
+    """Sums the losses and hits of this rank's training images; reduces them over ranks when they are read."""
 
     def __init__(self, top_k: int) -> None:
         self.top_k = top_k
-        self._sums: Tensor | None = None  # images, loss, top-1 hits, top-k hits
+        self._sums: Tensor | None = None  # images, loss, top-1, top-k hits; no buffer: DDP overwrites those
         self._unsummed: list[tuple[Tensor, Tensor]] = []  # losses (N,) and hits (N, top_k) of the latest steps
 
     @torch.no_grad()

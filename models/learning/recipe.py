@@ -6,6 +6,7 @@ Schedules depend on the completed fraction of the training, so that a recipe fit
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,6 @@ class Schedule(Protocol):
 
 
 def _check_shape(loss: Loss) -> None:
-    """Raise ValueError unless a loss returns one value per image."""
     try:
         losses: object = loss(torch.zeros(2, 3), torch.tensor([0, 1]))
     except RuntimeError:
@@ -46,9 +46,7 @@ class Recipe:
     """Epochs, optimizer, schedule and loss. An optimizer step takes `accumulate` batches.
 
     `optimizer` takes parameter groups; one of them sets its own weight decay of 0. `clip_norm` is the maximum norm of
-    the gradient, None for no clipping.
-
-    Raises: ValueError for impossible values.
+    the gradient, None for no clipping. Raises: ValueError for impossible values.
     """
 
     epochs: int
@@ -69,16 +67,11 @@ class Recipe:
 
     def rises_until_end(self, steps_per_epoch: int, num_steps: int) -> bool:
         """Return whether the learning rate still rises at the last of `num_steps` steps."""
-        if num_steps < 2:
-            return False
-        before, last = (
-            self.schedule(step, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-            for step in (num_steps - 2, num_steps - 1)
-        )
-        return last > before
+        rate = partial(self.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+        return num_steps > 1 and rate(num_steps - 1) > rate(num_steps - 2)
 
 
-def warm_up(step: int, warmup_steps: int, *, num_steps: int) -> tuple[float, float]:
+def _warm_up(step: int, warmup_steps: int, *, num_steps: int) -> tuple[float, float]:
     """Return the factor of the warm-up and the completed fraction of the steps after it, both from 0 to 1."""
     warmup_steps = min(warmup_steps, num_steps)
     if step < warmup_steps:
@@ -89,11 +82,8 @@ def warm_up(step: int, warmup_steps: int, *, num_steps: int) -> tuple[float, flo
 def warmup_cosine(
     step: int, *, steps_per_epoch: int, num_steps: int, warmup_epochs: float = 5, final_fraction: float = 0.0
 ) -> float:
-    """Rise linearly over `warmup_epochs`, then fall along half a cosine to `final_fraction`, step by step.
-
-    Goyal et al. 2017, section 2.2; Loshchilov & Hutter 2017, equation 5, without restarts.
-    """
-    rise, progress = warm_up(step, round(warmup_epochs * steps_per_epoch), num_steps=num_steps)
+    """Rise linearly (Goyal et al. 2017, section 2.2), then fall by half a cosine (Loshchilov & Hutter 2017, eq. 5)."""
+    rise, progress = _warm_up(step, round(warmup_epochs * steps_per_epoch), num_steps=num_steps)
     return rise * (final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * progress)) / 2)
 
 
@@ -104,7 +94,7 @@ def warmup_exponential(
 
     Tan & Le 2019, section 5.2, multiply by 0.97 every 2.4 epochs: 0.0118 is left after 350.
     """
-    rise, progress = warm_up(step, round(warmup_epochs * steps_per_epoch), num_steps=num_steps)
+    rise, progress = _warm_up(step, round(warmup_epochs * steps_per_epoch), num_steps=num_steps)
     return float(rise * final_fraction**progress)
 
 
@@ -122,5 +112,5 @@ def warmup_milestones(
     Krizhevsky et al. 2012, section 5, and He et al. 2016, section 3.4, divide by 10 when the error stops falling;
     torchvision's references do so after 30 and 60 of 90 epochs.
     """
-    rise, _ = warm_up(step, round(warmup_epochs * steps_per_epoch), num_steps=num_steps)
+    rise, _ = _warm_up(step, round(warmup_epochs * steps_per_epoch), num_steps=num_steps)
     return rise * float(factor ** sum(step >= round(milestone * num_steps) for milestone in milestones))

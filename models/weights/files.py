@@ -17,7 +17,6 @@ SAFETENSORS = ".safetensors"
 SUFFIXES = (".pth", ".pt", ".ckpt", SAFETENSORS)
 WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model")  # averaged weights are the better ones
 PREFIXES = ("module.", "_orig_mod.", "net.")  # of DDP and averaging, of torch.compile, of our Classifier
-NO_WEIGHT = "n_averaged"  # the counter of averaged weights
 NUM_SHOWN = 3
 # Errors of torch and safetensors for bytes that are not their format, or incomplete.
 UNREADABLE = (
@@ -41,9 +40,8 @@ def shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:NUM_SHOWN]) + rest
 
 
-def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without the prefixes that module wrappers add to all names."""
-    stripped = {name: tensor for name, tensor in state.items() if name != NO_WEIGHT}
+def _strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    stripped = {name: tensor for name, tensor in state.items() if name != "n_averaged"}  # counts averaged weights
     while prefix := _common_prefix(stripped):
         stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
     return stripped
@@ -53,7 +51,7 @@ def _common_prefix(state: Mapping[str, Tensor]) -> str | None:
     return next((prefix for prefix in PREFIXES if state and all(name.startswith(prefix) for name in state)), None)
 
 
-def unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], str | None]:
+def _unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], str | None]:
     """Return the state dict in a checkpoint and its key there. Raises: ValueError when there is none."""
     wrapper = None
     while isinstance(content, Mapping):
@@ -68,8 +66,7 @@ def unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], str | None]:
     raise ValueError(f"{path} is no state dict, bare or in {', '.join(WRAPPERS)}: it holds {held}")
 
 
-def explain_error(path: Path, error: Exception) -> str:
-    """Explain why a file was not read. For a pickle of other objects it names the first of them."""
+def _explain_error(path: Path, error: Exception) -> str:
     objects: list[str] = []
     if isinstance(error, pickle.UnpicklingError):
         try:
@@ -85,10 +82,7 @@ def explain_error(path: Path, error: Exception) -> str:
 
 
 def read(path: Path) -> TensorFile:
-    """Read a state dict from `.pth`, `.pt`, `.ckpt` or `.safetensors`, unpickling tensors and plain values only.
-
-    Raises: FileNotFoundError; ValueError for other formats and other contents.
-    """
+    """Read tensors and plain values only. Raises: FileNotFoundError; ValueError for other formats and contents."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: its suffix is not one of {', '.join(SUFFIXES)}")
     if not path.is_file():
@@ -100,13 +94,9 @@ def read(path: Path) -> TensorFile:
             else:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise ValueError(f"{path} {explain_error(path, error)}") from error
-    state, wrapper = unwrap(content, path)
+        raise ValueError(f"{path} {_explain_error(path, error)}") from error
+    state, wrapper = _unwrap(content, path)
     settings = content if isinstance(content, Mapping) else {}
     eps, size = settings.get("norm_eps"), settings.get("image_size")
-    return TensorFile(
-        strip_prefixes(state),
-        wrapper,
-        norm_eps=eps if isinstance(eps, float) else None,
-        image_size=size if isinstance(size, int) else None,
-    )
+    norm_eps, image_size = eps if isinstance(eps, float) else None, size if isinstance(size, int) else None
+    return TensorFile(_strip_prefixes(state), wrapper, norm_eps, image_size)

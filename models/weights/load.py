@@ -58,17 +58,10 @@ def _expand(skip: Sequence[object], names: Sequence[str]) -> set[str]:
     return skipped
 
 
-def _is_ours(theirs: Tensors, ours: Tensors) -> bool:
-    """Return whether most names of the file are those of the network."""
-    return 2 * len(theirs.keys() & ours.keys()) > len(theirs)
-
-
 def _is_ported(path: Path) -> bool:
-    """Return whether a file or its folder has timm's name of a network ported from TensorFlow; no tensor shows it.
-
-    Download caches have the name two folders above, after the owner's: `models--timm--tf_...`.
-    """
+    """Return whether a file or its folder has timm's name of a network ported from TensorFlow; no tensor shows it."""
     path = path.absolute()
+    # Download caches have the name two folders above, after the owner's: `models--timm--tf_...`.
     cached = [part.rpartition("--")[2] for part in path.parts if "--" in part]
     return any(name.startswith(PORTED) for name in (path.name, path.parent.name, *cached))
 
@@ -79,33 +72,22 @@ def _sort(theirs: Tensors, ours: Tensors, *, layout: Layout, path: Path) -> list
         return [*(name for name in ours if name in theirs), *(name for name in theirs if name not in ours)]
     if layout is not UNKNOWN:
         return layout.sort(theirs)
+    names = list(theirs)
     if path.suffix == SAFETENSORS:
-        raise ValueError(
-            f"{path} has names of no known publisher ({shorten(list(theirs))}), and {SAFETENSORS} keeps no order"
-        )
-    return list(theirs)
-
-
-def _relative_biases(net: nn.Module) -> frozenset[str]:
-    return frozenset(f"{name}.table" for name, layer in net.named_modules() if isinstance(layer, RelativeBias))
+        raise ValueError(f"{path} has names of no known publisher ({shorten(names)}), and {SAFETENSORS} keeps no order")
+    return names
 
 
 def _adapt_stem(theirs: Side, ours: Side) -> Side:
-    """Return the file's first kernels with the network's number of input channels.
-
-    Shapes: (C_out, C_in, K, K) -> (C_out, channels, K, K).
-    """
+    """Return the first kernels, (C_out, C_in, K, K), with the network's number of input channels."""
     if not theirs.names or not ours.names:
         return theirs
     kernels, place = theirs.tensors[theirs.names[0]].float(), ours.tensors[ours.names[0]]
     if kernels.ndim != 4 or place.ndim != 4 or kernels.shape[1] == place.shape[1]:
         return theirs
     in_channels, channels = kernels.shape[1], place.shape[1]
-    if channels == 1:
-        adapted = kernels.sum(1, keepdim=True)
-    else:
-        repeated = [channel % in_channels for channel in range(channels)]
-        adapted = kernels[:, repeated] * (in_channels / channels)
+    repeated = [channel % in_channels for channel in range(channels)]
+    adapted = kernels.sum(1, keepdim=True) if channels == 1 else kernels[:, repeated] * (in_channels / channels)
     return theirs._replace(tensors={**theirs.tensors, theirs.names[0]: adapted})
 
 
@@ -122,9 +104,7 @@ def load_weights(
 
     `head="replace"` leaves out the last linear layer, for other classes. `stem="adapt"` fits the first convolution to
     other input channels: the sum of its kernels for one channel, else its kernels in turn, scaled to the same total.
-    `skip` names tensors or modules, of the file or the network, that may be left out. The batch norms get `norm_eps`,
-    or the publisher's eps.
-
+    `skip` names tensors or modules, of either side, that may be left out. `norm_eps` replaces the publisher's.
     Raises: FileNotFoundError; ValueError when the file cannot be read, or a tensor of either side has no match.
     """
     for name, value, other in (("head", head, "replace"), ("stem", stem, "adapt")):
@@ -133,13 +113,15 @@ def load_weights(
     file, own = read(path), net.state_dict()
     skipped = _expand(skip, [*file.tensors, *own])
     tensors = {name: tensor for name, tensor in file.tensors.items() if name not in skipped}
-    layout = OURS if _is_ours(tensors, own) else recognize(tensors) or UNKNOWN
+    is_ours = 2 * len(tensors.keys() & own.keys()) > len(tensors)
+    layout = OURS if is_ours else recognize(tensors) or UNKNOWN
     if layout.norm_eps is not None and _is_ported(path):
         raise ValueError(f"{path}: timm's {PORTED} variants pad their images as TensorFlow does, ours do not")
     if not any(tensor.ndim == 0 for tensor in tensors.values()):
         skipped |= {name for name in own if name.endswith(COUNTER)}
     theirs = Side(_sort(tensors, own, layout=layout, path=path), tensors)
-    ours = Side([name for name in own if name not in skipped], own, _relative_biases(net))
+    tables = frozenset(f"{name}.table" for name, layer in net.named_modules() if isinstance(layer, RelativeBias))
+    ours = Side([name for name in own if name not in skipped], own, tables)
     if head == "replace":
         theirs, ours = theirs.without_last_layer(), ours.without_last_layer()
     if stem == "adapt":

@@ -29,8 +29,7 @@ class Side(NamedTuple):
         """Return all but the last weight and bias. Raises: ValueError when the last two tensors are no linear layer."""
         shapes = [self.tensors[name].shape for name in self.names[-2:]]
         if len(shapes) < 2 or len(shapes[0]) not in (2, 4) or shapes[1] != shapes[0][:1]:
-            last = self.describe(self.names[-2:])
-            raise ValueError(f"head=replace: {last} are not the last layer of a classifier")
+            raise ValueError(f"head=replace: {self.describe(self.names[-2:])} are not the last layer of a classifier")
         return self._replace(names=self.names[:-2])
 
     def describe(self, names: Collection[str]) -> str:
@@ -45,15 +44,11 @@ def _leaf(name: str) -> str | None:
 
 
 def _squeezed(tensor: Tensor) -> tuple[int, ...]:
-    """Return a shape without ones: (C, 1, 1) is (C,)."""
     return tuple(size for size in tensor.shape if size > 1)
 
 
 def _may_fit(source: str, target: str, *, theirs: Side, ours: Side) -> bool:
-    """Return whether a tensor of the file fits a place of the network, by the end of its name and its shape.
-
-    Shapes may differ in ones, in flattened kernels and in the size of a table of relative biases.
-    """
+    """Return whether name endings and shapes fit, up to ones, flattened kernels and the size of relative biases."""
     tensor, place = theirs.tensors[source], ours.tensors[target]
     if _leaf(source) and _leaf(target) and _leaf(source) != _leaf(target):
         return False
@@ -90,9 +85,8 @@ def _describe_wrong_shapes(wrong: Sequence[tuple[str, str]], *, theirs: Side, ou
 
 def _unmatched(theirs: Side, ours: Side) -> tuple[set[str], set[str]]:
     """Return the tensors that only one side has, by the longest runs of equal name endings and shapes."""
-    kinds, our_kinds = (
-        [f"{_leaf(name)} {_squeezed(side.tensors[name])}" for name in side.names] for side in (theirs, ours)
-    )
+    kinds = [f"{_leaf(name)} {_squeezed(theirs.tensors[name])}" for name in theirs.names]
+    our_kinds = [f"{_leaf(name)} {_squeezed(ours.tensors[name])}" for name in ours.names]
     extra, missing = set(theirs.names), set(ours.names)
     for start, our_start, size in SequenceMatcher(None, kinds, our_kinds, autojunk=False).get_matching_blocks():
         extra -= set(theirs.names[start : start + size])
@@ -124,10 +118,7 @@ def fit(tensor: Tensor, place: Tensor) -> Tensor:
 
 
 def match(theirs: Side, ours: Side, *, layout: Layout, path: Path) -> list[tuple[str, str]]:
-    """Return pairs of a name in the file and a name in the network.
-
-    Raises: ValueError, naming the first differences, unless all tensors match one by one.
-    """
+    """Return pairs of names in file and network. Raises: ValueError unless all tensors match one by one."""
     in_place = theirs.names == ours.names if layout is OURS else len(theirs.names) == len(ours.names)
     pairs = list(zip(theirs.names, ours.names, strict=True)) if in_place else []
     wrong = [names for names in pairs if not _may_fit(*names, theirs=theirs, ours=ours)]

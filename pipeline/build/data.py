@@ -14,7 +14,7 @@ from data.shards.tars import SkippedSample
 from pipeline.build.objects import build_object
 from pipeline.build.source import pack_once
 from pipeline.cli.console import print_skipped
-from pipeline.cli.run import config_keys_in_errors, with_config_keys
+from pipeline.cli.errors import config_keys_in_errors, with_config_keys
 
 LOADER_KEYS = {name: f"data.{name}" for name in ("batch_size", "shuffle_window", "readahead", "threads")}
 DATASET_KEYS = {"root": "data.root", "folder": "data.index", "label_field": "data.label_field"}
@@ -51,6 +51,8 @@ class DataConfig:
             with config_keys_in_errors(DATASET_KEYS):
                 dataset, skipped = open_dataset(root, index, label_field=self.label_field)
         except FileNotFoundError as error:
+            if root.exists():
+                raise
             raise FileNotFoundError(f"{error}: pack one with python -m pipeline.pack") from error
         except NotADatasetError as error:
             command = f"python -m pipeline.pack source=folder source.root={self.root} name=NAME"
@@ -60,20 +62,11 @@ class DataConfig:
         )
         return dataset
 
-    def build_loaders(self, dataset: Dataset, *, crops: dict[str, CropPolicy], seed: int, accumulate: int) -> ShardData:
-        """Build the data module; `crops` has the policies of training and evaluation."""
+    def loader_settings(self, *, seed: int, accumulate: int) -> LoaderSettings:
+        """Return the settings of a rank's loaders. Raises: ValueError."""
+        own = {name: getattr(self, name) for name in LOADER_KEYS}
         with config_keys_in_errors(LOADER_KEYS):
-            settings = LoaderSettings(
-                self.batch_size,
-                accumulate=accumulate,
-                seed=seed,
-                shuffle_window=self.shuffle_window,
-                readahead=self.readahead,
-                threads=self.threads,
-            )
-        return ShardData(
-            dataset, training_crop=crops["training"], evaluation_crop=crops["evaluation"], settings=settings
-        )
+            return LoaderSettings(seed=seed, accumulate=accumulate, **own)
 
 
 def build_data(config: DictConfig, *, accumulate: int) -> ShardData:
@@ -82,5 +75,8 @@ def build_data(config: DictConfig, *, accumulate: int) -> ShardData:
     Raises: FileNotFoundError, ValueError.
     """
     data = build_object(config, "data", kind=DataConfig)
-    crops = {name: build_object(config, f"augment.{name}", kind=CropPolicy) for name in ("training", "evaluation")}
-    return data.build_loaders(data.open_dataset(), crops=crops, seed=config.seed, accumulate=accumulate)
+    training, evaluation = (
+        build_object(config, f"augment.{name}", kind=CropPolicy) for name in ("training", "evaluation")
+    )
+    settings = data.loader_settings(seed=config.seed, accumulate=accumulate)
+    return ShardData(data.open_dataset(), training_crop=training, evaluation_crop=evaluation, settings=settings)

@@ -1,14 +1,12 @@
 """From a config node with a `_target_` to the object that it names."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.cli.run import config_keys_in_errors, root_cause
+from pipeline.cli.errors import config_keys_in_errors, root_cause
 
 Kind = TypeVar("Kind")
 
@@ -20,8 +18,7 @@ def build_object(config: DictConfig, key: str, *, kind: type[Kind], **given: obj
     Raises: ValueError, OSError from the target; ValueError for unknown arguments or an object of another kind.
     """
     node = OmegaConf.select(config, key)
-    names = list(map(str, node)) if isinstance(node, DictConfig) else []
-    with config_keys_in_errors({name: f"{key}.{name}" for name in names}):
+    with config_keys_in_errors(_keys_of(node, key) if isinstance(node, DictConfig) else {}):
         try:
             # Hydra would convert dataclasses among its own arguments, so further ones are passed to a partial.
             built = instantiate(node, _convert_="all", **({"_partial_": True} if given else {}))
@@ -34,9 +31,15 @@ def build_object(config: DictConfig, key: str, *, kind: type[Kind], **given: obj
     return built
 
 
-def read_config(path: Path, *, groups: Sequence[str] | None = None) -> DictConfig:
-    """Read a config that a run has recorded, of all groups or some. Raises: ValueError when it is not one."""
-    config = OmegaConf.load(path)
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"{path} is not the config of a training")
-    return config if groups is None else OmegaConf.masked_copy(config, list(groups))
+def _keys_of(node: DictConfig, key: str) -> dict[str, str]:
+    """Map the parameters of a node and of those inside it to the keys that set them, through interpolations."""
+    keys: dict[str, str] = {}
+    plain = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(plain, dict)
+    for name, value in ((str(name), value) for name, value in plain.items()):
+        inner = OmegaConf.select(node, name) if isinstance(value, dict) else None
+        if isinstance(inner, DictConfig):
+            keys = _keys_of(inner, f"{key}.{name}") | keys
+        refers = isinstance(value, str) and value.startswith("${") and value.endswith("}")
+        keys[name] = value[2:-1] if refers else f"{key}.{name}"
+    return keys

@@ -15,8 +15,7 @@ from omegaconf import DictConfig
 from data.loading.datamodule import ShardData
 from models.learning.recipe import Recipe
 from pipeline.build.objects import build_object
-from pipeline.cli.check import nearest
-from pipeline.cli.run import config_keys_in_errors
+from pipeline.cli.errors import config_keys_in_errors, nearest
 
 # Options of the Trainer that this project sets, and the config key that sets each instead.
 RESERVED = {
@@ -27,11 +26,9 @@ RESERVED = {
     "default_root_dir": "runs",
     "logger": "tracking",
     "callbacks": "callbacks",
-    "enable_progress_bar": "this project",
-    "enable_model_summary": "this project",
-    "num_sanity_val_steps": "this project",
-    "use_distributed_sampler": "this project",
 }
+OWN = ("enable_progress_bar", "enable_model_summary", "num_sanity_val_steps", "use_distributed_sampler")
+RESERVED |= dict.fromkeys(OWN, "this project")
 
 
 def build_trainer(

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from models.weights.load import LoadedWeights, load_weights
-from pipeline.cli.run import config_keys_in_errors
+from pipeline.cli.errors import config_keys_in_errors
 
 # Parameters in errors, and the config keys that set them.
 KEYS = {name: f"weights.{name}" for name in ("head", "stem", "skip")}

@@ -5,20 +5,23 @@ nearest valid word.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cli.compose import choices, compose, default_groups, groups, known_keys, missing_keys, verbs
+from pipeline.cli.errors import ConfigError, nearest
 from pipeline.cli.verb import Verb
 
 TRUSTED = ("models.", "data.", "pipeline.", "torch.", "torchvision.", "torchmetrics.", "pytorch_lightning.")
+CLOSED = "pipeline."  # targets whose arguments are all in the config
 # Hydra's own flags.
 FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--multirun", "-m", "--run", "-r")
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i")
-FLAGS_ALONE = ("--help", "-h", "--hydra-help", "--version")
+HELP = ("--help", "-h")
+FLAGS_ALONE = (*HELP, "--hydra-help", "--version")
 # The types that a value may have, by the type of its default, and their name in messages.
 KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
     bool: ("true or false", (bool,)),
@@ -28,16 +31,6 @@ KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
     dict: ("a group of keys", (dict,)),
     str: ("a string", (str, int, float, list)),
 }
-
-
-class ConfigError(ValueError):
-    """A mistake on the command line or in a config, explained in one sentence."""
-
-
-def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.5) -> str:
-    """Return ": did you mean WORD?" for the most similar of `words`, or an empty string."""
-    similar = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
-    return f": did you mean {similar[0]}?" if similar else ""
 
 
 def check_targets(config: DictConfig, *, trusted: tuple[str, ...] = TRUSTED) -> None:
@@ -58,7 +51,7 @@ def check_command_line(verb: Verb, arguments: Sequence[str]) -> list[str]:
 
     Raises: ConfigError.
     """
-    typed = _overrides_in(arguments)
+    typed = overrides_in(arguments)
     words = [_expand_alias(verb, word) for word in typed]
     complete = [*(word for word in arguments if word not in typed), *words]  # Hydra takes flags only before overrides
     if any(flag in complete for flag in FLAGS_ALONE):
@@ -79,11 +72,11 @@ def check_command_line(verb: Verb, arguments: Sequence[str]) -> list[str]:
     return complete
 
 
-def _overrides_in(arguments: Sequence[str]) -> list[str]:
+def overrides_in(arguments: Sequence[str]) -> list[str]:
     """Return the arguments that are neither flags nor values of flags."""
     for word in arguments:
         if word.startswith("-") and word not in (*FLAGS, *FLAGS_ALONE):
-            raise ConfigError(f"there is no flag {word}: set values by KEY=VALUE without dashes, --help lists them")
+            raise ConfigError(f"there is no flag {word}: set values with KEY=VALUE, without dashes, --help lists them")
     pairs = zip(["", *arguments], arguments, strict=False)
     return [word for before, word in pairs if not word.startswith("-") and before not in FLAGS_WITH_VALUE]
 
@@ -127,31 +120,37 @@ def _check_required(verb: Verb, base: DictConfig, *, overrides: list[Override]) 
 
 
 def _check_keys(base: DictConfig, overrides: list[Override]) -> None:
-    known, all_groups = known_keys(base), groups()
+    known = known_keys(base)
     for override in overrides:
         key = override.key_or_group
-        if key in all_groups or key.startswith(("hydra.", "hydra/")):
+        if key in groups() or key.startswith(("hydra.", "hydra/")):
             continue
-        if key not in known and not _is_addable(override, base, has_plus=_has_plus(override)):
-            if _is_addable(override, base, has_plus=True):
-                node = OmegaConf.select(base, key.rpartition(".")[0])
-                raise ConfigError(f"there is no {key} in this config: +{key}=VALUE passes it to {node._target_}")
-            same_ending = {name for name in known if name.rpartition(".")[2] == key}  # lr for recipe.optimizer.lr
-            candidates = known.keys() if "." in key else known.keys() | all_groups
-            hint = nearest(key, candidates) or nearest(key, same_ending, cutoff=0)
-            raise ConfigError(f"there is no {key}{hint}")
+        if key not in known and not (_has_plus(override) and _is_addable(key, base)):
+            raise ConfigError(f"there is no {key}{_hint(key, known, base=base)}")
         if key in known and not override.is_delete() and not override.is_sweep_override():
             _check_type(override, known[key])
 
 
-def _is_addable(override: Override, base: DictConfig, *, has_plus: bool) -> bool:
-    """Return whether a key may be added to a node with a `_target_` and is not a misspelt existing key."""
-    parent, _, name = override.key_or_group.rpartition(".")
+def _hint(key: str, known: Mapping[str, object], *, base: DictConfig) -> str:
+    """Return the key that was probably meant: one with the same ending, a new one with a plus, or the nearest."""
+    last = key.rpartition(".")[2]
+    same_ending = {name for name in known if name.endswith((f".{last}", f"_{last}"))}  # lr for recipe.optimizer.lr
+    if "." not in key:
+        return nearest(key, known.keys() | groups()) or nearest(key, same_ending, cutoff=0)
+    if same_ending:
+        return nearest(key, same_ending, cutoff=0)
+    if _is_addable(key, base):
+        return f" in this config: +{key}=VALUE passes it to {OmegaConf.select(base, key.rpartition('.')[0])._target_}"
+    return nearest(key, known)
+
+
+def _is_addable(key: str, base: DictConfig) -> bool:
+    """Return whether a node takes further arguments, and the key is not an existing one misspelt."""
+    parent, _, name = key.rpartition(".")
     node = OmegaConf.select(base, parent) if parent else None
-    if not isinstance(node, DictConfig) or "_target_" not in node:
+    if not isinstance(node, DictConfig) or str(node.get("_target_", CLOSED)).startswith(CLOSED):
         return False
-    misspelt = difflib.get_close_matches(name, [str(key) for key in node], n=1, cutoff=0.85)
-    return has_plus and not misspelt
+    return not difflib.get_close_matches(name, [str(other) for other in node], n=1, cutoff=0.85)
 
 
 def _check_type(override: Override, default: object) -> None:

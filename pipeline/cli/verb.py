@@ -52,9 +52,9 @@ def help_text(verb: Verb, overrides: Sequence[str]) -> str:
         [
             f"{verb.description}\n",
             *(f"  {command:<{width}}   {text}".rstrip() for command, text in commands.items()),
-            "\nGroups, and the configs of each",
+            "\nConfig groups and their choices",
             *(f"  {'+' * (group in added)}{group}= {', '.join(choices(group))}" for group in sorted_groups),
-            "\nSet any value by KEY=VALUE; --cfg job prints the values of a command\n",
+            "\nSet any value with KEY=VALUE; --cfg job prints the resulting config. conf/ explains each value.\n",
             OmegaConf.to_yaml(compose(verb.name, overrides)),
         ]
     )

@@ -1,7 +1,7 @@
 """Charts from plain numbers: axes as SVG by matplotlib, the heat map as PNG.
 
 An SVG takes its colours from the CSS variables of the page, so that it follows the page from light to dark, and its
-font from the text around it. Importing this module imports matplotlib, which takes a third of a second.
+font from the text around it.
 """
 
 import base64
@@ -108,8 +108,7 @@ def line_over_layers(
 def scatter(dots: Sequence[Dot], *, x: str, y: str, reference: tuple[float, str] | None = None) -> Markup:
     """Circles on two logarithmic axes with these names, for a page that names the circles in a legend.
 
-    `reference` is a height with its name. A dot that is not above 0 on both axes is left out, a plot
-    without dots is empty.
+    `reference` is a height with its name. A dot not above 0 on both axes is left out, a plot without dots is empty.
     """
     drawn = [(place, dot) for place, dot in enumerate(dots) if dot.x > 0 and dot.y > 0]
     if not drawn:
@@ -134,8 +133,7 @@ def scatter(dots: Sequence[Dot], *, x: str, y: str, reference: tuple[float, str]
 def heat_map(energy: NDArray[np.float64], sample_image: NDArray[np.uint8] | None) -> str:
     """The energy of each pixel (H, W) as a PNG in a data URI, over a grey image (H, W, 3) if one is given.
 
-    Colours are logarithmic over three decades.
-    Raises: ValueError for an image of another size.
+    Colours are logarithmic over three decades. Raises: ValueError for an image of another size.
     """
     if sample_image is not None and sample_image.shape != (*energy.shape, 3):
         raise ValueError(f"the sample image is {sample_image.shape}, the energy {energy.shape}: H and W must match")
@@ -219,7 +217,10 @@ def _to_svg(axes: Axes, label: str, *, dots: Sequence[Dot] = ()) -> Markup:
         root.remove(child)
     for place, dot in enumerate(dots):
         for group in root.iterfind(f".//*[@id='dot{place}']"):
-            _leave_to_page(group, name=dot.name, style=series_style(place, len(dots)))
+            group.attrib |= {"class": "dot", "style": series_style(place, len(dots))}
+            for path in group:
+                path.attrib.pop("style", None)
+            ElementTree.SubElement(group, f"{GROUP[:-1]}title").text = dot.name  # shown where the pointer rests
     for element in root.iter():
         for needless in ("id", "clip-path"):
             element.attrib.pop(needless, None)
@@ -229,11 +230,3 @@ def _to_svg(axes: Axes, label: str, *, dots: Sequence[Dot] = ()) -> Markup:
         if "d" in element.attrib:
             element.set("d", re.sub(r"(\.\d\d)\d+", r"\1", " ".join(element.attrib["d"].split())))
     return Markup(ElementTree.tostring(root, encoding="unicode"))
-
-
-def _leave_to_page(dot: ElementTree.Element, *, name: str, style: str) -> None:
-    """Take the colours of a dot from the page, and show its name where the pointer rests."""
-    dot.attrib |= {"class": "dot", "style": style}
-    for path in dot:
-        path.attrib.pop("style", None)
-    ElementTree.SubElement(dot, f"{GROUP[:-1]}title").text = name

@@ -1,7 +1,6 @@
 """The pages of a report and of a comparison: one HTML file each, without scripts and requests.
 
-The templates hold layout and sentences, `wording` the numbers. Jinja2 escapes what comes from outside. Numbers for
-machines are `<data>` elements with an id.
+The templates hold layout and sentences, `wording` the numbers. Numbers for machines are `<data>` elements with an id.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from numpy.typing import NDArray
 
 from models.analysis.effective_field import EffectiveField
@@ -17,83 +16,59 @@ from models.analysis.report import EFFECTIVE_SHARE, Report
 from models.analysis.summary import NetworkSummary, Pixels
 from models.analysis.trace import NETWORK_ITSELF
 from pipeline.pages import wording
+from pipeline.pages.charts import Dot, heat_map, layer_widths, line_over_layers, scatter, series_style
 
 TEMPLATES = Path(__file__).with_name("templates")
 TIMES, MINUS, NO_BREAK = "×", "−", "\N{NO-BREAK SPACE}"
 WIDE, NARROW = 1040, 400  # px of a chart on a desktop and on a phone; style.css shows one of them
+WORDS = ("byte_count", "integer", "percent", "plural", "rate", "scaled_bytes", "scaled_count", "short_count")
 FILTERS = {
+    **{name: getattr(wording, name) for name in WORDS},
     "anchor": lambda name: "section-" + name.lower().replace(" ", "-"),
-    "bytes": wording.byte_count,
     "exact": lambda value: f"{value:.12g}",
     "field": lambda layer: wording.field_words(layer.rows, layer.columns, times=TIMES).replace(" px", f"{NO_BREAK}px"),
     "footnote": partial(wording.sketch_footnote, times=TIMES),
     "interval": lambda pixels: wording.interval_words(pixels).replace("-", MINUS),
-    "number": wording.integer,
     "pair": lambda pair: wording.pair_words(*pair, times=TIMES).replace("-", MINUS),
-    "percent": wording.percent,
-    "plural": wording.plural,
-    "rate": wording.rate,
-    "scaled_bytes": wording.scaled_bytes,
-    "scaled_count": wording.scaled_count,
     "shape": partial(wording.shape_words, times=TIMES),
     "share": lambda part, total, digits=1: f"{part / max(1, total):.{digits}%}",
-    "short": wording.short_count,
 }
 
 
 def render_report(report: Report, *, sample_image: NDArray[np.uint8] | None = None) -> str:
-    """Make the page of one network; the sample image, uint8 (H, W, 3), lies under its effective field.
-
-    Raises: ValueError for an image of another size than the field's energy.
-    """
-    field = report.effective
-    content = {
-        "report": report,
-        "depth": _depth_chart(report.summary),
-        "heat": field and _heat_map(field, report.summary, sample_image=sample_image),
-        "effective_share": EFFECTIVE_SHARE,
-    }
-    return _render("report.html", content)
+    """Make the page of one network; the sample image, (H, W, 3) as the field, lies under it. Raises: ValueError."""
+    summary, field = report.summary, report.effective
+    heat = field and _heat_map(field, summary, sample_image=sample_image)
+    page = _template("report.html")
+    return page.render(report=report, depth=_depth_chart(summary), heat=heat, effective_share=EFFECTIVE_SHARE)
 
 
 def render_comparison(reports: Sequence[Report], *, images_per_second: Sequence[float]) -> str:
-    """Make the page of several networks side by side, with the speed of each.
-
-    Raises: ValueError unless there is at least one network, and a speed for each.
-    """
+    """Make the page of several networks, with the speed of each. Raises: ValueError for none, or other numbers."""
     if not reports or len(reports) != len(images_per_second):
         raise ValueError(f"{len(reports)} reports and {len(images_per_second)} speeds: give one speed for each report")
-    from pipeline.pages.charts import series_style
-
-    content = {
-        "reports": reports,
-        "images_per_second": images_per_second,
-        "series": [series_style(place, len(reports)) for place in range(len(reports))],
-        "scatters": _scatter_plots(reports, images_per_second),
-    }
-    return _render("comparison.html", content)
+    series = [series_style(place, len(reports)) for place in range(len(reports))]
+    scatters, page = _scatter_plots(reports, images_per_second), _template("comparison.html")
+    return page.render(reports=reports, images_per_second=images_per_second, series=series, scatters=scatters)
 
 
-def _render(template: str, content: Mapping[str, object]) -> str:
+def _template(name: str) -> Template:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= FILTERS
-    return environment.get_template(template).render(content)
+    return environment.get_template(name)
 
 
 def _depth_chart(summary: NetworkSummary) -> dict[str, object] | None:
     """The receptive field of each layer for both widths, None where no layer has one."""
-    from pipeline.pages.charts import layer_widths, line_over_layers  # matplotlib takes a third of a second
-
     layers, (_, height, width) = summary.layers, summary.image_shape
     sizes = [layer.local_size for layer in layers]
     sides, stages = [size and max(size) for size in sizes], [layer.stage for layer in layers]
-    covers = [size is not None and size.rows >= height and size.columns >= width for size in sizes]
-    is_global = [layer.is_global for layer in layers]
-    if not any(is_global) and not any(sizes):
+    covers = (place for place, size in enumerate(sizes) if size and size.rows >= height and size.columns >= width)
+    covering = next(covers, None)
+    first_global = next((place for place, layer in enumerate(layers) if layer.is_global), None)
+    if first_global is None and not any(sizes):
         return None
-    covering = covers.index(True) if any(covers) else None
-    first_global = is_global.index(True) if any(is_global) else None
     draw = partial(line_over_layers, image_side=max(height, width), covering=covering, first_global=first_global)
     return {
         "charts": [draw(sides, stages, width=WIDE), draw(sides, stages, width=NARROW)],
@@ -106,8 +81,6 @@ def _heat_map(
     field: EffectiveField, summary: NetworkSummary, *, sample_image: NDArray[np.uint8] | None
 ) -> dict[str, object]:
     """The heat map, with a frame for each square of the field and for the receptive field of its layer."""
-    from pipeline.pages.charts import heat_map
-
     sizes = [layer.local_size for layer in summary.layers if layer.name == field.layer and layer.local_size]
     pen = max(field.energy.shape) / 224  # px of the image, the unit of the lines' width
     frames = [{"class": "field", **_frame(field, size, inset=1.5 * pen)} for size in sizes[-1:]]
@@ -133,8 +106,6 @@ def _frame(field: EffectiveField, size: Pixels, *, inset: float) -> dict[str, fl
 
 def _scatter_plots(reports: Sequence[Report], images_per_second: Sequence[float]) -> Mapping[str, str]:
     """Parameters and receptive fields against multiply-adds, by title."""
-    from pipeline.pages.charts import Dot, scatter
-
     sides = {max(report.summary.image_shape[1:]) for report in reports}
     image = (max(sides), f"image {max(sides):,} px") if len(sides) == 1 else None
     points = [(report.name, report.facts, speed) for report, speed in zip(reports, images_per_second, strict=True)]

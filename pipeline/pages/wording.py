@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from models.analysis.intervals import Interval
 from models.analysis.receptive_field import ReceptiveField
@@ -13,27 +12,20 @@ from models.analysis.stages import Sketch
 GLOBAL_PATHS = {(True, True): " + global", (True, False): " + all rows", (False, True): " + all columns"}
 
 
-class Quantity(NamedTuple):
-    """A number in words and its unit, which may be empty."""
-
-    number: str
-    unit: str
-
-
-def scaled_count(count: int) -> Quantity:
-    """Four digits with M or G, or every digit below a million."""
+def scaled_count(count: int) -> tuple[str, str]:
+    """Four digits with M or G, or every digit below a million, and no unit."""
     for unit, size in (("G", 1e9), ("M", 1e6)):
         if count >= size:
             digits = max(0, 4 - len(str(int(count / size))))
-            return Quantity(f"{count / size:,.{digits}f}", unit)
-    return Quantity(f"{count:,}", "")
+            return f"{count / size:,.{digits}f}", unit
+    return f"{count:,}", ""
 
 
-def scaled_bytes(count: int) -> Quantity:
+def scaled_bytes(count: int) -> tuple[str, str]:
     """Three digits with KiB, MiB or GiB, which are 2^10, 2^20 and 2^30 bytes."""
     unit, size = ("GiB", 2**30) if count >= 2**30 else ("MiB", 2**20) if count >= 2**20 else ("KiB", 2**10)
     digits = 0 if count >= 100 * size else 1 if count >= 10 * size else 2
-    return Quantity(f"{count / size:,.{digits}f}", unit)
+    return f"{count / size:,.{digits}f}", unit
 
 
 def short_count(count: int) -> str:

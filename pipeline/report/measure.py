@@ -2,6 +2,8 @@
 
 import json
 import os
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -10,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from models.analysis.axes import UnknownReceptiveField
 from models.analysis.cost import OptimizerFactory, training_memory
@@ -21,13 +24,13 @@ from models.analysis.gradient_extent import compare_with_gradient
 from models.analysis.report import FACTS, LAYER_COLUMNS, Report
 from models.analysis.summary import BATCH, summarize
 from pipeline.pages.report_page import render_comparison, render_report
-from pipeline.pages.wording import field_words
+from pipeline.pages.wording import field_words, shape_words
 from pipeline.report.sample_images import SampleImages, to_network_input
 
 ACTIVATION_BUDGET = 2**30  # bytes for the effective field, unless a single image needs more
 ARROW_TYPES = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
-PAGE, NUMBERS, LAYER_TABLE = "report.html", "report.json", "layers.json"
-COMPARISON_PAGE, COMPARISON_TABLE = "comparison.html", "comparison.json"
+LAYER_TABLE = "layers.json"
+SPEED_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -42,31 +45,23 @@ class TrainingSettings:
 def measure_network(
     net: nn.Module, name: str, *, image_shape: tuple[int, int, int], training: TrainingSettings
 ) -> Report:
-    """Report what shapes alone decide; the network may be on the meta device. Images are (C, H, W).
-
-    Raises: ValueError for a network that does not accept such images, or an unknown precision.
-    """
-    shape, summary = (training.batch_size, *image_shape), summarize(net, image_shape)
+    """Report what shapes (C, H, W) alone decide; the network may be on the meta device. Raises: ValueError."""
+    batch_size, precision, summary = training.batch_size, training.precision, summarize(net, image_shape)
     if not summary.layers:
         raise ValueError(f"{name} applies no operation to its images")
-    return Report(
-        name=name,
-        summary=summary,
-        memory=training_memory(net, shape, precision=training.precision, optimizer=training.optimizer),
-        batch_size=training.batch_size,
-        precision=training.precision,
-    )
+    memory = training_memory(net, (batch_size, *image_shape), precision=precision, optimizer=training.optimizer)
+    return Report(name, summary, memory, batch_size=batch_size, precision=precision)
 
 
 def check_with_gradient(report: Report, net: nn.Module) -> Report:
     """Add the comparison of receptive fields with gradients, or a warning why there is none."""
-    if report.summary.last_local_layer is None:
-        reason = report.summary.unknown or "no unit has a local receptive field"
-        return replace(report, warnings=[*report.warnings, f"not checked: {reason}"])
-    try:
-        return replace(report, comparisons=compare_with_gradient(net, (BATCH, *report.summary.image_shape)))
-    except UnknownReceptiveField as error:
-        return replace(report, warnings=[*report.warnings, f"not checked: {error}"])
+    reason = report.summary.unknown or "no unit has a local receptive field"
+    if report.summary.last_local_layer is not None:
+        try:
+            return replace(report, comparisons=compare_with_gradient(net, (BATCH, *report.summary.image_shape)))
+        except UnknownReceptiveField as error:
+            reason = str(error)
+    return replace(report, warnings=[*report.warnings, f"not checked: {reason}"])
 
 
 def measure_effective_field(report: Report, net: nn.Module, *, samples: SampleImages, weights: str | None) -> Report:
@@ -90,6 +85,21 @@ def measure_effective_field(report: Report, net: nn.Module, *, samples: SampleIm
     return replace(report, effective=field, measured_with=f"{weights}, over {samples.description}", warnings=warnings)
 
 
+@torch.inference_mode()
+def measure_speed(nets: Sequence[nn.Module], shapes: Sequence[tuple[int, int, int]], *, batch_size: int) -> list[float]:
+    """Return images per second of each network in evaluation, on batches of its shape (C, H, W), in float32."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = []
+    for net, shape in zip(nets, shapes, strict=True):
+        net.eval().to(device).to(memory_format=torch.channels_last)
+        batches.append(torch.randn(batch_size, *shape, device=device).to(memory_format=torch.channels_last))
+    for net, images in zip(nets, batches, strict=True):
+        _seconds(net, images)
+    # The networks alternate, so that other load on the machine affects all of them alike.
+    rounds = [[_seconds(net, images) for net, images in zip(nets, batches, strict=True)] for _ in range(SPEED_ROUNDS)]
+    return [batch_size / statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
+
+
 def writable_folder(folder: Path) -> Path:
     """Return the folder, which need not exist. Raises: ValueError when it cannot be written to."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -101,7 +111,7 @@ def writable_folder(folder: Path) -> Path:
 def write_report(report: Report, folder: Path, *, sample_image: NDArray[np.uint8] | None = None) -> list[Path]:
     """Write the page, its numbers as JSON, and the layers as JSON and Parquet; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    page, numbers = folder / PAGE, folder / NUMBERS
+    page, numbers = folder / "report.html", folder / "report.json"
     page.write_text(render_report(report, sample_image=sample_image), encoding="utf-8")
     numbers.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
     return [page, numbers, *_write_table(report.layer_table(), folder / LAYER_TABLE, types=LAYER_COLUMNS)]
@@ -110,22 +120,21 @@ def write_report(report: Report, folder: Path, *, sample_image: NDArray[np.uint8
 def write_comparison(reports: Sequence[Report], folder: Path, *, images_per_second: Sequence[float]) -> list[Path]:
     """Write the page of a comparison and its table as JSON and Parquet; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    page = folder / COMPARISON_PAGE
+    page = folder / "comparison.html"
     page.write_text(render_comparison(reports, images_per_second=images_per_second), encoding="utf-8")
     local = [report.summary.last_local_layer for report in reports]
     global_layers = [report.summary.first_global_layer for report in reports]
-    columns: dict[str, tuple[type, list[object]]] = {
-        "network": (str, [report.name for report in reports]),
-        **{fact: (float, [report.facts.get(fact) for report in reports]) for fact in FACTS},
-        "field": (str, [layer and field_words(layer.rows, layer.columns) for layer in local]),
-        "whole_image_from": (str, [layer and layer.location for layer in global_layers]),
-        "image": (str, ["x".join(map(str, report.summary.image_shape)) for report in reports]),
-        "training_memory_mib": (float, [report.memory.total / 2**20 for report in reports]),
-        "images_per_second": (float, [*images_per_second]),
+    table: dict[str, Sequence[object]] = {
+        "network": [report.name for report in reports],
+        **{fact: [report.facts.get(fact) for report in reports] for fact in FACTS},
+        "field": [layer and field_words(layer.rows, layer.columns) for layer in local],
+        "whole_image_from": [layer and layer.location for layer in global_layers],
+        "image": [shape_words(report.summary.image_shape) for report in reports],
+        "training_memory_mib": [report.memory.total / 2**20 for report in reports],
+        "images_per_second": images_per_second,
     }
-    table = {name: values for name, (_, values) in columns.items()}
-    types = {name: kind for name, (kind, _) in columns.items()}
-    return [page, *_write_table(table, folder / COMPARISON_TABLE, types=types)]
+    types = dict.fromkeys(table, float) | dict.fromkeys(("network", "field", "whole_image_from", "image"), str)
+    return [page, *_write_table(table, folder / "comparison.json", types=types)]
 
 
 def _write_table(table: Mapping[str, Sequence[object]], path: Path, *, types: Mapping[str, type]) -> list[Path]:
@@ -136,3 +145,11 @@ def _write_table(table: Mapping[str, Sequence[object]], path: Path, *, types: Ma
     schema = pa.schema([(name, ARROW_TYPES[kind]) for name, kind in types.items()])
     pq.write_table(pa.table(dict(table), schema=schema), parquet)
     return [path, parquet]
+
+
+def _seconds(net: nn.Module, images: Tensor) -> float:
+    began = time.perf_counter()
+    net(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

@@ -1,6 +1,6 @@
 """Photographs on which a network is measured: a file, a folder's, or the two that come with scikit-learn."""
 
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +26,7 @@ class SampleImages(NamedTuple):
 
 
 def sample_images(source: Path | None, count: int, *, size: tuple[int, int], seed: int = 0) -> SampleImages:
-    """Return random crops of H x W pixels of a photograph, or of a folder's photographs in turn.
-
-    Raises: FileNotFoundError when there is none; ValueError for one that cannot be read.
-    """
+    """Return H x W random crops of a photograph, or a folder's in turn. Raises: FileNotFoundError, ValueError."""
     generator = np.random.default_rng(seed)
     files = _image_files(source)
     if len(files) > count:  # spread over the folder, which may be sorted by class
@@ -40,10 +37,7 @@ def sample_images(source: Path | None, count: int, *, size: tuple[int, int], see
 
 
 def to_network_input(pixels: NDArray[np.uint8], *, channels: int) -> Tensor:
-    """Normalise photographs; networks of other than 3 channels get copies of the grey image.
-
-    Shapes: uint8 (N, H, W, 3) -> float32 (N, channels, H, W).
-    """
+    """Normalise: uint8 (N, H, W, 3) -> float32 (N, channels, H, W), copies of the grey image if not 3 channels."""
     scaled = torch.from_numpy(pixels).float() / 255
     images = ((scaled - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2)
     return images if channels == 3 else images.mean(1, keepdim=True).expand(-1, channels, -1, -1).contiguous()
@@ -51,10 +45,8 @@ def to_network_input(pixels: NDArray[np.uint8], *, channels: int) -> Tensor:
 
 def _image_files(source: Path | None) -> list[Path]:
     if source is None:
-        spec = find_spec("sklearn")  # importing it would take a second
-        assert spec is not None
-        assert spec.submodule_search_locations is not None
-        source = Path(spec.submodule_search_locations[0], "datasets", "images")
+        # Importing sklearn would take a second.
+        source = Path(str(distribution("scikit-learn").locate_file("sklearn/datasets/images")))
     paths = [source] if source.is_file() else source.rglob("*")
     files = sorted(path for path in paths if path.suffix.lower().removeprefix(".") in SUFFIXES)
     if not files:

@@ -14,10 +14,12 @@ from models.learning.recipe import Recipe
 from pipeline.build.network import build_module, build_network, build_recipe, network_name
 from pipeline.build.objects import build_object
 from pipeline.build.weights import WeightsFile
-from pipeline.cli.check import check_targets, nearest
+from pipeline.cli.check import check_targets
 from pipeline.cli.compose import choices, compose, flatten
+from pipeline.cli.errors import config_keys_in_errors, nearest
 from pipeline.report.measure import TrainingSettings
-from pipeline.runs.restore import RestoredRun
+from pipeline.runs.restore import restore_run
+from pipeline.runs.run import REPORTS
 
 BATCH_SIZE, PRECISION, NUM_CLASSES = 32, "32-true", 1000  # where nothing says otherwise
 NOT_IN_FOLDER_NAME = ("out", "layers", "trust")
@@ -25,38 +27,29 @@ NOT_IN_FOLDER_NAME = ("out", "layers", "trust")
 
 @dataclass(frozen=True)
 class Target:
-    """A network to report on.
-
-    `skeleton` has shapes without values where the network allows it; `load` returns the network with `weights`, which
-    describes what is loaded and is None for newly initialised ones.
-    """
+    """A network to report on."""
 
     name: str
-    skeleton: nn.Module
+    skeleton: nn.Module  # shapes without values where the network allows it
     image_shape: tuple[int, int, int]
     training: TrainingSettings
-    weights: str | None
+    weights: str | None  # describes what `load` loads, None for newly initialised weights
     load: Callable[[], nn.Module]
 
 
 def target_of(config: DictConfig) -> Target:
-    """Return the target of `run=`, `net=` or `+model=`.
-
-    Raises: FileNotFoundError, ValueError; ConfigError for an untrusted function.
-    """
+    """Return the target of `run=`, `net=` or `+model=`. Raises: FileNotFoundError, ValueError, ConfigError."""
     if config.run is not None:
         return _target_of_run(config)
     if config.net is not None:
         config = OmegaConf.create({**config, "model": {"_target_": config.net}, "classifier": None})
         check_targets(config)
-    return _target_of_model(config)
+    with config_keys_in_errors({"model._target_": "net"} if config.net is not None else {}):
+        return _target_of_model(config)
 
 
 def target_named(name: str, overrides: Sequence[str]) -> Target:
-    """Return one target of a comparison: an architecture, ARCHITECTURE.VARIANT, or a function that builds a network.
-
-    Raises: ValueError for an unknown architecture.
-    """
+    """Return the target ARCHITECTURE, ARCHITECTURE.VARIANT, or function that builds a network. Raises: ValueError."""
     architecture, _, variant = name.partition(".")
     known = choices("model")
     if variant and architecture not in known:
@@ -75,7 +68,7 @@ def output_folder(config: DictConfig, name: str) -> Path:
         return Path(str(config.out))
     settings = {key: value for key, value in flatten(config).items() if key not in NOT_IN_FOLDER_NAME}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-    return Path("" if config.run is None else str(config.run), "reports", f"{name}-{digest[:8]}")
+    return Path("" if config.run is None else str(config.run), REPORTS, f"{name}-{digest[:8]}")
 
 
 def _target_of_model(config: DictConfig) -> Target:
@@ -104,20 +97,22 @@ def _target_of_model(config: DictConfig) -> Target:
 
 
 def _target_of_run(config: DictConfig) -> Target:
-    run = RestoredRun(Path(str(config.run)), trust=bool(config.trust))
+    run = restore_run(Path(str(config.run)), trust=bool(config.trust))
+    recorded = run.config
     given = build_object(config, "weights", kind=WeightsFile)
     weights = WeightsFile(str(run.weights_file)) if given.file is None else given
-    size = config.data.image_size or run.image_size
+    size = config.data.image_size or recorded.image_size
 
     def load() -> nn.Module:
-        net = run.build_network()
-        weights.load_into(net, norm_eps=run.norm_eps)
+        torch.manual_seed(config.seed)  # for tensors that weights.skip leaves out
+        net = recorded.build_network()
+        weights.load_into(net, norm_eps=recorded.norm_eps)
         return net
 
-    recipe = run.build_recipe()
-    training = _training_settings(config, recipe, batch_size=run.batch_size, precision=run.precision)
-    skeleton = _without_values(run.build_network)
-    return Target(run.name, skeleton, (run.in_channels, size, size), training, _describe(weights), load)
+    recipe, image_shape = recorded.build_recipe(), (recorded.in_channels, size, size)
+    training = _training_settings(config, recipe, batch_size=recorded.batch_size, precision=run.precision)
+    skeleton = _without_values(recorded.build_network)
+    return Target(recorded.network, skeleton, image_shape, training, _describe(weights), load)
 
 
 def _training_settings(config: DictConfig, recipe: Recipe, *, batch_size: int, precision: str) -> TrainingSettings:

@@ -19,13 +19,8 @@ TEXTS = ("stage", "shape", "features (rule of thumb)", "receptive field", "layer
 
 def print_report(console: Console, report: Report, *, layers: str) -> None:
     """Print a report; `layers` is all, some (those that multiply or change the receptive field) or none."""
-    print_facts(console, facts_of(report))
-    lines = [
-        f"differs: {one.layer} along {one.axis}: pixels {wording.interval_words(one.propagated)} by rules, "
-        f"{wording.interval_words(one.gradient)} by gradient"
-        for one in report.comparisons or []
-        if not one.agrees
-    ]
+    print_facts(console, _facts(report))
+    lines = [_difference(one) for one in report.comparisons or [] if not one.agrees]
     for line in [*lines, *(f"warning: {warning}" for warning in report.warnings)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     _print_lifecycle(console, report)
@@ -53,8 +48,7 @@ def print_comparison(console: Console, reports: Sequence[Report], *, images_per_
     _print_table(console, "networks side by side", rows=rows, details=("image", "global from"), caption=caption)
 
 
-def facts_of(report: Report) -> dict[str, str]:
-    """The main numbers of a network in words, by name."""
+def _facts(report: Report) -> dict[str, str]:
     summary, memory = report.summary, report.memory
     frozen = f", {summary.num_trainable:,} of them trainable" if summary.num_trainable < summary.num_parameters else ""
     facts = {
@@ -104,6 +98,11 @@ def _check_words(comparisons: Sequence[FieldComparison]) -> str:
     return words + (f"; {sum(cut)} of {len(cut)} contain it, cut by the border of the image" if cut else "")
 
 
+def _difference(one: FieldComparison) -> str:
+    rules, gradient = wording.interval_words(one.propagated), wording.interval_words(one.gradient)
+    return f"differs: {one.layer} along {one.axis}: pixels {rules} by rules, {gradient} by gradient"
+
+
 def _print_lifecycle(console: Console, report: Report) -> None:
     sketches = [stage.sketch for stage in report.lifecycle if stage.sketch]
     rows = [
@@ -123,10 +122,9 @@ def _print_lifecycle(console: Console, report: Report) -> None:
 
 def _print_stages(console: Console, report: Report) -> None:
     summary, num_bytes = report.summary, report.bytes_per_activation
-    rows = [
-        {"stage": stage.name, "layers": str(stage.num_layers), **_cells(stage, num_bytes=num_bytes)}
-        for stage in report.stages
-    ]
+    rows = []
+    for stage in report.stages:
+        rows.append({"stage": stage.name, "layers": str(stage.num_layers), **_cells(stage, num_bytes=num_bytes)})
     if summary.num_unused:
         rows.append({"stage": "not in evaluation", "parameters": wording.short_count(summary.num_unused)})
     total = {
@@ -144,15 +142,11 @@ def _print_layers(console: Console, report: Report, *, every: bool) -> None:
     layers, num_bytes = report.summary.layers, report.bytes_per_activation
     pairs = zip(layers, [None, *layers], strict=False)
     shown = [layer for layer, before in pairs if every or _matters(layer, before)]
-    rows = [
-        {
-            "layer": layer.name.removeprefix("stages.") or NETWORK_ITSELF,
-            "kind": layer.kind,
-            **_cells(layer, num_bytes=num_bytes),
-            "offset px": wording.pair_words(layer.rows.offset, layer.columns.offset),
-        }
-        for layer in shown
-    ]
+    rows = []
+    for layer in shown:
+        name, offset = layer.name.removeprefix("stages."), wording.pair_words(layer.rows.offset, layer.columns.offset)
+        cells = _cells(layer, num_bytes=num_bytes)
+        rows.append({"layer": name or NETWORK_ITSELF, "kind": layer.kind, **cells, "offset px": offset})
     caption = "offset: first pixel of the first unit's receptive field, negative in the padding"
     _print_table(console, "layers", rows=rows, details=("MACs", "activations", "jump px", "offset px"), caption=caption)
     if len(shown) < len(layers):
@@ -185,14 +179,12 @@ def _print_table(
 ) -> None:
     """Print rows under the columns of the first; `details` are columns, with a caption, for wide terminals only."""
     is_wide, totals = console.width >= WIDE, total or {}
-    table = Table(title=title, title_justify="left", caption_justify="left", show_footer=total is not None)
+    table = Table(title=title, title_justify="left", caption_justify="left", show_footer=bool(totals))
     table.caption = caption if is_wide else None
     columns = [column for column in rows[0] if is_wide or column not in details]
     for name in columns:
-        text = name in TEXTS
-        table.add_column(
-            name, totals.get(name, ""), justify="left" if text else "right", no_wrap=not text, overflow="fold"
-        )
+        text, footer = name in TEXTS, totals.get(name, "")
+        table.add_column(name, footer, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     for row in rows:
         table.add_row(*(escape(row.get(name, "")) for name in columns))
     console.print(table)

@@ -1,6 +1,5 @@
-"""What decides the bits of a run: a run resumes only with an equal fingerprint, and its name carries a hash of it."""
+"""The fingerprint of a run: everything that decides its bits. A run resumes only with an equal one."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from importlib import metadata
@@ -12,20 +11,13 @@ Fingerprint = Mapping[str, object]  # settings, digests and versions by name
 LIBRARIES = ("torch", "nvidia-dali-cuda130")
 
 
-def default_name(network: str, dataset: Dataset, *, settings: Mapping[str, object]) -> str:
-    """Return network, data set and a hash of all settings and samples that decide the result."""
-    deciding = dict(settings) | _digests(dataset)
-    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()
-    return f"{network}-{dataset.name}-{digest[:8]}"
-
-
 def fingerprint(
     settings: Mapping[str, object], dataset: Dataset, *, global_batch_size: int, precision: str
 ) -> Fingerprint:
     """Return everything that decides what a run computes: equal fingerprints lead to equal bits."""
     resolved = {"global_batch_size": global_batch_size, "precision": precision}
     versions = {library: metadata.version(library) for library in LIBRARIES}
-    return dict(settings) | _digests(dataset) | resolved | versions
+    return dict(settings) | digests(dataset) | resolved | versions
 
 
 def check_unchanged(before: Fingerprint, now: Fingerprint, *, run: Path) -> None:
@@ -39,5 +31,6 @@ def check_unchanged(before: Fingerprint, now: Fingerprint, *, run: Path) -> None
             )
 
 
-def _digests(dataset: Dataset) -> dict[str, str]:
+def digests(dataset: Dataset) -> dict[str, str]:
+    """Return the digest of each split's index by name."""
     return {f"digest of {name}": split.digest for name, split in dataset.splits.items()}

@@ -1,5 +1,6 @@
 """A run's folder: its layout, its lock, and the run that a command means."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,12 +11,14 @@ from filelock import FileLock, Timeout
 
 from data.shards.dataset import Dataset, write_atomically
 from pipeline.build.settings import RunSettings
-from pipeline.runs.fingerprint import Fingerprint, check_unchanged, default_name
+from pipeline.runs.fingerprint import Fingerprint, check_unchanged, digests
 from pipeline.runs.journal import Journal
 
 CONFIG, FINGERPRINT, METRICS, RESULT = "config.yaml", "fingerprint.json", "metrics.jsonl", "result.json"
 CHECKPOINTS, BEST, LAST = "checkpoints", "best.ckpt", "last.ckpt"
-REPORTS = "receptive_field"  # the network's report, in the run's folder and among its artifacts
+RECEPTIVE_FIELD = "receptive_field"  # the report at the start, in the run's folder and among its artifacts
+REPORTS = "reports"  # later ones
+TRACKING_ID = "mlflow_run_id"
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def open_run(settings: RunSettings, dataset: Dataset) -> Run:
 
     Raises: ValueError for a name that is a path.
     """
-    name = candidate = settings.name or default_name(settings.network, dataset, settings=settings.in_name)
+    network = settings.network.rpartition(".")[2]  # without the location of a function that builds it
+    name = candidate = settings.name or default_name(network, dataset, settings=settings.in_name)
     if Path(name).name != name:
         raise ValueError(f"name={name} is a path: runs=FOLDER sets the folder of all runs, name=NAME only names one")
     number = 1
@@ -88,3 +92,13 @@ def open_run(settings: RunSettings, dataset: Dataset) -> Run:
         number += 1
         candidate = f"{name}-{number}"
     return Run(candidate, settings.runs / candidate)
+
+
+def default_name(network: str, dataset: Dataset, *, settings: Mapping[str, object]) -> str:
+    """Return network, data set and a hash of all settings and samples that decide the result.
+
+    With another pattern, unfinished runs are not found again.
+    """
+    deciding = dict(settings) | digests(dataset)
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{network}-{dataset.name}-{digest[:8]}"

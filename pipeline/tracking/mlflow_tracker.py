@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from pipeline.runs.run import Run
+from pipeline.runs.run import TRACKING_ID, Run
 from pipeline.tracking.background_queue import BackgroundQueue, first_line
 from pipeline.tracking.tracker import Tracker
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 LOCAL_SERVER = "http://127.0.0.1:5000"  # of `make ui`
-RUN_ID = "mlflow_run_id"  # file in the run's folder
 MAX_PARAMETER_LENGTH = 6000  # characters that MLflow stores
 PARAMETERS_PER_REQUEST = 100
 FINAL_WAIT_SECONDS = {True: 60.0, False: 5.0}  # for queued messages, by whether the run succeeded
@@ -36,6 +35,9 @@ class MLflowTracker(Tracker):
     def __init__(self, *, uri: str | None = None, experiment: str = "convoy") -> None:
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DATABASE).resolve()}"
         self.experiment = experiment
+        if not self.uri.startswith("http"):
+            is_default = self.uri == f"sqlite:///{Path(DATABASE).resolve()}"
+            self.command = "make ui" if is_default else f"mlflow ui --backend-store-uri {self.uri}"
         self._run_id: str | None = None
         self._logged: Mapping[str, int] = {}
         self._queue: BackgroundQueue | None = None
@@ -84,7 +86,7 @@ class MLflowTracker(Tracker):
 
     def _start(self, run: Run, parameters: Mapping[str, object]) -> None:
         self._client, experiment_id = self._open_store()
-        id_file = run.folder / RUN_ID
+        id_file = run.folder / TRACKING_ID
         if id_file.is_file() and self._logged:
             run_id = id_file.read_text().strip()
             self._client.update_run(run_id, status="RUNNING")
@@ -93,14 +95,8 @@ class MLflowTracker(Tracker):
             self._log_parameters(run_id, parameters)
             id_file.write_text(run_id + "\n")
         self._run_id = run_id
-        self.link = self._link_to(f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning")
-
-    def _link_to(self, page: str) -> str:
-        if self.uri.startswith("http"):
-            return f"{self.uri.rstrip('/')}/{page}"
-        is_default = self.uri == f"sqlite:///{Path(DATABASE).resolve()}"
-        command = "make ui" if is_default else f"mlflow ui --backend-store-uri {self.uri}"
-        return f"{LOCAL_SERVER}/{page} ({command})"
+        server = self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_SERVER
+        self.link = f"{server}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
     def _open_store(self) -> tuple[MlflowClient, str]:
         from mlflow import MlflowClient

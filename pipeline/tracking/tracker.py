@@ -9,10 +9,11 @@ from pipeline.runs.run import Run
 class Tracker:
     """Mirrors a run on a dashboard. Nothing it does may slow or end the run. This base class sends nothing.
 
-    `link` is the address of the run's page and how to open it, None without one.
+    `link` is the address of the run's page, None without one; `command` serves it where no server runs.
     """
 
     link: str | None = None
+    command: str | None = None
 
     def start(self, run: Run, parameters: Mapping[str, object], *, logged: Mapping[str, int]) -> str | None:
         """Create a run, or continue the one that has each curve up to the step in `logged`.

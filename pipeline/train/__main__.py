@@ -9,10 +9,10 @@ VERB = Verb(
     "train",
     "Train a convolutional network on JPEGs in tar shards.",
     {
-        "+model=resnet": "handwritten digits, on the devices of this machine",
+        "+model=resnet": "scikit-learn's digits, on all devices of this machine",
         "+model=resnet data=shards data.root=PATH": "a packed data set, or any WebDataset tars",
         "+model=resnet model.variant=resnet50 recipe.epochs=30 data.batch_size=64": "",
-        "+model=resnet data.root=PATH weights=FILE weights.head=replace": "from published weights",
+        "+model=resnet data.root=PATH weights=FILE weights.head=replace": "start from published weights",
     },
     required_group="model",
     alternatives=("experiment",),

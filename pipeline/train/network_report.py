@@ -13,7 +13,7 @@ from pipeline.report.measure import (
     write_report,
 )
 from pipeline.report.sample_images import sample_images
-from pipeline.runs.run import REPORTS
+from pipeline.runs.run import RECEPTIVE_FIELD
 from pipeline.train.job import Job
 
 NUM_SAMPLE_IMAGES = 4  # over which the effective field is averaged
@@ -29,8 +29,8 @@ def log_network_report(job: Job, *, precision: str) -> None:
         job.tracker.log({"params_millions": job.num_parameters / 1e6}, 0)
         return
     job.tracker.log(report.facts, 0)
-    job.tracker.log_file(write_report(report, job.run.folder / REPORTS, sample_image=image)[0], REPORTS)
-    job.tracker.log_table(report.layer_table(), f"{REPORTS}/{LAYER_TABLE}")
+    job.tracker.log_file(write_report(report, job.run.folder / RECEPTIVE_FIELD, sample_image=image)[0], RECEPTIVE_FIELD)
+    job.tracker.log_table(report.layer_table(), f"{RECEPTIVE_FIELD}/{LAYER_TABLE}")
 
 
 def measure(job: Job, *, precision: str) -> tuple[Report, NDArray[np.uint8] | None]:

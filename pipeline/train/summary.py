@@ -1,4 +1,4 @@
-"""What a training prints before its first step and after its last."""
+"""The summaries that a training prints before its first step and after its last."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +13,14 @@ from pipeline.train.job import Job
 
 
 def run_header(job: Job, trainer: pl.Trainer) -> dict[str, str]:
-    """Return what is about to run, and where it is kept, by name."""
+    """Return the settings and places of a run by name."""
     dataset, settings = job.data.dataset, job.data.settings
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in dataset.splits.items())
     device = trainer.strategy.root_device
     is_gpu = device.type == "cuda"
     device_name = torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
     accumulate = f" x {settings.accumulate} accumulated" if settings.accumulate > 1 else ""
-    image_size = job.data.training_crop.image_size
+    image_size, link, command = job.data.training_crop.image_size, job.tracker.link, job.tracker.command
     return {
         "model": f"{job.settings.network}, {job.num_parameters:,} parameters",
         "data": f"{dataset.name}: {splits}, {len(dataset.classes)} classes, {image_size} pixels",
@@ -29,7 +29,7 @@ def run_header(job: Job, trainer: pl.Trainer) -> dict[str, str]:
         "precision": f"{trainer.precision}, channels_last",
         "steps": describe_steps(job, trainer),
         "folder": f"{job.run.folder}{' (continues from last.ckpt)' if job.run.last_checkpoint else ''}",
-        "dashboard": job.tracker.link or "none",
+        "dashboard": f"{link}{f' ({command})' if command else ''}" if link else "none",
     }
 
 
@@ -42,17 +42,16 @@ def describe_steps(job: Job, trainer: pl.Trainer) -> str:
     if dropped:
         text += f"; each epoch drops {dropped:,} images, different ones each time"
     if recipe.rises_until_end(steps_per_epoch=steps_per_epoch, num_steps=trainer.max_steps):
-        text += "; the learning rate rises until the end: lower recipe.schedule.warmup_epochs"
+        text += "; the learning rate still rises at the last step: lower recipe.schedule.warmup_epochs"
     return text
 
 
 def run_result(job: Job, result: Mapping[str, Any]) -> dict[str, str]:
     """Return the best metric, the checkpoint and the next command, by name."""
-    score, link = result["val/top1"], job.tracker.link
+    score, tracker = result["val/top1"], job.tracker
     best = {} if score is None else {"best val/top1": f"{score:.4f} of {evaluation_images(job.data)}"}
-    shows_dashboard = link is not None and link.endswith("(make ui)")
-    command = "make ui" if shows_dashboard else f"tail {job.run.folder / METRICS}"
-    return {**best, "checkpoint": result["checkpoint"], "next": command}
+    command = tracker.command if tracker.link else None
+    return {**best, "checkpoint": result["checkpoint"], "next": command or f"tail {job.run.folder / METRICS}"}
 
 
 def evaluation_images(data: ShardData) -> str:
@@ -61,7 +60,7 @@ def evaluation_images(data: ShardData) -> str:
 
 
 def print_missing(missing: str | None, run: Run) -> None:
-    """Print what the dashboard lacks, and the file that has it."""
+    """Print the dashboard's gaps, and the file that has every point."""
     if missing is not None:
         text = f"{missing}; {run.folder / METRICS} has every point"
         main_console().print(text, highlight=False, soft_wrap=True)

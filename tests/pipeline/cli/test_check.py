@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline.cli.check import ConfigError, check_command_line, check_targets
+from pipeline.cli.check import check_command_line, check_targets
 from pipeline.cli.compose import CONF, compose, flatten, missing_keys
+from pipeline.cli.errors import ConfigError
 from pipeline.pack import VERB as PACK
 from pipeline.report.__main__ import VERB as REPORT
 from pipeline.train.__main__ import VERB as TRAIN
@@ -47,6 +48,10 @@ GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
         (["+model=resnet", "+recipe.epoch=3"], "there is no recipe.epoch: did you mean recipe.epochs?"),
         (["+model=resnet", "model.num_classes=12"], "+model.num_classes=VALUE passes it to models.residual.resnet"),
         (["+model=resnet", "trainer.limit_val_batches=1"], "+trainer.limit_val_batches=VALUE passes it to pytorch_l"),
+        (["+model=resnet", "data.workers=4"], "there is no data.workers: did you mean data.threads?"),
+        (["+model=resnet", "+data.workers=4"], "there is no data.workers: did you mean data.threads?"),
+        (["+model=resnet", "data.window=5"], "did you mean data.shuffle_window?"),
+        (["+model=resnet", "recipe.label_smoothing=0"], "did you mean recipe.loss.label_smoothing?"),
         (["+model=resnet", "lr=1"], "there is no lr: did you mean recipe.optimizer.lr?"),
         (["+model=resnet", "data.root=null"], "data.root=null is not a string"),
         (["+experiment=cifar10_resnet18", "experiment=cifar10_resnet18"], "needs a plus"),
@@ -55,7 +60,7 @@ GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
             ["+model=resnet,resnt", "-m"],
             f"model=resnt is not one of {NAMES}: did you mean resnet?",
         ),
-        (["+model=resnet", "--lr=0.1"], "there is no flag --lr=0.1: set values by KEY=VALUE"),
+        (["+model=resnet", "--lr=0.1"], "there is no flag --lr=0.1: set values with KEY=VALUE"),
     ],
 )
 def test_a_mistake_names_the_nearest_valid_word(words: list[str], answer: str) -> None:

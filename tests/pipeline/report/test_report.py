@@ -13,7 +13,7 @@ import torch
 from hydra.errors import HydraException
 from PIL import Image
 
-from pipeline.cli.check import ConfigError
+from pipeline.cli.errors import ConfigError
 from pipeline.report.sample_images import MEAN, STD, sample_images, to_network_input
 from tests.support.commands import Run, Typed
 from tests.support.images import make_jpeg, orientation
@@ -87,7 +87,7 @@ def test_a_run_from_someone_else_is_not_trusted(report: Typed, tmp_path: Path) -
         model = {"_target_": "models.sequential.lenet", "dropout": {"_target_": target}}
         config = {"model": model, "recipe": {"_target_": "models.learning.recipe.Recipe"}, "data": {"image_size": 32}}
         (tmp_path / "theirs" / "config.yaml").write_text(json.dumps(config))
-        with pytest.raises(ConfigError, match=rf"model.dropout._target_={target} is outside models\., torch\.nn"):
+        with pytest.raises(ConfigError, match=f"model.dropout._target_={target} is outside models."):
             report("run=theirs")
 
 
@@ -132,7 +132,7 @@ def test_a_report_uses_a_file_of_weights(report: Typed, tmp_path: Path) -> None:
         (("run=nowhere",), "run=nowhere is not a run: it has no config.yaml"),
         (("net=timm.models.resnet10t",), "model._target_=timm.models.resnet10t is outside models., data., pipeline., "),
         (("net=torchvision.models.vgg11",), "this network is not built for one image size: add data.image_size"),
-        (("net=os.getcwd", "trust=true"), "model._target_=os.getcwd returns str, not Module"),
+        (("net=os.getcwd", "trust=true"), "net=os.getcwd returns str, not Module"),
         (("+model=lenet", "out=broken.jpg/here"), "out=broken.jpg/here is not a writable folder: see "),
         (("+model=lenet", "photographs=broken.jpg"), "photographs: broken.jpg cannot be read: cannot identify"),
         (("+model=lenet", "photographs=nowhere"), "photographs=nowhere: there is no image"),

@@ -16,7 +16,7 @@ from data.shards.dataset import Dataset
 from models.learning.classifier import Classifier
 from models.learning.recipe import warmup_cosine
 from pipeline.cli.check import check_command_line
-from pipeline.runs.restore import RestoredRun
+from pipeline.runs.restore import restore_run
 from pipeline.train import fit
 from pipeline.train.__main__ import VERB
 from tests.support.commands import PLAIN, TINY, TWO_RANKS, FinishedRun, Run, Typed, journal
@@ -82,13 +82,14 @@ def test_a_point_has_the_learning_rate_of_its_step(main_job: FinishedRun) -> Non
 
 def test_a_run_is_restored_from_its_folder(main_job: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(main_job.root)
-    run = RestoredRun(main_job.folder)
+    run = restore_run(main_job.folder)
     checkpoint = torch.load(run.weights_file, weights_only=True)
     weights = {f"net.{name}": tensor for name, tensor in run.load_network().state_dict().items()}
     assert weights.keys() == checkpoint["state_dict"].keys()
     assert all(torch.equal(tensor, checkpoint["state_dict"][name]) for name, tensor in weights.items())
-    assert len(run.open_dataset().classes) == 10
-    assert (run.build_recipe().epochs, run.image_size, run.batch_size, run.name) == (2, 16, 64, "resnet18")
+    assert len(run.config.open_dataset().classes) == 10
+    assert (run.config.network, run.config.image_size, run.config.batch_size) == ("resnet18", 16, 64)
+    assert run.config.build_recipe().epochs == 2
 
 
 def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Path) -> None:
@@ -123,6 +124,8 @@ def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Pat
         (["trainer=gpu"], "trainer: No supported gpu backend found"),
         (["+trainer.limit_train_batches=3", "recipe.accumulate=2"], "leaves 3 of 22 batches an epoch"),
         (["name=../elsewhere"], "name=../elsewhere is a path"),
+        (["data.image_size=0"], "data.image_size=0 must be at least 1"),
+        (["recipe.loss.label_smoothing=2.0"], "recipe.loss.label_smoothing=2.0 must be at least 0"),
         (["augment.training.scale=[0.5]"], "augment.training.scale=[0.5] must be a range of two numbers"),
     ],
 )
@@ -133,6 +136,17 @@ def test_settings_that_cannot_be_trained_are_refused(
         train("+model=resnet", *words)
     assert message in str(error.value)
     assert not (with_digits / "runs").exists(), "a mistake must leave no run"
+
+
+def test_a_folder_without_tars_is_answered_with_the_command_that_packs_it(train: Typed, with_digits: Path) -> None:
+    (with_digits / "photos").mkdir()
+    with pytest.raises(
+        ValueError, match=r"data.root=photos is not a data set: .*pipeline.pack source=folder source.root=photos"
+    ):
+        train("+model=resnet", "data=shards", "data.root=photos")
+    (with_digits / "photos" / "train.tar.gz").touch()
+    with pytest.raises(ValueError, match=r"train.tar.gz is compressed, so it cannot be read by position: unpack it"):
+        train("+model=resnet", "data=shards", "data.root=photos")
 
 
 @pytest.mark.parametrize("limit", [3, 0.05])  # of 71 batches

@@ -1,0 +1,57 @@
+"""User errors: one line each, in the words of the command line, with the nearest valid word."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A mistake on the command line or in a config, explained in one sentence."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print a user error as one line on stderr and exit with code 1."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        text = str(root_cause(error) if isinstance(error, HydraException) else error)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@contextmanager
+def config_keys_in_errors(keys: Mapping[str, str]) -> Iterator[None]:
+    """Replace parameter names by config keys in errors raised inside the block: `root=x` becomes `data.root=x`.
+
+    Code below the verbs names its own parameters; users need the keys that they can type.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        error.args = (with_config_keys(str(error), keys),)
+        raise
+
+
+def with_config_keys(text: str, keys: Mapping[str, str]) -> str:
+    """Replace `parameter=` by `key=` in a text."""
+    pattern = rf"(?<![\w.+])({'|'.join(map(re.escape, keys))})="
+    return re.sub(pattern, lambda match: f"{keys[match[1]]}=", text) if keys else text
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the exception at the start of a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """Return ": did you mean WORD?" for the most similar of `words`, or an empty string."""
+    similar = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
+    return f": did you mean {similar[0]}?" if similar else ""
