@@ -132,7 +132,7 @@ def _check_keys(base: DictConfig, overrides: list[Override]) -> None:
 
 
 def _hint(key: str, known: Mapping[str, object], *, base: DictConfig) -> str:
-    """Return the key that was probably meant: one with the same ending, a new one with a plus, or the nearest."""
+    """Return the likely key: one with the same ending, a new one with a plus, or the nearest."""
     last = key.rpartition(".")[2]
     same_ending = {name for name in known if name.endswith((f".{last}", f"_{last}"))}  # lr for recipe.optimizer.lr
     if "." not in key:
