@@ -27,8 +27,9 @@ from data.loading.loader import Batch
 from models.learning.classifier import Classifier
 from models.learning.recipe import Recipe, warmup_cosine
 from models.residual import resnet
-from pipeline.build.trainer import choose_precision, silence_lightning
+from pipeline.build.trainer import choose_precision
 from pipeline.runs.run import Run
+from pipeline.train.fit import prepare_process
 from pipeline.train.progress import ProgressCallback
 from pipeline.train.seeding import SeedEachBatch
 
@@ -191,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    silence_lightning()
+    prepare_process(seed=0)
     warnings.filterwarnings("ignore")
     print(f"{'network':<10}{'batch':>6}  {'precision':<11}{'ms':<5}{'ours':>9}{'bare':>9}{'ratio':>9}{'extra':>10}")
     compare("lenet", lenet, batch_size=32, num_steps=1010, log_every=50, rounds=rounds)

@@ -16,7 +16,10 @@ MakeActivation = Callable[[], nn.Module]
 
 
 class ConvNet(nn.Module):
-    """head(stages(stem(images))); a stage ends where the resolution changes. Shapes: (N, C, H, W) -> (N, K)."""
+    """head(stages(stem(images))); a stage ends where the resolution changes. Shapes: (N, C, H, W) -> (N, K).
+
+    Raises: TypeError for a block with stochastic depth that is no `ResidualBlock`.
+    """
 
     def __init__(self, stem: nn.Module, stages: Mapping[str, nn.Module], *, head: nn.Module) -> None:
         super().__init__()
@@ -24,6 +27,10 @@ class ConvNet(nn.Module):
         self.stem = stem
         self.stages = nn.Sequential(OrderedDict(stages))
         self.head = head
+        for block in self.modules():
+            has_residual = any(isinstance(child, StochasticDepth) for child in block.children())
+            if has_residual and not isinstance(block, ResidualBlock):
+                raise TypeError(f"{type(block).__name__} has stochastic depth: derive it from ResidualBlock")
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.stages(self.stem(images)))
@@ -133,7 +140,10 @@ def conv_norm(
     groups: int = 1,
     activation: MakeActivation | None = None,
 ) -> nn.Sequential:
-    """Build a convolution without bias, batch norm and optional activation. Odd kernels give ceil(H / stride) rows."""
+    """Build a convolution without bias, a batch norm and an optional activation.
+
+    Shapes, for an odd kernel: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
+    """
     padding = kernel_size // 2
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), *([activation()] if activation else []))
@@ -156,16 +166,8 @@ def set_batch_norm(net: nn.Module, *, eps: float | None = None, momentum: float 
         norm.momentum = norm.momentum if momentum is None else momentum
 
 
-def _check_residual_blocks(net: nn.Module) -> None:
-    for module in net.modules():
-        has_residual = any(isinstance(child, StochasticDepth) for child in module.children())
-        if has_residual and not isinstance(module, ResidualBlock):
-            raise TypeError(f"{type(module).__name__} has stochastic depth: derive it from models.layers.ResidualBlock")
-
-
 def zero_last_norms(net: nn.Module) -> None:
     """Start every block as its shortcut. Raises: AttributeError, TypeError for a `last_norm` that is no batch norm."""
-    _check_residual_blocks(net)
     for block in net.modules():
         if isinstance(block, ResidualBlock) and block.last_norm is not None:
             norm = block.get_submodule(block.last_norm)
@@ -181,7 +183,6 @@ def undecayed_parameters(net: nn.Module) -> set[nn.Parameter]:
 
 def spread_stochastic_depth(net: nn.Module, rate: float) -> None:
     """Let the rate rise linearly from 0, as torchvision, timm and ConvNeXt; Huang et al. 2016 start at 1 / L of it."""
-    _check_residual_blocks(net)
     depths = [layer for layer in net.modules() if isinstance(layer, StochasticDepth)]
     for position, depth in enumerate(depths):
         depth.rate = rate * position / max(1, len(depths) - 1)

@@ -23,7 +23,7 @@ class Options(TypedDict, total=False):
 
     num_classes: int
     in_channels: int
-    image_size: int | None  # side in pixels built for, most networks take others; up to 64 the stem has no early stride
+    image_size: int | None  # side in pixels; up to 64, the stem has no early stride. Most networks run on others too
     dropout: float | None  # rate before the last linear layer; in AlexNet and VGG before two of the three
     stochastic_depth: float | None  # rate of the last block, falling linearly to 0 at the first
     norm_eps: float | None  # constants of the batch norms
@@ -64,10 +64,13 @@ def _check_types(settings: Settings) -> None:
 
 
 def resolve_options(own: Settings, options: Options, *, at_least: int = 1) -> Settings:
-    """Return `own` with `options` over it; `at_least` is for image sizes. Raises: ValueError for impossible values."""
+    """Return a network's own settings, overridden by the given options; `at_least` is its smallest image size.
+
+    Raises: ValueError for unknown options and impossible values.
+    """
     for name, value in sorted(options.items()):
         if name not in Settings._fields:
-            raise ValueError(f"{name}={value} is no option of a network, those are {', '.join(Settings._fields)}")
+            raise ValueError(f"{name}={value} is not an option of networks: choose from {', '.join(Settings._fields)}")
     settings = Settings(**(own._asdict() | {name: value for name, value in options.items() if value is not None}))
     _check_types(settings)
     if settings.num_classes < 2:
@@ -95,5 +98,5 @@ def apply_options(net: ConvNet, settings: Settings, *, options: Options) -> Conv
     kinds = {"norm_eps": _BatchNorm, "norm_momentum": _BatchNorm, "stochastic_depth": StochasticDepth}
     for name, kind in (kinds | {"dropout": nn.Dropout}).items():
         if options.get(name) and not any(isinstance(layer, kind) for layer in layers):
-            raise ValueError(f"{name}={options.get(name)}: this network has nothing to use it for, leave it out")
+            raise ValueError(f"{name}={options.get(name)}: this network has no layer that uses it: leave it out")
     return net

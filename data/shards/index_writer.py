@@ -114,5 +114,5 @@ def _check_range(shard: ShardRows, num_classes: int) -> None:
         if not isinstance(row.label, int):
             raise ValueError(f"{shard.file}: {row.key} has the label {row.label} where others have numbers")
         if not 0 <= row.label < num_classes:
-            allowed = f"0 to {num_classes - 1}, as there are no more classes, or images to have them"
-            raise ValueError(f"{shard.file}: {row.key} has label {row.label}, out of range: {allowed}")
+            allowed = f"0 to {num_classes - 1} (labels count from 0)"
+            raise ValueError(f"{shard.file}: {row.key} has label {row.label}, outside {allowed}")

@@ -217,10 +217,6 @@ def _mean_over(operation: Operation, images: Tensor) -> Tensor:
     return images.mean(operation.integers("dim"), keepdim=bool(operation.argument("keepdim")))
 
 
-def _plus_mean(operation: Operation, images: Tensor) -> Tensor:
-    return images + images.mean(operation.integers("dim"), keepdim=True)
-
-
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 STATISTICS = {"native_group_norm"}  # norms with statistics over the map
 # In place, `as_strided` changes the memory layout of a tensor only.
@@ -235,8 +231,11 @@ SUBSTITUTES: Mapping[str, Callable[[Operation, Tensor], Tensor]] = {
     "max_pool2d_with_indices": _pooling_sums,
     "adaptive_max_pool2d": _adaptive_means,
     **dict.fromkeys(["amax", "amin", "var", "std", "linalg_vector_norm"], _mean_over),
-    **dict.fromkeys(["softmax", "safe_softmax", "log_softmax"], _plus_mean),
+    **dict.fromkeys(
+        ["softmax", "safe_softmax", "log_softmax"],
+        lambda one, images: images + images.mean(one.integers("dim"), keepdim=True),
+    ),
     **dict.fromkeys(IDENTITIES, lambda _, images: images),
     # Memory layouts may differ here, so views are reshapes.
-    **dict.fromkeys(["view", "unsafe_view"], lambda operation, images: images.reshape(operation.outputs[0].shape)),
+    **dict.fromkeys(["view", "unsafe_view"], lambda one, images: images.reshape(one.outputs[0].shape)),
 }

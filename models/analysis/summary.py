@@ -62,12 +62,6 @@ class LayerSummary:
         return None if rows is None or columns is None else Pixels(rows, columns)
 
     @property
-    def local_stride(self) -> Pixels | None:
-        """Distances between neighbouring units' local fields; None without a local field along both axes."""
-        rows, columns = self.rows.stride, self.columns.stride
-        return None if rows is None or columns is None else Pixels(rows, columns)
-
-    @property
     def is_global(self) -> bool:
         """Whether each unit depends on the entire image through a mean, a gate or attention."""
         return self.rows.is_global and self.columns.is_global

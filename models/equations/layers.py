@@ -110,7 +110,7 @@ def _is_square(size: object) -> bool:
 
 
 def _without_equation(layer: nn.Module) -> list[str]:
-    """Return the settings of a layer that are in no equation of the notes, as `name=value`."""
+    """Return the settings of a layer that the notes' equations do not cover, as `name=value`."""
     unknown = [name for name, values in KNOWN.get(type(layer), {}).items() if getattr(layer, name) not in values]
     if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
         unknown += [name for name in ("kernel_size", "stride", "padding") if not _is_square(getattr(layer, name))]
@@ -124,14 +124,14 @@ def _without_equation(layer: nn.Module) -> list[str]:
 def with_reference_ops(net: Net) -> Net:
     """Let the notes' equations compute the convolutions, linear layers, ReLUs, batch norms and poolings of `net`.
 
-    Other layers stay, such as dropout and flattening. Returns the same network.
+    Other layers, such as dropout, stay. Returns the same network.
     Raises: ValueError, and no layer is changed, when the notes have no equation for one of these layers.
     """
     layers = {name: layer for name, layer in net.named_modules() if type(layer) in LAYERS}
     for name, layer in layers.items():
         for setting in _without_equation(layer):
             place = name or type(layer).__name__
-            raise ValueError(f"{place}: {setting} is in no equation of the notes, leave this network to torch's ops")
+            raise ValueError(f"{place}: the notes have no equation for {setting}, keep torch's layers")
     for layer in layers.values():
         layer.__class__ = LAYERS[type(layer)]
     return net

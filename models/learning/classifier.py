@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from models.layers import batch_norms, set_batch_norm, undecayed_parameters
 from models.learning.losses import Loss, cross_entropy
-from models.learning.metrics import TrainingMetricAccumulator, TrainingMetrics
+from models.learning.metrics import TrainingMetricAccumulator
 from models.learning.recipe import Recipe
 
 
@@ -71,10 +71,6 @@ class Classifier(pl.LightningModule):
             self.log("val/top5", self.val_top5.compute())
         for metric in (self.val_images, self.val_loss, self.val_top1, self.val_top5):
             metric.reset()
-
-    def take_training_metrics(self) -> TrainingMetrics:
-        """Return the means over all ranks since the last call. Every rank must call it at the same step."""
-        return self.training_metrics.take(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the network's settings that are in no tensor, and the training sums of all ranks."""

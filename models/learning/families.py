@@ -67,7 +67,10 @@ class SeparableClassifier(Classifier):
 
 
 class AttentionClassifier(Classifier):
-    """Attention-augmented networks: N(0, 0.02), as in Liu et al. 2022's code (table 5 prints 0.2; Dai et al. none)."""
+    """Attention-augmented networks: initial weights from N(0, 0.02), as in the code of Liu et al. 2022.
+
+    Their table 5 has 0.2, a misprint. Dai et al. 2021 do not state theirs.
+    """
 
     default_recipe = "adamw"
 

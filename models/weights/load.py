@@ -53,7 +53,7 @@ def _expand(skip: Sequence[object], names: Sequence[str]) -> set[str]:
     for wanted in map(str, skip):
         matches = {name for name in names if name == wanted or name.startswith(f"{wanted.removesuffix('.')}.")}
         if not matches or not wanted:
-            raise ValueError(f"skip={wanted} is no tensor and no module of the file or the network")
+            raise ValueError(f"skip={wanted} matches no tensor or module of the file or the network")
         skipped |= matches
     return skipped
 

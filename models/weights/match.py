@@ -103,10 +103,9 @@ def _describe_differences(wrong: Sequence[tuple[str, str]], *, theirs: Side, our
     # One tensor too many and one too few shift all pairs between them; then fewer tensors are missing than wrong.
     if wrong and (not missing or len(wrong) <= len(missing)):
         return _describe_wrong_shapes(wrong, theirs=theirs, ours=ours)
-    parts = [f"it has nothing for {ours.describe(missing)}"] if missing else []
-    parts += [f"it has {theirs.describe(extra)}, for which there is no place"] if extra else []
-    advice = "skip=[NAME] names what may be left out, variant=NAME the network that the file is of"
-    return f"{' and '.join(parts)}; {advice}"
+    parts = [f"the file lacks {ours.describe(missing)}"] if missing else []
+    parts += [f"the network has no place for {theirs.describe(extra)}"] if extra else []
+    return f"{' and '.join(parts)}; skip=[NAME] leaves tensors out, variant=NAME builds the file's network"
 
 
 def fit(tensor: Tensor, place: Tensor) -> Tensor:

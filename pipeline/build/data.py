@@ -62,12 +62,6 @@ class DataConfig:
         )
         return dataset
 
-    def loader_settings(self, *, seed: int, accumulate: int) -> LoaderSettings:
-        """Return the settings of a rank's loaders. Raises: ValueError."""
-        own = {name: getattr(self, name) for name in LOADER_KEYS}
-        with config_keys_in_errors(LOADER_KEYS):
-            return LoaderSettings(seed=seed, accumulate=accumulate, **own)
-
 
 def build_data(config: DictConfig, *, accumulate: int) -> ShardData:
     """Open the data set of `config.data` and build its loaders with the crops of `config.augment`.
@@ -78,5 +72,7 @@ def build_data(config: DictConfig, *, accumulate: int) -> ShardData:
     training, evaluation = (
         build_object(config, f"augment.{name}", kind=CropPolicy) for name in ("training", "evaluation")
     )
-    settings = data.loader_settings(seed=config.seed, accumulate=accumulate)
+    with config_keys_in_errors(LOADER_KEYS):
+        own = {name: getattr(data, name) for name in LOADER_KEYS}
+        settings = LoaderSettings(seed=config.seed, accumulate=accumulate, **own)
     return ShardData(data.open_dataset(), training_crop=training, evaluation_crop=evaluation, settings=settings)

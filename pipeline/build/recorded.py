@@ -1,8 +1,5 @@
 """From the config that a run has recorded to its parts, for verbs that work on runs."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,47 +15,36 @@ from pipeline.cli.check import check_targets
 TRUSTED = ("models.", "torch.nn.functional.", "torch.optim.", "torchvision.models.")
 
 
-@dataclass(frozen=True)
 class RecordedConfig:
-    """The parts of a run's config; network, recipe and data set are built on demand.
+    """The config that a run has recorded; network, recipe and data set are built on demand.
 
-    Images are squares of `image_size` pixels; `norm_eps` is None where the run kept the network's own.
+    `trust` accepts any `_target_` in it. Images are squares of `image_size` pixels; `norm_eps` is None where the run
+    kept the network's own. Raises: ValueError for another file; ConfigError for an untrusted target.
     """
 
-    network: str
-    image_size: int
-    in_channels: int
-    batch_size: int
-    norm_eps: float | None
-    build_network: Callable[[], nn.Module]
-    build_recipe: Callable[[], Recipe]
-    open_dataset: Callable[[], Dataset]
+    def __init__(self, path: Path, *, trust: bool) -> None:
+        config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig):
+            raise ValueError(f"{path} is not the config of a training")
+        self._config, self._network = config, OmegaConf.masked_copy(config, ["model", "recipe"])
+        if not trust:
+            check_targets(self._network, trusted=TRUSTED)
+        self.network = network_name(config)
+        self.image_size: int = config.data.image_size
+        self.in_channels: int = config.model.get("in_channels", 3)
+        self.batch_size: int = config.data.batch_size
+        self.norm_eps: float | None = config.model.get("norm_eps")
 
+    def build_network(self) -> nn.Module:
+        """Build the network, without the run's weights. Raises: ValueError."""
+        return build_network(self._network)
 
-def read_config(path: Path, *, trust: bool) -> RecordedConfig:
-    """Read a recorded config; `trust` accepts any `_target_` in it.
+    def build_recipe(self) -> Recipe:
+        """Build the recipe. Raises: ValueError."""
+        return build_recipe(self._network)
 
-    Raises: ValueError for another file; ConfigError for an untrusted target.
-    """
-    config = OmegaConf.load(path)
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"{path} is not the config of a training")
-    network = OmegaConf.masked_copy(config, ["model", "recipe"])
-    if not trust:
-        check_targets(network, trusted=TRUSTED)
-    return RecordedConfig(
-        network=network_name(config),
-        image_size=config.data.image_size,
-        in_channels=config.model.get("in_channels", 3),
-        batch_size=config.data.batch_size,
-        norm_eps=config.model.get("norm_eps"),
-        build_network=partial(build_network, network),
-        build_recipe=partial(build_recipe, network),
-        open_dataset=partial(_open_dataset, config),
-    )
+    def open_dataset(self) -> Dataset:
+        """Open the data set. Raises: FileNotFoundError, ValueError."""
+        from pipeline.build.data import DataConfig  # with Lightning and DALI, which reports do not need
 
-
-def _open_dataset(config: DictConfig) -> Dataset:
-    from pipeline.build.data import DataConfig  # with Lightning and DALI, which reports do not need
-
-    return build_object(config, "data", kind=DataConfig).open_dataset()
+        return build_object(self._config, "data", kind=DataConfig).open_dataset()

@@ -1,7 +1,5 @@
 """Which values of a config decide the result of a run: those in its name, in its fingerprint, and in its record."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -32,42 +30,27 @@ NOT_IN_NAME = (
 NOT_IN_FINGERPRINT = (*NOT_IN_NAME, "data.batch_size", "recipe.accumulate", "trainer.precision")
 
 
-@dataclass(frozen=True)
 class RunSettings:
-    """The values of a config that a run uses; `runs` is the folder of all runs, `name` is None for a default name.
+    """The values of a config that a run uses; `weights_sha256` stands for the file of weights.
 
-    `parameters` are all values by dotted key; `in_name` and `in_fingerprint` are those that decide the result.
-    `record` is the config as YAML, from which the run can be restored without the data set.
+    `runs` is the folder of all runs, `name` is None for a default name. `parameters` are all values by dotted key;
+    `in_name` and `in_fingerprint` are those that decide the result. `record` is the config as YAML, from which the run
+    can be restored without the data set.
     """
 
-    network: str
-    runs: Path
-    name: str | None
-    seed: int
-    log_every: int
-    parameters: Mapping[str, object]
-    in_name: Mapping[str, object]
-    in_fingerprint: Mapping[str, object]
-    record: str
-
-
-def run_settings(config: DictConfig, *, num_classes: int, weights_sha256: str | None) -> RunSettings:
-    """Collect the values of a config; the digest stands for the file of weights."""
-    parameters = flatten(config) | {"weights.sha256": weights_sha256}
-    deciding = {key: _without_location(key, value) for key, value in parameters.items()}
-    resolved = {"model": {"num_classes": num_classes}, "weights": {"sha256": weights_sha256}}
-    record = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    return RunSettings(
-        network=network_name(config),
-        runs=Path(str(config.runs)),
-        name=None if config.name is None else str(config.name),
-        seed=config.seed,
-        log_every=config.log_every,
-        parameters=parameters,
-        in_name={key: value for key, value in deciding.items() if not key.startswith(NOT_IN_NAME)},
-        in_fingerprint={key: value for key, value in deciding.items() if not key.startswith(NOT_IN_FINGERPRINT)},
-        record=OmegaConf.to_yaml(OmegaConf.merge(record, resolved)),
-    )
+    def __init__(self, config: DictConfig, *, num_classes: int, weights_sha256: str | None) -> None:
+        self.network = network_name(config)
+        self.runs = Path(str(config.runs))
+        self.name = None if config.name is None else str(config.name)
+        self.seed: int = config.seed
+        self.log_every: int = config.log_every
+        self.parameters = flatten(config) | {"weights.sha256": weights_sha256}
+        deciding = {key: _without_location(key, value) for key, value in self.parameters.items()}
+        self.in_name = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_NAME)}
+        self.in_fingerprint = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_FINGERPRINT)}
+        resolved = {"model": {"num_classes": num_classes}, "weights": {"sha256": weights_sha256}}
+        record = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+        self.record = OmegaConf.to_yaml(OmegaConf.merge(record, resolved))
 
 
 def _without_location(key: str, value: object) -> object:

@@ -19,14 +19,8 @@ def pack_source(config: DictConfig) -> Packed:
     source = build_object(
         config, "source", kind=Source, name=config.name, val_fraction=config.val_fraction, seed=config.seed
     )
-    return pack(
-        source,
-        Path(str(config.out)),
-        seed=config.seed,
-        shard_samples=config.shard_samples,
-        resize=config.resize,
-        strict=config.strict,
-    )
+    options = {name: config[name] for name in ("seed", "shard_samples", "resize", "strict")}
+    return pack(source, Path(str(config.out)), **options)
 
 
 def pack_once(source: str, root: Path) -> None:

@@ -1,9 +1,7 @@
 """From a config to Lightning's Trainer, without the parts that this project does itself."""
 
 import inspect
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,13 +10,21 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from data.loading.datamodule import ShardData
 from models.learning.recipe import Recipe
 from pipeline.build.objects import build_object
-from pipeline.cli.errors import config_keys_in_errors, nearest
+from pipeline.cli.errors import nearest
 
-# Options of the Trainer that this project sets, and the config key that sets each instead.
-RESERVED = {
+# Options of the Trainer that this project fixes.
+FIXED = {
+    "max_epochs": -1,  # training ends by steps: ending by epochs repeats one after the second resume
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+}
+# Options that other config keys set.
+SET_BY = {
     "max_epochs": "recipe.epochs",
     "max_steps": "recipe.epochs",
     "accumulate_grad_batches": "recipe.accumulate",
@@ -27,8 +33,6 @@ RESERVED = {
     "logger": "tracking",
     "callbacks": "callbacks",
 }
-OWN = ("enable_progress_bar", "enable_model_summary", "num_sanity_val_steps", "use_distributed_sampler")
-RESERVED |= dict.fromkeys(OWN, "this project")
 
 
 def build_trainer(
@@ -48,17 +52,12 @@ def build_trainer(
             "trainer",
             kind=pl.Trainer,
             precision=choose_precision(options.precision, options.accelerator),
-            max_epochs=-1,  # training ends by steps: ending by epochs repeats one after the second resume
             accumulate_grad_batches=recipe.accumulate,
             gradient_clip_val=recipe.clip_norm,
             callbacks=list(callbacks),
             default_root_dir=str(folder),
             plugins=[*user_plugins, *plugins],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
+            **FIXED,
         )
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error} trainer=auto uses what the machine has") from error
@@ -82,32 +81,6 @@ def choose_precision(precision: str, accelerator: str) -> str:
     return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
 
 
-def limit_epoch(trainer: pl.Trainer, data: ShardData, *, num_epochs: int) -> None:
-    """Set the length of the training in optimizer steps, and of an epoch under `+trainer.limit_train_batches`.
-
-    Raises: ValueError when there are fewer images than ranks or than a global batch, or when the limit ends inside an
-    optimizer step.
-    """
-    accumulate, limit = data.settings.accumulate, trainer.limit_train_batches
-    with config_keys_in_errors({"batch_size": "data.batch_size", "accumulate": "recipe.accumulate"}):
-        available = data.checked_plan(trainer.world_size).num_steps
-    batches = min(available, limit if isinstance(limit, int) else int(available * limit))
-    if batches == 0 or batches % accumulate:
-        raise ValueError(
-            f"trainer.limit_train_batches={limit} leaves {batches} of {available} batches an epoch, "
-            f"which must be positive and a multiple of recipe.accumulate={accumulate}"
-        )
-    # The order needs the epoch's length too; Lightning would apply a fraction again to the shortened epoch.
-    data.limit_batches = trainer.limit_train_batches = batches
-    trainer.fit_loop.epoch_loop.max_steps = num_epochs * (batches // accumulate)
-
-
-def silence_lightning() -> None:
-    """Silence Lightning's advice on what this project decides itself."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-
-
 def _check_options(options: DictConfig) -> None:
     known = inspect.signature(pl.Trainer).parameters
     for name in map(str, options):
@@ -115,5 +88,5 @@ def _check_options(options: DictConfig) -> None:
             continue
         if name not in known:
             raise ValueError(f"there is no trainer.{name}{nearest(name, known)}")
-        if name in RESERVED:
-            raise ValueError(f"trainer.{name} is set by {RESERVED[name]}: leave it out")
+        if name in FIXED or name in SET_BY:
+            raise ValueError(f"trainer.{name} is set by {SET_BY.get(name, 'this project')}: leave it out")

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.cli.compose import choices, compose, default_groups, groups, known_keys, missing_keys, verbs
+from pipeline.cli.compose import choices, compose, default_groups, groups, known_keys, verbs
 from pipeline.cli.errors import ConfigError, nearest
 from pipeline.cli.verb import Verb
 
@@ -66,7 +66,8 @@ def check_command_line(verb: Verb, arguments: Sequence[str]) -> list[str]:
     base = compose(verb.name, [_first_choice(override) for override in chosen])
     _check_required(verb, base, overrides=overrides)
     _check_keys(base, overrides)
-    missing = sorted(missing_keys(base) - {override.key_or_group for override in overrides})
+    unset = {key for key, value in known_keys(base).items() if value == "???"}
+    missing = sorted(unset - {override.key_or_group for override in overrides})
     if missing:
         raise ConfigError(f"{missing[0]} has no default: add {missing[0]}=VALUE")
     return complete
@@ -125,7 +126,7 @@ def _check_keys(base: DictConfig, overrides: list[Override]) -> None:
         key = override.key_or_group
         if key in groups() or key.startswith(("hydra.", "hydra/")):
             continue
-        if key not in known and not (_has_plus(override) and _is_addable(key, base)):
+        if key not in known and not ((override.is_add() or override.is_force_add()) and _is_addable(key, base)):
             raise ConfigError(f"there is no {key}{_hint(key, known, base=base)}")
         if key in known and not override.is_delete() and not override.is_sweep_override():
             _check_type(override, known[key])
@@ -173,10 +174,6 @@ def _sets(overrides: list[Override], *keys: str) -> bool:
     return any(override.key_or_group in keys for override in overrides)
 
 
-def _has_plus(override: Override) -> bool:
-    return bool(override.is_add() or override.is_force_add())
-
-
 def _first_choice(override: Override) -> str:
     """Return a choice as typed, or the first one of a sweep."""
     if not override.is_sweep_override():
@@ -185,11 +182,8 @@ def _first_choice(override: Override) -> str:
 
 
 def _targets(node: object, key: str) -> Iterator[tuple[str, object]]:
-    if isinstance(node, dict):
-        for name, value in node.items():
-            if name == "_target_":
-                yield f"{key}_target_", value
-            yield from _targets(value, f"{key}{name}.")
-    elif isinstance(node, list):
-        for position, value in enumerate(node):
-            yield from _targets(value, f"{key}{position}.")
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in items:
+        if name == "_target_":
+            yield f"{key}_target_", value
+        yield from _targets(value, f"{key}{name}.")

@@ -41,11 +41,6 @@ def known_keys(config: DictConfig) -> dict[str, Any]:
     return keys
 
 
-def missing_keys(config: DictConfig) -> set[str]:
-    """Return the keys without a default or a given value."""
-    return {key for key, value in known_keys(config).items() if value == "???"}
-
-
 def verbs() -> list[str]:
     """Return the names of all verbs."""
     return sorted(path.stem for path in CONF.glob("*.yaml"))

@@ -31,6 +31,7 @@ PAPER, INK, MUTED, LINE, BAND, BLUE, ORANGE = (f"#0000{number:02x}" for number i
 TEXT = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 12, "text.color": INK}
 AXES = {"xtick.color": MUTED, "ytick.color": MUTED, "grid.color": LINE}
 STYLE = matplotlib.style.context(["default", TEXT, AXES])
+DEPTH_WIDTH = 1040  # px, of the chart over the layers
 LETTER = 7.5  # px, a generous width of a letter
 HEAT_SIDE = 336  # px at most: more only makes the page larger
 HEAT_DECADES = 3
@@ -66,7 +67,6 @@ def line_over_layers(
     image_side: int,
     covering: int | None,
     first_global: int | None,
-    width: int,
 ) -> Markup:
     """Pixels along the depth on a logarithmic scale, over a band for each stage.
 
@@ -80,12 +80,12 @@ def line_over_layers(
     edges = np.concatenate([[0.0], np.cumsum(layer_widths(stages))])
     top = 1.4 * float(np.nanmax([image_side, *values]))
     ticks = [2**power for power in range(0, int(math.log2(top)) + 1, 1 if top < 64 else 2)]
-    axes = _axes(width, 310, margins=(46, 4, 26, 14))
+    axes = _axes(DEPTH_WIDTH, 310, margins=(46, 4, 26, 14))
     axes.set_yscale("log", base=2)
     axes.set(xlim=(0, 1), ylim=(1, top))
     axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.grid(axis="y")
-    _draw_bands(axes, stages, edges=edges, width=width)
+    _draw_bands(axes, stages, edges=edges)
     _draw_reference(axes, image_side, name=f"image {image_side:,} px")
     if first_global is not None:
         axes.plot([edges[first_global], 1], [image_side] * 2, color=ORANGE, linewidth=4, solid_capstyle="butt")
@@ -159,7 +159,7 @@ def _axes(width: int, height: int, *, margins: tuple[int, int, int, int]) -> Axe
     return axes
 
 
-def _draw_bands(axes: Axes, stages: Sequence[str], *, edges: NDArray[np.float64], width: int) -> None:
+def _draw_bands(axes: Axes, stages: Sequence[str], *, edges: NDArray[np.float64]) -> None:
     """Shade every other stage, and name those with room for a name."""
     names, centers, first = [], [], 0
     for number, (stage, run) in enumerate(itertools.groupby(stages)):
@@ -167,7 +167,7 @@ def _draw_bands(axes: Axes, stages: Sequence[str], *, edges: NDArray[np.float64]
         left, right = edges[first], edges[last]
         if number % 2 == 0:
             axes.axvspan(left, right, color=BAND, linewidth=0, zorder=0)
-        num_letters = width * (right - left) / LETTER
+        num_letters = DEPTH_WIDTH * (right - left) / LETTER
         name = "".join(filter(str.isprintable, stage))  # XML has no control characters
         name = name if len(name) < num_letters else name.removeprefix("stage")
         names.append(name if len(name) < num_letters else "")

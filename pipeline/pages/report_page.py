@@ -20,7 +20,6 @@ from pipeline.pages.charts import Dot, heat_map, layer_widths, line_over_layers,
 
 TEMPLATES = Path(__file__).with_name("templates")
 TIMES, MINUS, NO_BREAK = "×", "−", "\N{NO-BREAK SPACE}"
-WIDE, NARROW = 1040, 400  # px of a chart on a desktop and on a phone; style.css shows one of them
 WORDS = ("byte_count", "integer", "percent", "plural", "rate", "scaled_bytes", "scaled_count", "short_count")
 FILTERS = {
     **{name: getattr(wording, name) for name in WORDS},
@@ -60,7 +59,7 @@ def _template(name: str) -> Template:
 
 
 def _depth_chart(summary: NetworkSummary) -> dict[str, object] | None:
-    """The receptive field of each layer for both widths, None where no layer has one."""
+    """The chart of the receptive field of each layer, None where no layer has one."""
     layers, (_, height, width) = summary.layers, summary.image_shape
     sizes = [layer.local_size for layer in layers]
     sides, stages = [size and max(size) for size in sizes], [layer.stage for layer in layers]
@@ -69,9 +68,9 @@ def _depth_chart(summary: NetworkSummary) -> dict[str, object] | None:
     first_global = next((place for place, layer in enumerate(layers) if layer.is_global), None)
     if first_global is None and not any(sizes):
         return None
-    draw = partial(line_over_layers, image_side=max(height, width), covering=covering, first_global=first_global)
+    chart = line_over_layers(sides, stages, image_side=max(height, width), covering=covering, first_global=first_global)
     return {
-        "charts": [draw(sides, stages, width=WIDE), draw(sides, stages, width=NARROW)],
+        "chart": chart,
         "layers": list(zip(layers, sides, layer_widths(stages), strict=True)),
         "covering": None if covering is None else layers[covering],
     }

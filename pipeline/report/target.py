@@ -10,7 +10,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from models.learning.recipe import Recipe
 from pipeline.build.network import build_module, build_network, build_recipe, network_name
 from pipeline.build.objects import build_object
 from pipeline.build.weights import WeightsFile
@@ -92,7 +91,8 @@ def _target_of_model(config: DictConfig) -> Target:
             build_module(config, net, num_classes=num_classes, recipe=build_recipe(config))
         return net
 
-    training = _training_settings(config, build_recipe(config), batch_size=BATCH_SIZE, precision=PRECISION)
+    optimizer = build_recipe(config).optimizer
+    training = TrainingSettings(config.batch_size or BATCH_SIZE, config.precision or PRECISION, optimizer)
     return Target(network_name(config), skeleton, (channels, size, size), training, _describe(weights), load)
 
 
@@ -109,14 +109,10 @@ def _target_of_run(config: DictConfig) -> Target:
         weights.load_into(net, norm_eps=recorded.norm_eps)
         return net
 
-    recipe, image_shape = recorded.build_recipe(), (recorded.in_channels, size, size)
-    training = _training_settings(config, recipe, batch_size=recorded.batch_size, precision=run.precision)
+    optimizer, image_shape = recorded.build_recipe().optimizer, (recorded.in_channels, size, size)
+    training = TrainingSettings(config.batch_size or recorded.batch_size, config.precision or run.precision, optimizer)
     skeleton = _without_values(recorded.build_network)
     return Target(recorded.network, skeleton, image_shape, training, _describe(weights), load)
-
-
-def _training_settings(config: DictConfig, recipe: Recipe, *, batch_size: int, precision: str) -> TrainingSettings:
-    return TrainingSettings(config.batch_size or batch_size, config.precision or precision, recipe.optimizer)
 
 
 def _describe(weights: WeightsFile) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from models.weights.load import load_weights
-from pipeline.build.recorded import RecordedConfig, read_config
+from pipeline.build.recorded import RecordedConfig
 from pipeline.runs.run import BEST, CHECKPOINTS, CONFIG, FINGERPRINT, LAST
 
 
@@ -43,4 +43,4 @@ def restore_run(folder: Path, *, trust: bool = False) -> RestoredRun:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"run={folder} is not a run: it has no {name}")
     precision = json.loads((folder / FINGERPRINT).read_text())["precision"]
-    return RestoredRun(folder, read_config(folder / CONFIG, trust=trust), precision)
+    return RestoredRun(folder, RecordedConfig(folder / CONFIG, trust=trust), precision)

@@ -1,5 +1,7 @@
 """A training from a built job to a finished run: callbacks, dashboard, Lightning's fit, and how it ended."""
 
+import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -8,8 +10,9 @@ import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from pipeline.build.trainer import limit_epoch, silence_lightning
+from data.loading.datamodule import ShardData
 from pipeline.cli.console import is_main_process, main_console, print_facts
+from pipeline.cli.errors import config_keys_in_errors
 from pipeline.runs.checkpoint import AtomicCheckpointIO, BestCheckpoint, saved_step
 from pipeline.runs.fingerprint import fingerprint
 from pipeline.runs.run import CONFIG
@@ -23,8 +26,9 @@ TERMINATED, INTERRUPTED = 128 + 15, 128 + 2
 
 
 def prepare_process(seed: int) -> None:
-    """Seed every generator, and silence Lightning's advice."""
-    silence_lightning()
+    """Seed every generator, and silence Lightning's advice on what this project decides itself."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
     pl.seed_everything(seed, verbose=False)
 
 
@@ -67,6 +71,26 @@ def train(job: Job, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
             job.run.finish(result)
     print_facts(main_console(), run_result(job, result))
+
+
+def limit_epoch(trainer: pl.Trainer, data: ShardData, *, num_epochs: int) -> None:
+    """Set the length of the training in optimizer steps, and of an epoch under `+trainer.limit_train_batches`.
+
+    Raises: ValueError when there are fewer images than ranks or than a global batch, or when the limit ends inside an
+    optimizer step.
+    """
+    accumulate, limit = data.settings.accumulate, trainer.limit_train_batches
+    with config_keys_in_errors({"batch_size": "data.batch_size", "accumulate": "recipe.accumulate"}):
+        available = data.checked_plan(trainer.world_size).num_steps
+    batches = min(available, limit if isinstance(limit, int) else int(available * limit))
+    if batches == 0 or batches % accumulate:
+        raise ValueError(
+            f"trainer.limit_train_batches={limit} leaves {batches} of {available} batches an epoch, "
+            f"which must be positive and a multiple of recipe.accumulate={accumulate}"
+        )
+    # The order needs the epoch's length too; Lightning would apply a fraction again to the shortened epoch.
+    data.limit_batches = trainer.limit_train_batches = batches
+    trainer.fit_loop.epoch_loop.max_steps = num_epochs * (batches // accumulate)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from data.loading.datamodule import ShardData
 from models.learning.classifier import Classifier
 from pipeline.build.objects import build_object
-from pipeline.build.settings import RunSettings, run_settings
+from pipeline.build.settings import RunSettings
 from pipeline.build.weights import WeightsFile
 from pipeline.runs.run import Run, open_run
 from pipeline.tracking.tracker import Tracker
@@ -36,6 +36,6 @@ def build_job(config: DictConfig, module: Classifier, *, data: ShardData, num_cl
     Raises: FileNotFoundError, ValueError.
     """
     weights = build_object(config, "weights", kind=WeightsFile)
-    settings = run_settings(config, num_classes=num_classes, weights_sha256=weights.sha256)
+    settings = RunSettings(config, num_classes=num_classes, weights_sha256=weights.sha256)
     tracker = build_object(config, "tracking", kind=Tracker)
     return Job(module, data, open_run(settings, data.dataset), tracker, settings, weights)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -99,7 +100,7 @@ class ProgressCallback(pl.Callback):
     def _record_point(self, trainer: pl.Trainer, step: int) -> None:
         module = trainer.lightning_module
         assert isinstance(module, Classifier)
-        metrics = module.take_training_metrics()
+        metrics = module.training_metrics.take(module)
         now, waited = time.perf_counter(), self._wait_seconds(trainer)
         seconds, steps = now - self._since, step - self._step
         values = {
@@ -128,7 +129,7 @@ class ProgressCallback(pl.Callback):
         self._print(
             f"step {step}/{trainer.max_steps}  loss {values['train/loss']:.4f}  lr {values['train/lr']:.4g}  {speed}"
             f"  data wait {values['train/data_wait_fraction']:.0%}  memory {values['train/memory_gib']:.1f} GiB"
-            f"  eta {format_duration(eta)}"
+            f"  eta {timedelta(seconds=round(eta))}"
         )
 
     def _print(self, line: str) -> None:
@@ -161,9 +162,3 @@ def memory_gib(device: torch.device) -> float:
     """Return the peak memory allocated on a GPU, or the resident memory of this process on a CPU, in GiB."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     return float(used) / 2**30
-
-
-def format_duration(seconds: float) -> str:
-    """Return h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

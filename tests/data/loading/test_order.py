@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from data import draws
 from data.loading import order
+from data.loading.datamodule import LoaderSettings
 from data.loading.order import EvaluationPlan, TrainingPlan
 
 shard_lists = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(tuple)
@@ -129,10 +130,18 @@ def test_evaluation_counts_every_image_once(num_samples: int, batch_size: int, w
     assert np.concatenate(batches).tolist() == list(range(num_samples))
 
 
-@pytest.mark.parametrize("mistake", [{"batch_size": 0}, {"batch_size": 4, "accumulate": 0}, {"batch_size": 101}])
-def test_an_invalid_plan_is_rejected(mistake: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="batch"):
-        TrainingPlan((50, 50), seed=0, shuffle_window=100, **mistake)
+def test_fewer_images_than_a_global_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="100 training images are fewer than a global batch of 102"):
+        TrainingPlan((50, 50), seed=0, shuffle_window=100, batch_size=51, accumulate=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("accumulate", 0), ("shuffle_window", -1), ("readahead", 1.5), ("threads", 0)],
+)
+def test_settings_of_loaders_are_positive_integers(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} must be an integer of at least 1"):
+        LoaderSettings(**({"batch_size": 8} | {name: value}))
 
 
 def test_planning_a_hundred_million_samples_takes_little_memory() -> None:

@@ -129,10 +129,10 @@ def test_shapes_propagate_on_the_meta_device(architecture: str) -> None:
 def test_a_layer_without_an_equation_is_named_and_nothing_changes(layer: nn.Module, setting: str) -> None:
     net = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(2, 2), layer))
     kinds = [type(module) for module in net.modules()]
-    with pytest.raises(ValueError, match=rf"^1\.1: {setting} is in no equation of the notes, leave"):
+    with pytest.raises(ValueError, match=rf"^1\.1: the notes have no equation for {setting}, keep"):
         with_reference_ops(net)
     assert [type(module) for module in net.modules()] == kinds
-    with pytest.raises(ValueError, match=rf"^{type(layer).__name__}: {setting}"):
+    with pytest.raises(ValueError, match=rf"^{type(layer).__name__}: the notes have no equation for {setting}"):
         with_reference_ops(layer)
 
 

@@ -47,7 +47,7 @@ class Take(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: object) -> None:
         if trainer.global_step in self.steps:
             assert isinstance(pl_module, Classifier)
-            self.taken.append(pl_module.take_training_metrics())
+            self.taken.append(pl_module.training_metrics.take(pl_module))
 
 
 def assert_means(metrics: TrainingMetrics, module: Classifier, batches: list[tuple[Tensor, Tensor, Tensor]]) -> None:

@@ -43,7 +43,7 @@ class Code:
         ([torch.zeros(2)], "it holds no tensors"),
         ({}, "it holds no tensors"),
         ({"state_dict": {}}, "it holds no tensors"),
-        ({"n_averaged": torch.tensor(1)}, "has nothing for"),
+        ({"n_averaged": torch.tensor(1)}, "the file lacks"),
     ],
 )
 def test_a_file_of_other_objects_is_refused(

@@ -17,8 +17,8 @@ SIZES, STAGES = [3, None, 8, None], ["stem", "stem", HOSTILE, "head"]
 DOTS = [Dot(HOSTILE, 0.3, 3, 50), Dot("large", 8, 300, 9), Dot("free", 0, 1, 9)]
 
 
-def line(width: int = 1040) -> str:
-    return line_over_layers(SIZES, STAGES, image_side=28, covering=2, first_global=3, width=width)
+def line() -> str:
+    return line_over_layers(SIZES, STAGES, image_side=28, covering=2, first_global=3)
 
 
 def texts(svg: str) -> list[str]:
@@ -43,13 +43,13 @@ def test_a_line_over_layers_shows_its_values() -> None:
     labels = texts(line())
     assert {"1", "8", "32", "image 28 px", "8 px", "stem", "head"} <= set(labels)
     assert 'aria-label="Receptive field along 4 layers of an image of 28 px: from 3 to 8 px"' in line()
-    unknown = line_over_layers([None], ["stem"], image_side=28, covering=None, first_global=0, width=400)
+    unknown = line_over_layers([None], ["stem"], image_side=28, covering=None, first_global=0)
     assert 'aria-label="Receptive field along 1 layers of an image of 28 px"' in unknown
 
 
 def test_bands_without_room_for_a_name_have_none() -> None:
     stages = [f"stage{number}" for number in range(60)]
-    chart = line_over_layers([3] * 60, stages, image_side=28, covering=None, first_global=None, width=400)
+    chart = line_over_layers([3] * 60, stages, image_side=28, covering=None, first_global=None)
     assert not any("stage" in text for text in texts(chart))
 
 

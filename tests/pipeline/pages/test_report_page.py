@@ -157,7 +157,7 @@ def test_the_page_is_well_formed_and_accessible() -> None:
     assert len(page.of("table")) == len(page.of("caption")) >= 9
     assert all("scope" in one.attributes for one in page.of("th"))
     drawings = [one.attributes for one in [*page.of_class("chart"), *page.of_class("heat")]]
-    assert len(drawings) == 3  # the receptive field for two widths of page, the heat map
+    assert len(drawings) == 2  # the receptive field, the heat map
     assert all(one["role"] == "img" and one["aria-label"] for one in drawings)
     assert len(page.of_class("bars")) == 3
     assert {one.attributes["title"] for one in page.of("abbr")} >= {

@@ -49,34 +49,34 @@ def test_a_report_prints_and_writes_the_true_numbers(run_verb: Run, tmp_path: Pa
 
 
 def test_check_compares_fields_with_gradients(report: Typed) -> None:
-    said = report("+model=lenet", "check=true", "effective_images=0", "layers=none", "out=here")
-    assert "10 of 10 fields equal the extent of their gradient" in said
-    assert "effective" not in said
-    assert "here/report.html" in said
+    output = report("+model=lenet", "check=true", "effective_images=0", "layers=none", "out=here")
+    assert "10 of 10 fields equal the extent of their gradient" in output
+    assert "effective" not in output
+    assert "here/report.html" in output
 
 
 def test_a_network_that_cannot_be_checked_is_still_reported(report: Typed) -> None:
-    said = report("+model=lenet", "model.ops=reference", "check=true", "effective_images=0", "layers=none")
-    assert "32x32 px" in said
-    assert "warning: not checked: gradient unknown: " in said
+    output = report("+model=lenet", "model.ops=reference", "check=true", "effective_images=0", "layers=none")
+    assert "32x32 px" in output
+    assert "warning: not checked: gradient unknown: " in output
 
 
 def test_other_libraries_networks_are_reported(report: Typed, tmp_path: Path) -> None:
     report("net=torchvision.models.squeezenet1_1", "data.image_size=64", "layers=none")
     report("net=timm.models.resnet10t", "trust=true", "effective_images=0", "layers=none")
-    found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("reports/*/report.json"))]
-    assert [(one["name"], one["image"], round(one["params_millions"] * 1e6)) for one in found] == [
+    numbers = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("reports/*/report.json"))]
+    assert [(one["name"], one["image"], round(one["params_millions"] * 1e6)) for one in numbers] == [
         ("timm.models.resnet10t", [3, 176, 176], 5_435_488),
         ("torchvision.models.squeezenet1_1", [3, 64, 64], 1_235_496),
     ]
-    assert found[1]["effective_measured_with"] == "newly initialised weights, over 4 crops of china.jpg, flower.jpg"
+    assert numbers[1]["effective_measured_with"] == "newly initialised weights, over 4 crops of china.jpg, flower.jpg"
 
 
 def test_timms_default_cfg_gives_the_image_shape(report: Typed, tmp_path: Path) -> None:
     report("net=tests.support.networks.grey_by_timm", "trust=true", "effective_images=1", "layers=none", "out=here")
-    found = json.loads((tmp_path / "here" / "report.json").read_text())
-    assert found["image"] == [1, 20, 20]
-    assert found["effective_measured_with"] == "the weights it is built with, over 1 crop of china.jpg"
+    numbers = json.loads((tmp_path / "here" / "report.json").read_text())
+    assert numbers["image"] == [1, 20, 20]
+    assert numbers["effective_measured_with"] == "the weights it is built with, over 1 crop of china.jpg"
 
 
 def test_a_run_from_someone_else_is_not_trusted(report: Typed, tmp_path: Path) -> None:
@@ -115,15 +115,15 @@ def test_networks_are_compared_side_by_side(run_verb: Run, tmp_path: Path) -> No
 
 def test_a_report_uses_a_file_of_weights(report: Typed, tmp_path: Path) -> None:
     torch.save(build("lenet", "lenet5", image_size=32).state_dict(), tmp_path / "mine.pt")
-    said = report("+model=lenet", "weights=mine.pt", "layers=none", "effective_images=2")
-    assert "measured       with weights of mine.pt, over 2 crops of china.jpg, flower.jpg" in said
+    output = report("+model=lenet", "weights=mine.pt", "layers=none", "effective_images=2")
+    assert "measured       with weights of mine.pt, over 2 crops of china.jpg, flower.jpg" in output
     report("+model=lenet", "weights=mine.pt", "layers=none", "effective_images=2", "precision=64-true")
     report("+model=lenet", "weights=mine.pt", "layers=all", "effective_images=2", "precision=64-true")
     assert len(list((tmp_path / "reports").glob("lenet5-32-*/report.html"))) == 2  # what differs lies apart
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ((), "no model: add +model=NAME, one of alexnet"),
         (("models=[]",), "a report needs exactly one of +model=NAME, net=FUNCTION, run=FOLDER, models="),
@@ -146,25 +146,27 @@ def test_a_report_uses_a_file_of_weights(report: Typed, tmp_path: Path) -> None:
     ],
 )
 def test_settings_without_a_report_are_refused(
-    report: Typed, tmp_path: Path, words: tuple[str, ...], said: str
+    report: Typed, tmp_path: Path, words: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises((ValueError, OSError, HydraException), match=re.escape(said)):
+    with pytest.raises((ValueError, OSError, HydraException), match=re.escape(message)):
         report(*words)
     assert not list(tmp_path.glob("**/*.html"))
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("models=[resnet,resnt]",), "error: models: resnt is not one of alexnet, coatnet"),
         (("models=[resnet.resnet19]", "effective_images=0"), "did you mean resnet18?"),
     ],
 )
-def test_an_unknown_network_of_a_comparison_is_one_sentence(run_verb: Run, words: tuple[str, ...], said: str) -> None:
+def test_an_unknown_network_of_a_comparison_is_one_sentence(
+    run_verb: Run, words: tuple[str, ...], message: str
+) -> None:
     answer = run_verb("report", *words)
     assert answer.returncode == 1
-    assert said in answer.stderr
+    assert message in answer.stderr
     assert answer.stderr.count("\n") == 1
 
 
@@ -176,8 +178,8 @@ def test_sample_images_are_crops_in_turn_and_reproducible(tmp_path: Path) -> Non
     assert np.array_equal(pixels, sample_images(tmp_path, 4, size=(32, 48)).pixels)
     assert sample_images(tmp_path / "1.jpg", 1, size=(8, 8)).description == "1 crop of 1.jpg"
     assert len({crop.tobytes() for crop in pixels}) == 4
-    whole = np.asarray(Image.open(tmp_path / "0.jpg"))
-    assert abs(pixels[0].mean() - whole.mean()) < 30  # of the first image, and not stretched beyond it
+    photograph = np.asarray(Image.open(tmp_path / "0.jpg"))
+    assert abs(pixels[0].mean() - photograph.mean()) < 30  # of the first image, and not stretched beyond it
 
 
 def test_sample_images_follow_exif_orientation(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.shards.dataset import Dataset, Split
-from pipeline.build.settings import RunSettings, run_settings
+from pipeline.build.settings import RunSettings
 from pipeline.cli.compose import compose
 from pipeline.runs.fingerprint import Fingerprint, fingerprint
 from pipeline.runs.run import open_run
@@ -21,7 +21,7 @@ DATASET = Dataset(
 
 def settings_of(root: Path, *words: str) -> RunSettings:
     config = compose("train", ["+model=resnet", f"runs={root}", *words])
-    return run_settings(config, num_classes=10, weights_sha256=None)
+    return RunSettings(config, num_classes=10, weights_sha256=None)
 
 
 def test_the_same_command_means_the_same_run(tmp_path: Path) -> None:

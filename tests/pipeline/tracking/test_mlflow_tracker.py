@@ -60,9 +60,9 @@ def test_a_resumed_run_logs_only_new_points(tmp_path: Path) -> None:
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("convoy")
     assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id])
+    (tracked,) = client.search_runs([experiment.experiment_id])
     for key in ("train/loss", "val/top1"):
-        assert [point.step for point in client.get_metric_history(found.info.run_id, key)] == [5]
+        assert [point.step for point in client.get_metric_history(tracked.info.run_id, key)] == [5]
 
 
 def test_a_dead_server_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
