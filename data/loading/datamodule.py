@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import pytorch_lightning as pl
 import torch
 
-from data.cores import available_cores
 from data.loading.crops import CropPolicy
 from data.loading.graph import DecodeSettings
 from data.loading.loader import Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, TrainingPlan
 from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
+from data.shards.parallel import available_cores
 
 
 @dataclass(frozen=True)

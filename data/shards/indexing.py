@@ -9,11 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from data.cores import available_cores
 from data.shards import images
 from data.shards.dataset import MANIFEST, SPLITS, Dataset, read_manifest
 from data.shards.index_writer import class_names, index_origin, merge_classes, statistics_shares, write_dataset
-from data.shards.parallel import map_tasks
+from data.shards.parallel import available_cores, map_tasks
 from data.shards.sources import SPLIT_FOLDERS
 from data.shards.tars import ShardRows, SkippedSample, TarTask, read_shard
 

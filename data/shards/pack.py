@@ -11,11 +11,10 @@ import numpy as np
 import webdataset as wds
 
 from data import draws
-from data.cores import available_cores
 from data.shards import images
 from data.shards.dataset import SPLITS, Dataset, read_manifest
 from data.shards.index_writer import statistics_shares, write_dataset
-from data.shards.parallel import map_tasks
+from data.shards.parallel import available_cores, map_tasks
 from data.shards.sources import Item, Source
 from data.shards.tars import ShardRows, SkippedSample, TarTask, read_shard
 

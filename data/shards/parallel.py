@@ -1,10 +1,12 @@
-"""Run a function over many tasks in parallel, with a progress bar on a terminal and progress lines elsewhere."""
+"""Run a function over many tasks in several processes, with a progress bar on a terminal, progress lines elsewhere."""
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -13,7 +15,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as mounted inside a container
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def available_cores() -> int:
+    """Return the number of usable cores: taskset, Slurm and container limits can make it smaller than the machine's."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = CPU_QUOTA.read_text().split()  # microseconds of CPU per microseconds of time, or "max"
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def map_tasks(

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from models.analysis.cost import PRECISIONS, TrainingMemory
 from models.analysis.effective_field import EffectiveField
 from models.analysis.gradient_extent import FieldComparison
@@ -46,6 +49,7 @@ class Report:
     precision: str
     effective: EffectiveField | None = None  # None if not requested
     measured_with: str = ""  # the weights and images of the effective field
+    sample_image: NDArray[np.uint8] | None = None  # one of these images, (H, W, 3)
     comparisons: Sequence[FieldComparison] | None = None  # None if not requested
     warnings: Sequence[str] = ()
 

@@ -52,7 +52,7 @@ def lifecycle(summary: NetworkSummary) -> list[StageSummary]:
     """The input, the end of every stage, the pooled features and the logits of a network."""
     pixel = ReceptiveField(1, 1.0, 0)
     ends = {name: layers[-1] for name, layers in summary.stages.items() if len(layers[-1].shape) == 3}
-    maps = [name for name, one in ends.items() if one.has_local_field or not one.is_global or one.shape[1:] != (1, 1)]
+    maps = [name for name, one in ends.items() if one.local_size or not one.is_global or one.shape[1:] != (1, 1)]
     stages = [StageSummary("input", summary.image_shape, "raw pixel intensities", pixel, pixel)]
     for name, layer in ends.items():
         meaning = IMAGE_SUMMARY
@@ -75,4 +75,4 @@ def _head(layers: list[LayerSummary]) -> list[StageSummary]:
 def _differing_sketch(layer: LayerSummary) -> Sketch | None:
     found = (layer.shape, layer.rows.size)
     sketches = (one for one in SKETCHES if one.stage == layer.stage and (one.shape, one.field) != found)
-    return next(sketches, None) if layer.has_local_field else None
+    return next(sketches, None) if layer.local_size else None

@@ -51,11 +51,6 @@ class LayerSummary:
         return self.name or f"{self.kind} of {NETWORK_ITSELF}"
 
     @property
-    def has_local_field(self) -> bool:
-        """Whether a path of convolutions and poolings leads here along both axes."""
-        return self.local_size is not None
-
-    @property
     def local_size(self) -> Pixels | None:
         """Sides of the local receptive field; None without one along both axes."""
         rows, columns = self.rows.size, self.columns.size
@@ -101,7 +96,7 @@ class NetworkSummary:
     def last_local_layer(self) -> LayerSummary | None:
         """The last layer with a local receptive field, which is that of the network; None if any field is unknown."""
         known = self.layers if self.unknown is None else []
-        return next((layer for layer in reversed(known) if layer.has_local_field), None)
+        return next((layer for layer in reversed(known) if layer.local_size), None)
 
     @property
     def first_global_layer(self) -> LayerSummary | None:
@@ -181,11 +176,11 @@ def _layer(
 
 def _staged_by_size(layers: Sequence[LayerSummary]) -> list[LayerSummary]:
     """Layers of a network without named stages: its outermost modules, split where their maps change size."""
-    maps = [(layer.stage, layer.shape[1:]) for layer in layers if layer.has_local_field and len(layer.shape) == 3]
+    maps = [(layer.stage, layer.shape[1:]) for layer in layers if layer.local_size and len(layer.shape) == 3]
     num_sizes = Counter(stage for stage, _ in set(maps))
     current, staged = dict(reversed(maps)), []
     for layer in layers:
-        if layer.has_local_field and len(layer.shape) == 3:
+        if layer.local_size and len(layer.shape) == 3:
             current[layer.stage] = layer.shape[1:]
         suffix = f" at {'x'.join(map(str, current[layer.stage]))}" if num_sizes[layer.stage] > 1 else ""
         staged.append(replace(layer, stage=(layer.stage or NETWORK_ITSELF) + suffix))

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from numpy.typing import NDArray
 
 from models.analysis.effective_field import EffectiveField
 from models.analysis.report import EFFECTIVE_SHARE, Report
@@ -34,12 +32,11 @@ FILTERS = {
 }
 
 
-def render_report(report: Report, *, sample_image: NDArray[np.uint8] | None = None) -> str:
-    """Make the page of one network; the sample image, (H, W, 3) as the field, lies under it. Raises: ValueError."""
-    summary, field = report.summary, report.effective
-    heat = field and _heat_map(field, summary, sample_image=sample_image)
+def render_report(report: Report) -> str:
+    """Make the page of one network. Raises: ValueError for a sample image of another size than the field."""
+    heat = report.effective and _heat_map(report.effective, report)
     page = _template("report.html")
-    return page.render(report=report, depth=_depth_chart(summary), heat=heat, effective_share=EFFECTIVE_SHARE)
+    return page.render(report=report, depth=_depth_chart(report.summary), heat=heat, effective_share=EFFECTIVE_SHARE)
 
 
 def render_comparison(reports: Sequence[Report], *, images_per_second: Sequence[float]) -> str:
@@ -76,17 +73,15 @@ def _depth_chart(summary: NetworkSummary) -> dict[str, object] | None:
     }
 
 
-def _heat_map(
-    field: EffectiveField, summary: NetworkSummary, *, sample_image: NDArray[np.uint8] | None
-) -> dict[str, object]:
+def _heat_map(field: EffectiveField, report: Report) -> dict[str, object]:
     """The heat map, with a frame for each square of the field and for the receptive field of its layer."""
-    sizes = [layer.local_size for layer in summary.layers if layer.name == field.layer and layer.local_size]
+    sizes = [layer.local_size for layer in report.summary.layers if layer.name == field.layer and layer.local_size]
     pen = max(field.energy.shape) / 224  # px of the image, the unit of the lines' width
     frames = [{"class": "field", **_frame(field, size, inset=1.5 * pen)} for size in sizes[-1:]]
     for place, side in enumerate(field.sides.values()):
         frames.append({"class": f"dash{place}", **_frame(field, Pixels(side, side), inset=4.5 * pen)})
     return {
-        "png": heat_map(field.energy.numpy(), sample_image),
+        "png": heat_map(field.energy.numpy(), report.sample_image),
         "shape": tuple(field.energy.shape),
         "layer": field.layer or NETWORK_ITSELF,
         "field": sizes[-1] if sizes else None,

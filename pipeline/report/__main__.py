@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from pipeline.cli.errors import ConfigError
-from pipeline.cli.run import run_verb
+from pipeline.cli.run import fast_imports, run_verb
 from pipeline.cli.verb import Verb
 
 if TYPE_CHECKING:
     from models.analysis.report import Report
-    from pipeline.report.sample_images import SampleImages
     from pipeline.report.target import Target
 
 VERB = Verb(
@@ -61,33 +60,34 @@ def _check_values(config: DictConfig) -> None:
 
 def report_one(config: DictConfig) -> None:
     """Report on one network."""
-    from pipeline.cli.console import table_console
-    from pipeline.report.measure import writable_folder, write_report
-    from pipeline.report.target import output_folder, target_of
-    from pipeline.report.terminal import print_report
+    with fast_imports():
+        from pipeline.cli.console import table_console
+        from pipeline.report.measure import writable_folder, write_report
+        from pipeline.report.target import output_folder, target_of
+        from pipeline.report.terminal import print_report
 
     target = target_of(config)
     folder = writable_folder(output_folder(config, f"{target.name}-{target.image_shape[-1]}"))
-    samples = _samples_for(config, target)
-    report = _measure(config, target, samples=samples)
-    files = write_report(report, folder, sample_image=None if samples is None else samples.pixels[0])
+    report = _measure(config, target)
+    files = write_report(report, folder)
     console = table_console()
     print_report(console, report, layers=config.layers)
     console.print(f"wrote {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
 
 def _compare(config: DictConfig) -> None:
-    from hydra.core.hydra_config import HydraConfig
+    with fast_imports():
+        from hydra.core.hydra_config import HydraConfig
 
-    from pipeline.cli.console import table_console
-    from pipeline.report.measure import measure_speed, writable_folder, write_comparison
-    from pipeline.report.target import output_folder, target_named
-    from pipeline.report.terminal import print_comparison
+        from pipeline.cli.console import table_console
+        from pipeline.report.measure import measure_speed, writable_folder, write_comparison
+        from pipeline.report.target import output_folder, target_named
+        from pipeline.report.terminal import print_comparison
 
     overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith("models=")]
     targets = [target_named(str(name), overrides) for name in config.models]
     folder = writable_folder(output_folder(config, "comparison"))
-    reports = [_measure(config, target, samples=_samples_for(config, target)) for target in targets]
+    reports = [_measure(config, target) for target in targets]
     with _status(f"images/s of {len(reports)} networks"):
         nets, shapes = [target.load() for target in targets], [target.image_shape for target in targets]
         speeds = measure_speed(nets, shapes, batch_size=targets[0].training.batch_size)
@@ -97,18 +97,12 @@ def _compare(config: DictConfig) -> None:
     console.print(f"wrote {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
 
-def _samples_for(config: DictConfig, target: Target) -> SampleImages | None:
+def _measure(config: DictConfig, target: Target) -> Report:
+    from pipeline.report.measure import check_with_gradient, measure_effective_field, measure_network
     from pipeline.report.sample_images import sample_images
 
-    if not config.effective_images:
-        return None
-    source = None if config.photographs is None else Path(str(config.photographs))
-    return sample_images(source, config.effective_images, size=target.image_shape[1:])
-
-
-def _measure(config: DictConfig, target: Target, *, samples: SampleImages | None) -> Report:
-    from pipeline.report.measure import check_with_gradient, measure_effective_field, measure_network
-
+    source, count = None if config.photographs is None else Path(str(config.photographs)), config.effective_images
+    samples = sample_images(source, count, size=target.image_shape[1:]) if count else None
     with _status(f"{target.name}: layers"):
         report = measure_network(target.skeleton, target.name, image_shape=target.image_shape, training=target.training)
     if config.check:

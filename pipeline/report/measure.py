@@ -9,11 +9,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.analysis.axes import UnknownReceptiveField
@@ -82,7 +80,8 @@ def measure_effective_field(report: Report, net: nn.Module, *, samples: SampleIm
         return replace(report, warnings=[*report.warnings, f"effective field not measured: {error}"])
     warnings = [*report.warnings, *field_warnings(field, report.summary)]
     weights = weights or ("newly initialised weights" if fresh else "the weights it is built with")
-    return replace(report, effective=field, measured_with=f"{weights}, over {samples.description}", warnings=warnings)
+    measured_with, image = f"{weights}, over {samples.description}", samples.pixels[0]
+    return replace(report, effective=field, measured_with=measured_with, sample_image=image, warnings=warnings)
 
 
 @torch.inference_mode()
@@ -108,11 +107,11 @@ def writable_folder(folder: Path) -> Path:
     return folder
 
 
-def write_report(report: Report, folder: Path, *, sample_image: NDArray[np.uint8] | None = None) -> list[Path]:
+def write_report(report: Report, folder: Path) -> list[Path]:
     """Write the page, its numbers as JSON, and the layers as JSON and Parquet; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     page, numbers = folder / "report.html", folder / "report.json"
-    page.write_text(render_report(report, sample_image=sample_image), encoding="utf-8")
+    page.write_text(render_report(report), encoding="utf-8")
     numbers.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
     return [page, numbers, *_write_table(report.layer_table(), folder / LAYER_TABLE, types=LAYER_COLUMNS)]
 

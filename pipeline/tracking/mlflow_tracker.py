@@ -115,11 +115,8 @@ class MLflowTracker(Tracker):
     def _log_parameters(self, run_id: str, parameters: Mapping[str, object]) -> None:
         from mlflow.entities import Param
 
-        params = [Param(key, as_override(value)[:MAX_PARAMETER_LENGTH]) for key, value in parameters.items()]
+        # As typed on the command line: null, true, 0.1, [0.08, 1.0].
+        words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in parameters.items()}
+        params = [Param(key, value[:MAX_PARAMETER_LENGTH]) for key, value in words.items()]
         for start in range(0, len(params), PARAMETERS_PER_REQUEST):
             self._client.log_batch(run_id, params=params[start : start + PARAMETERS_PER_REQUEST])
-
-
-def as_override(value: object) -> str:
-    """Return a value as it is typed on the command line: null, true, 0.1, [0.08, 1.0]; strings stay as they are."""
-    return value if isinstance(value, str) else json.dumps(value)

@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from pipeline.cli.run import run_verb
+from pipeline.cli.run import fast_imports, run_verb
 from pipeline.cli.verb import Verb
 
 VERB = Verb(
@@ -27,9 +27,10 @@ def main(config: DictConfig) -> None:
 
     Imports wait until here, so that --help and a wrong key are answered before torch and Lightning have loaded.
     """
-    from pipeline.build import data, network, trainer
-    from pipeline.train import fit, weights
-    from pipeline.train.job import build_job
+    with fast_imports():
+        from pipeline.build import data, network, trainer
+        from pipeline.train import fit, weights
+        from pipeline.train.job import build_job
 
     fit.prepare_process(config.seed)
     recipe = network.build_recipe(config)

@@ -1,8 +1,5 @@
 """The report of a training's network on the dashboard: receptive field, cost, effective field at the start."""
 
-import numpy as np
-from numpy.typing import NDArray
-
 from models.analysis.report import Report
 from pipeline.cli.console import main_console, print_facts
 from pipeline.report.measure import (
@@ -23,27 +20,24 @@ MAX_ACTIVATION_BYTES = 2 * 2**30  # of one image, up to which the effective fiel
 def log_network_report(job: Job, *, precision: str) -> None:
     """Write the report to the run's folder and send it to the dashboard; a failing report does not end the training."""
     try:
-        report, image = measure(job, precision=precision)
+        report = measure(job, precision=precision)
     except ValueError as error:
         main_console().print(f"no report: {error}", highlight=False, markup=False, soft_wrap=True)
         job.tracker.log({"params_millions": job.num_parameters / 1e6}, 0)
         return
     job.tracker.log(report.facts, 0)
-    job.tracker.log_file(write_report(report, job.run.folder / RECEPTIVE_FIELD, sample_image=image)[0], RECEPTIVE_FIELD)
+    job.tracker.log_file(write_report(report, job.run.folder / RECEPTIVE_FIELD)[0], RECEPTIVE_FIELD)
     job.tracker.log_table(report.layer_table(), f"{RECEPTIVE_FIELD}/{LAYER_TABLE}")
 
 
-def measure(job: Job, *, precision: str) -> tuple[Report, NDArray[np.uint8] | None]:
-    """Report on the network with its initial weights; also return the sample image under the effective field.
-
-    Raises: ValueError for a network that cannot be traced.
-    """
+def measure(job: Job, *, precision: str) -> Report:
+    """Report on the network with its initial weights. Raises: ValueError for a network that cannot be traced."""
     net, size, file = job.module.net, job.data.training_crop.image_size, job.initial_weights.file
     training = TrainingSettings(job.data.settings.batch_size, precision, job.module.recipe.optimizer)
     report = measure_network(net, job.settings.network, image_shape=(3, size, size), training=training)
     if report.memory.activations > MAX_ACTIVATION_BYTES * report.batch_size:
         print_facts(main_console(), {"report": "without the effective field, which would need gigabytes here"})
-        return report, None
+        return report
     samples = sample_images(None, NUM_SAMPLE_IMAGES, size=(size, size))
     weights = None if file is None else f"weights of {file}"
-    return measure_effective_field(report, net, samples=samples, weights=weights), samples.pixels[0]
+    return measure_effective_field(report, net, samples=samples, weights=weights)

@@ -12,11 +12,11 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from data.cores import available_cores
 from data.shards import sources
 from data.shards.dataset import Dataset
 from data.shards.images import UnreadableImage
 from data.shards.pack import Packed, pack
+from data.shards.parallel import available_cores
 from tests.support.images import make_folder, make_jpeg
 
 
@@ -187,7 +187,7 @@ def test_an_invalid_resize_is_rejected(tmp_path: Path, resize: object) -> None:
 
 def test_available_cores_respect_the_quota_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quota = tmp_path / "cpu.max"
-    monkeypatch.setattr("data.cores.CPU_QUOTA", quota)
+    monkeypatch.setattr("data.shards.parallel.CPU_QUOTA", quota)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
     assert available_cores() == 8
     for text, cores in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)):

@@ -285,7 +285,7 @@ def test_effective_fields_lie_inside_local_fields(row: Published) -> None:
 
 def last_inside(layers: list[LayerSummary], net: nn.Module, *, limit: int) -> LayerSummary:
     """The last layer with a local field of at most `limit` pixels and no global one."""
-    last = {layer.name: layer for layer in layers if layer.has_local_field and len(layer.shape) == 3}
+    last = {layer.name: layer for layer in layers if layer.local_size and len(layer.shape) == 3}
     local = [one for one in last.values() if not one.is_global and not any(net.get_submodule(one.name).children())]
     return [one for one in local if 1 < one.rows.size <= limit][-1]
 

@@ -50,7 +50,7 @@ def lines(report: Report) -> Iterator[str]:
 
 
 def layer_line(layer: LayerSummary) -> str:
-    place = f"{layer.rows.stride:g} | {layer.rows.offset:g}" if layer.has_local_field else "- | -"
+    place = f"{layer.rows.stride:g} | {layer.rows.offset:g}" if layer.local_size else "- | -"
     cost = f"{layer.separable_cost:.5f}" if layer.separable_cost else "-"
     counts = f"{shape_words(layer.shape)} | {layer.num_parameters:,} | {layer.macs:,}"
     field = field_words(layer.rows, layer.columns)

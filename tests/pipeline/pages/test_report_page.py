@@ -116,7 +116,7 @@ def report(variant: str) -> Report:
 
 @lru_cache
 def resnet18() -> Page:
-    return Page(render_report(report("resnet18"), sample_image=sample_image(224)))
+    return Page(render_report(replace(report("resnet18"), sample_image=sample_image(224))))
 
 
 def sample_image(side: int) -> np.ndarray:
@@ -226,7 +226,7 @@ def test_a_page_of_many_layers_is_light() -> None:
     summary = report("coatnet_0").summary
     large = replace(summary, layers=(summary.layers * 4)[:750])
     assert len(large.layers) == 750
-    page = render_report(replace(report("coatnet_0"), summary=large), sample_image=sample_image(224))
+    page = render_report(replace(report("coatnet_0"), summary=large, sample_image=sample_image(224)))
     assert len(page.encode()) < 1_000_000
 
 
@@ -264,7 +264,7 @@ def test_a_network_without_parameters_has_a_page() -> None:
 
 def test_a_sample_image_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(32, 32, 3\).*\(224, 224\)"):
-        render_report(report("resnet18"), sample_image=sample_image(32))
+        render_report(replace(report("resnet18"), sample_image=sample_image(32)))
 
 
 def test_a_comparison_has_all_networks() -> None:
