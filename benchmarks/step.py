@@ -25,15 +25,22 @@ from torch.nn import functional
 
 from data.loading.loader import Batch
 from models.learning.classifier import Classifier
-from models.learning.recipe import Recipe, warmup_cosine
+from models.learning.recipe import warmup_cosine
 from models.residual import resnet
+from pipeline.build.network import build_recipe
 from pipeline.build.trainer import choose_precision
+from pipeline.cli.compose import compose
 from pipeline.runs.run import Run
 from pipeline.train.fit import prepare_process
 from pipeline.train.progress import ProgressCallback
 from pipeline.train.seeding import SeedEachBatch
 
 WARMUP_STEPS = 10
+# The recipe of `train`; `optimizer` and `schedule` are the same without configs.
+RECIPE = (
+    *("+model=resnet", "loss=cross_entropy", "recipe.epochs=1"),
+    *("recipe.optimizer.lr=0.01", "recipe.schedule.warmup_epochs=0.1"),
+)
 
 
 def resnet18() -> nn.Module:
@@ -94,7 +101,8 @@ class Clock(pl.Callback):
 
 def ours(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) -> list[tuple[float, float]]:
     """Wall and CPU time at the two marks of the training loop of `train`."""
-    module = Classifier(net, num_classes=10, recipe=Recipe(1, optimizer, schedule))
+    recipe = build_recipe(compose("train", RECIPE))
+    module = Classifier(net, num_classes=10, recipe=recipe)
     with tempfile.TemporaryDirectory() as folder:
         run = Run("benchmark", Path(folder))
         progress = QuietProgress(Console(quiet=True), run.journal.record, log_every=batches.log_every, num_epochs=1)
@@ -141,12 +149,12 @@ def bare(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
 
 
 def optimizer(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-    """The recipe's SGD."""
+    """SGD as in `RECIPE`."""
     return torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
 def schedule(step: int, *, steps_per_epoch: int, num_steps: int) -> float:
-    """The recipe's schedule."""
+    """The cosine of `RECIPE`."""
     return warmup_cosine(step, steps_per_epoch=steps_per_epoch, num_steps=num_steps, warmup_epochs=0.1)
 
 

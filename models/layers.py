@@ -109,7 +109,7 @@ class StochasticDepth(nn.Module):
 class ResidualBlock(nn.Module):
     """Base of every block that adds its result to its input; TypeError for a class without the two declarations."""
 
-    last_norm: ClassVar[str | None]  # name in the block of the batch norm whose scale `ResidualClassifier` zeroes
+    last_norm: ClassVar[str | None]  # name in the block of the batch norm whose scale starts at zero
     no_decay: ClassVar[tuple[str, ...]]  # kernels and matrices without weight decay; any other module may declare it
 
     def __init_subclass__(cls) -> None:
@@ -182,7 +182,7 @@ def undecayed_parameters(net: nn.Module) -> set[nn.Parameter]:
 
 
 def spread_stochastic_depth(net: nn.Module, rate: float) -> None:
-    """Let the rate rise linearly from 0, as torchvision, timm and ConvNeXt; Huang et al. 2016 start at 1 / L of it."""
+    """Assign rates that rise linearly from 0, as in torchvision, timm and ConvNeXt; Huang et al. start at 1 / L."""
     depths = [layer for layer in net.modules() if isinstance(layer, StochasticDepth)]
     for position, depth in enumerate(depths):
         depth.rate = rate * position / max(1, len(depths) - 1)

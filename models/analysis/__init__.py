@@ -1,1 +1,1 @@
-"""What a network computes: operations, receptive fields, cost, stages, and the report that collects them."""
+"""Analysis of a network: operations, receptive fields, cost, stages, and the report that collects them."""

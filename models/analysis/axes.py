@@ -39,7 +39,7 @@ Dims = tuple[tuple[Factor, ...], ...]
 
 @dataclass(frozen=True)
 class AxisField:
-    """Which pixels the positions along the rows or columns of a map read."""
+    """The pixels that the positions along the rows or columns of a map read."""
 
     local: Intervals | None  # of the paths made of kernels, None without such a path
     image_side: int
@@ -56,13 +56,15 @@ class AxisField:
     def made_global(self, name: str) -> Self:
         """The field after a reduction over all positions, which must read the image up to less than a stride."""
         if self.local is not None and max(self.unread) >= self.local.stride:
-            raise UnknownReceptiveField(f"it uses {self.size} {name}, which do not cover the image, as the entire axis")
+            raise UnknownReceptiveField(f"it treats {self.size} {name} that do not cover the image as the entire axis")
         return replace(self, local=None, is_global=True)
 
     def _unread_after(self, pattern: TapPattern, size: int) -> tuple[int, int]:
         """Pixels left out after an operation; padding brings none back."""
+        if self.local is None:
+            return self.unread
         read = {tap for output in range(size) for tap in pattern.taps(output) if 0 <= tap < self.size}
-        if self.local is None or {0, self.size - 1} <= read:
+        if {0, self.size - 1} <= read:
             return self.unread
         ends = (min(read), max(read)) if read else ()
         first, last = hull(map(self.local.at, ends)) or (self.image_side, -1)
@@ -87,11 +89,6 @@ class TensorAxes:
         """Whether some path made of kernels leads here from the image along both axes."""
         return all(field.local is not None for field in self.fields)
 
-    @property
-    def is_global(self) -> bool:
-        """Whether each position depends on the entire image."""
-        return all(field.is_global for field in self.fields)
-
     def axis_of(self, dim: int) -> int | None:
         """The axis of a dimension that holds nothing else, None without one."""
         on_axes = [factor for factor in self.dims[dim] if factor.axis is not None]
@@ -106,7 +103,7 @@ class TensorAxes:
         return replace(self, dims=tuple(tuple(dim) for dim in dims))
 
     def along(self, dim: int, pattern: TapPattern, *, size: int) -> Self:
-        """After an operation that reads a dimension by this pattern and leaves `size` entries of it."""
+        """The axes after an operation that reads a dimension by this pattern and leaves `size` entries of it."""
         axis, dims, fields = self.axis_of(dim), list(self.dims), list(self.fields)
         if axis is None and size < self.shape[dim] and self.is_mixed:
             raise UnknownReceptiveField("it selects channels of concatenated branches")
@@ -117,7 +114,7 @@ class TensorAxes:
         return replace(self, dims=tuple(dims), fields=(fields[ROWS], fields[COLUMNS]), is_mixed=is_mixed)
 
     def viewed(self, shape: Sequence[int]) -> Self:
-        """After a view of this shape, which must not split rows or columns."""
+        """The axes after a view of this shape, which must not split rows or columns."""
         factors = deque(factor for dim in self.dims for factor in dim if factor.size > 1 or factor.axis is not None)
         dims = [_take(factors, size) for size in shape]
         if any(factor.size > 1 for factor in factors):
@@ -125,7 +122,7 @@ class TensorAxes:
         return self.rearranged([*dims[:-1], [*dims[-1], *factors]] if dims else [])
 
     def made_global(self, dims: Iterable[int]) -> Self:
-        """After an operation in which each position depends on all along some dimensions; single ones stay local."""
+        """The axes after an operation that makes each position depend on all others along some dimensions."""
         fields = list(self.fields)
         for size, axis in (factor for dim in dims for factor in self.dims[dim]):
             if axis is not None and size > 1:
@@ -133,7 +130,7 @@ class TensorAxes:
         return replace(self, fields=(fields[ROWS], fields[COLUMNS]))
 
     def normalized(self, dims: Iterable[int]) -> Self:
-        """After a norm with statistics over some dimensions, which makes fields global and keeps local ones."""
+        """The axes after a norm with statistics over some dimensions: fields become global, local ones stay too."""
         fields = zip(self.fields, self.made_global(dims).fields, strict=True)
         rows, columns = (replace(field, is_global=statistic.is_global) for field, statistic in fields)
         return replace(self, fields=(rows, columns))
@@ -151,9 +148,9 @@ def image_axes(shape: Sequence[int]) -> TensorAxes:
 
 
 def meet(tensors: Sequence[TensorAxes], dims: Dims, *, concatenated: bool = False) -> TensorAxes:
-    """Several tensors combined into one with these dimensions, entry by entry or concatenated.
+    """Combine tensors, elementwise or by concatenation, into one with these dimensions.
 
-    A tensor with one position where others have many acts on all of them, so it must read the entire axis.
+    A tensor with one position on an axis where others have many is broadcast, so it must read the entire axis.
     """
     map_axes = [factor.axis for dim in dims for factor in dim if factor.is_map]
     if len(map_axes) > len(set(map_axes)):
@@ -165,7 +162,7 @@ def meet(tensors: Sequence[TensorAxes], dims: Dims, *, concatenated: bool = Fals
 
 
 def broadcast(tensors: Sequence[TensorAxes], shape: Sequence[int], *, concatenated: bool = False) -> TensorAxes:
-    """Several tensors broadcast to one shape, and then combined by `meet`."""
+    """Broadcast tensors to one shape and combine them by `meet`."""
     dims: list[tuple[Factor, ...]] = []
     for back, size in enumerate(shape, start=-len(shape)):
         groups = [tensor.dims[back] for tensor in tensors if len(tensor.dims) >= -back]

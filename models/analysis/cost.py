@@ -21,7 +21,7 @@ OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # ta
 
 
 class Precision(NamedTuple):
-    """The types in which weights are stored and computed with."""
+    """The types in which weights are stored and computations run."""
 
     stored: torch.dtype
     computed: torch.dtype

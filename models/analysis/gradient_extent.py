@@ -120,7 +120,7 @@ class LinearNetwork:
         return list(result) if isinstance(result, list | tuple) else [result] * len(operation.outputs)
 
     def _value(self, tensor: Tensor) -> Tensor:
-        """Of weights equal ones that sum to 1 over input channels, so that no value overflows or vanishes in depth."""
+        """The recorded value of a tensor; weights are equal, with sum 1 over input channels: nothing overflows."""
         value = 1 / tensor.shape[1] if tensor.ndim == 4 else 1.0
         weights = torch.full((1,) * tensor.ndim, value, dtype=torch.float64).expand(tensor.shape)
         return self._values.get(id(tensor), weights)

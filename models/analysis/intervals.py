@@ -1,7 +1,7 @@
 """Receptive fields along one axis in exact arithmetic: the interval of pixels that each position of a map reads.
 
-For layers in a row this is the recurrence r_l = r_{l-1} + (K_l - 1) j_{l-1}, j_l = j_{l-1} S_l. Intervals keep their
-place, to join branches, and may have a period, since neighbouring outputs of a resizing read differently.
+For layers in a row this is the recurrence r_l = r_{l-1} + (K_l - 1) j_{l-1}, j_l = j_{l-1} S_l. Intervals are
+absolute, so that branches can be joined; after a resize, where neighbouring outputs differ, they have a period.
 """
 
 import math

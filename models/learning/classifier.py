@@ -1,6 +1,6 @@
 """The base Lightning module: one training and evaluation step for every network."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from models.layers import batch_norms, set_batch_norm, undecayed_parameters
+from models.layers import batch_norms, set_batch_norm, undecayed_parameters, zero_last_norms
 from models.learning.losses import Loss, cross_entropy
 from models.learning.metrics import TrainingMetricAccumulator
 from models.learning.recipe import Recipe
 
 
 class Classifier(pl.LightningModule):
-    """A network with the loss, optimizer and schedule of a recipe, and top-1 and top-5 accuracy."""
+    """A network with the loss, optimizer and schedule of a recipe, and top-1 and top-5 accuracy.
 
-    default_recipe: ClassVar[str] = "sgd"  # in conf/recipe/; a network's own config may refine it
+    Residual blocks start as the identity, with a last norm of zero (Goyal et al. 2017, section 5.1).
+    """
 
     def __init__(self, net: nn.Module, *, num_classes: int, recipe: Recipe) -> None:
         super().__init__()
@@ -26,6 +27,7 @@ class Classifier(pl.LightningModule):
         self.recipe = recipe
         self.top_k = 5 if num_classes > 5 else 1
         self.initialize()
+        zero_last_norms(self.net)
         self.training_metrics = TrainingMetricAccumulator(self.top_k)
         self.evaluated_images = 0  # on all ranks, in the last evaluation
         self.val_images = SumMetric().set_dtype(torch.float64)

@@ -1,11 +1,10 @@
-"""One classifier per family of architectures: its initial weights and its default recipe."""
+"""One classifier per family of architectures, with its initial weights."""
 
 import math
 
 from torch import nn
 
 from models.attention import RelativeBias
-from models.layers import zero_last_norms
 from models.learning.classifier import Classifier
 
 
@@ -21,8 +20,6 @@ class SequentialClassifier(Classifier):
     keeps the 0.01 of Krizhevsky et al. 2012, section 5. Their biases of 1, which feed ReLU early, are not needed.
     """
 
-    default_recipe = "sgd_step"
-
     def initialize(self) -> None:
         """Draw kernels and matrices, zero the biases."""
         layers = [layer for layer in self.net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
@@ -33,17 +30,13 @@ class SequentialClassifier(Classifier):
 
 
 class ResidualClassifier(Classifier):
-    """Residual networks: He initialisation, and blocks that start as the identity.
-
-    He, Zhang, Ren & Sun 2015, by fan-out as in torchvision. The zero last norm is Goyal et al. 2017, section 5.1.
-    """
+    """Residual networks: the initialisation of He, Zhang, Ren & Sun 2015, by fan-out as in torchvision."""
 
     def initialize(self) -> None:
-        """Draw the kernels, zero the last scale of every block."""
+        """Draw the kernels."""
         for layer in self.net.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        zero_last_norms(self.net)
 
 
 class SeparableClassifier(Classifier):
@@ -52,8 +45,6 @@ class SeparableClassifier(Classifier):
     Kernels are N(0, 2 / fan-out), where the fan-out of a depthwise one is K^2, not C K^2; matrices U(-1, 1) / sqrt(K).
     Biases and depthwise kernels decay in that code; here they do not (Howard et al. 2017, section 3.2).
     """
-
-    default_recipe = "rmsprop"
 
     def initialize(self) -> None:
         """Draw kernels and matrices, zero the biases."""
@@ -72,13 +63,11 @@ class AttentionClassifier(Classifier):
     Their table 5 has 0.2, a misprint. Dai et al. 2021 do not state theirs.
     """
 
-    default_recipe = "adamw"
-
     def initialize(self) -> None:
         """Draw kernels, matrices and tables, zero the biases."""
         for layer in self.net.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)  # cut at 2, a hundred deviations, as in that code
+                nn.init.trunc_normal_(layer.weight, std=0.02)  # truncated at a hundred deviations, as in that code
                 _zero_bias(layer)
             elif isinstance(layer, RelativeBias):
                 nn.init.trunc_normal_(layer.table, std=0.02)

@@ -16,7 +16,7 @@ from models.learning.losses import Loss, cross_entropy
 
 
 class Schedule(Protocol):
-    """From the optimizer step to a factor on the learning rate."""
+    """From the optimizer step to a factor on the learning rate. Each has a `warmup_epochs`, which configs may set."""
 
     def __call__(self, step: int, *, steps_per_epoch: int, num_steps: int) -> float:
         """The factor at `step`, counted from 0, of `num_steps`."""

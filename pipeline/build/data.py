@@ -16,7 +16,8 @@ from pipeline.build.source import pack_once
 from pipeline.cli.console import print_skipped
 from pipeline.cli.errors import config_keys_in_errors, with_config_keys
 
-LOADER_KEYS = {name: f"data.{name}" for name in ("batch_size", "shuffle_window", "readahead", "threads")}
+LOADER_OPTIONS = ("batch_size", "shuffle_window", "readahead", "threads")
+LOADER_KEYS = {name: f"data.{name}" for name in LOADER_OPTIONS} | {"accumulate": "recipe.accumulate"}
 DATASET_KEYS = {"root": "data.root", "folder": "data.index", "label_field": "data.label_field"}
 
 
@@ -73,6 +74,6 @@ def build_data(config: DictConfig, *, accumulate: int) -> ShardData:
         build_object(config, f"augment.{name}", kind=CropPolicy) for name in ("training", "evaluation")
     )
     with config_keys_in_errors(LOADER_KEYS):
-        own = {name: getattr(data, name) for name in LOADER_KEYS}
+        own = {name: getattr(data, name) for name in LOADER_OPTIONS}
         settings = LoaderSettings(seed=config.seed, accumulate=accumulate, **own)
     return ShardData(data.open_dataset(), training_crop=training, evaluation_crop=evaluation, settings=settings)

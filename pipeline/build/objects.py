@@ -25,7 +25,9 @@ def build_object(config: DictConfig, key: str, *, kind: type[Kind], **given: obj
             built = built(**given) if given else built
         except (InstantiationException, TypeError) as error:
             cause = root_cause(error)
-            raise (cause if isinstance(cause, ValueError | OSError) else ValueError(f"{key}: {cause}")) from error
+            if isinstance(cause, ValueError | OSError):
+                raise cause from None  # `from error` would make a cycle of causes
+            raise ValueError(f"{key}: {cause}") from error
     if not isinstance(built, kind):
         raise ValueError(f"{key}._target_={node._target_} returns {type(built).__name__}, not {kind.__name__}")
     return built

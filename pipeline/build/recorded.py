@@ -12,7 +12,7 @@ from pipeline.build.objects import build_object
 from pipeline.cli.check import check_targets
 
 # A run's folder may come from someone else, so fewer targets are trusted than on the command line.
-TRUSTED = ("models.", "torch.nn.functional.", "torch.optim.", "torchvision.models.")
+TRUSTED = ("models.", "pipeline.build.data.", "torch.nn.functional.", "torch.optim.", "torchvision.models.")
 
 
 class RecordedConfig:
@@ -26,9 +26,9 @@ class RecordedConfig:
         config = OmegaConf.load(path)
         if not isinstance(config, DictConfig):
             raise ValueError(f"{path} is not the config of a training")
-        self._config, self._network = config, OmegaConf.masked_copy(config, ["model", "recipe"])
+        self._config = OmegaConf.masked_copy(config, ["model", "recipe", "data"])
         if not trust:
-            check_targets(self._network, trusted=TRUSTED)
+            check_targets(self._config, trusted=TRUSTED)
         self.network = network_name(config)
         self.image_size: int = config.data.image_size
         self.in_channels: int = config.model.get("in_channels", 3)
@@ -37,11 +37,11 @@ class RecordedConfig:
 
     def build_network(self) -> nn.Module:
         """Build the network, without the run's weights. Raises: ValueError."""
-        return build_network(self._network)
+        return build_network(self._config)
 
     def build_recipe(self) -> Recipe:
         """Build the recipe. Raises: ValueError."""
-        return build_recipe(self._network)
+        return build_recipe(self._config)
 
     def open_dataset(self) -> Dataset:
         """Open the data set. Raises: FileNotFoundError, ValueError."""

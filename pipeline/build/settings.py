@@ -1,4 +1,4 @@
-"""Which values of a config decide the result of a run: those in its name, in its fingerprint, and in its record."""
+"""The values of a config that decide the result of a run: its name, its fingerprint and its record."""
 
 from pathlib import Path
 
@@ -54,7 +54,11 @@ class RunSettings:
 
 
 def _without_location(key: str, value: object) -> object:
-    """Reduce a `_target_` of this project to package and name, so that moving a class changes no run."""
+    """Reduce every `_target_` of this project to package and name, so that moving a class changes no run."""
+    if isinstance(value, dict):
+        return {name: _without_location(name, inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_location(key, item) for item in value]
     target = str(value)
     if not key.endswith("_target_") or not target.startswith(OURS):
         return value

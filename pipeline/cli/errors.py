@@ -40,7 +40,7 @@ def config_keys_in_errors(keys: Mapping[str, str]) -> Iterator[None]:
 
 def with_config_keys(text: str, keys: Mapping[str, str]) -> str:
     """Replace `parameter=` by `key=` in a text."""
-    pattern = rf"(?<![\w.+])({'|'.join(map(re.escape, keys))})="
+    pattern = rf"(?<![\w.+/])({'|'.join(map(re.escape, keys))})="
     return re.sub(pattern, lambda match: f"{keys[match[1]]}=", text) if keys else text
 
 

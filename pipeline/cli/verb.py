@@ -1,4 +1,4 @@
-"""What a verb declares about its command line."""
+"""A verb's declaration of its command line."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

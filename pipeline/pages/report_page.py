@@ -3,6 +3,7 @@
 The templates hold layout and sentences, `wording` the numbers. Numbers for machines are `<data>` elements with an id.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,20 @@ from pipeline.pages.charts import Dot, heat_map, layer_widths, line_over_layers,
 TEMPLATES = Path(__file__).with_name("templates")
 TIMES, MINUS, NO_BREAK = "×", "−", "\N{NO-BREAK SPACE}"
 WORDS = ("byte_count", "integer", "percent", "plural", "rate", "scaled_bytes", "scaled_count", "short_count")
+
+
+def _with_minus(words: str) -> str:
+    return re.sub(r"-(?=\d)", MINUS, words)  # not the "-" that stands for no number
+
+
 FILTERS = {
     **{name: getattr(wording, name) for name in WORDS},
     "anchor": lambda name: "section-" + name.lower().replace(" ", "-"),
     "exact": lambda value: f"{value:.12g}",
     "field": lambda layer: wording.field_words(layer.rows, layer.columns, times=TIMES).replace(" px", f"{NO_BREAK}px"),
     "footnote": partial(wording.sketch_footnote, times=TIMES),
-    "interval": lambda pixels: wording.interval_words(pixels).replace("-", MINUS),
-    "pair": lambda pair: wording.pair_words(*pair, times=TIMES).replace("-", MINUS),
+    "interval": lambda pixels: _with_minus(wording.interval_words(pixels)),
+    "pair": lambda pair: _with_minus(wording.pair_words(*pair, times=TIMES)),
     "shape": partial(wording.shape_words, times=TIMES),
     "share": lambda part, total, digits=1: f"{part / max(1, total):.{digits}%}",
 }

@@ -1,4 +1,4 @@
-"""What a report is about: a network, its images and its weights, from a config, a run or a function."""
+"""The network that a report is about, its images and its weights, from a config, a run or a function."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from pipeline.cli.check import check_targets
 from pipeline.cli.compose import choices, compose, flatten
 from pipeline.cli.errors import config_keys_in_errors, nearest
 from pipeline.report.measure import TrainingSettings
-from pipeline.runs.restore import restore_run
+from pipeline.runs.restore import RestoredRun
 from pipeline.runs.run import REPORTS
 
 BATCH_SIZE, PRECISION, NUM_CLASSES = 32, "32-true", 1000  # where nothing says otherwise
@@ -97,22 +97,21 @@ def _target_of_model(config: DictConfig) -> Target:
 
 
 def _target_of_run(config: DictConfig) -> Target:
-    run = restore_run(Path(str(config.run)), trust=bool(config.trust))
-    recorded = run.config
+    run = RestoredRun(Path(str(config.run)), trust=bool(config.trust))
     given = build_object(config, "weights", kind=WeightsFile)
     weights = WeightsFile(str(run.weights_file)) if given.file is None else given
-    size = config.data.image_size or recorded.image_size
+    size = config.data.image_size or run.image_size
 
     def load() -> nn.Module:
         torch.manual_seed(config.seed)  # for tensors that weights.skip leaves out
-        net = recorded.build_network()
-        weights.load_into(net, norm_eps=recorded.norm_eps)
+        net = run.build_network()
+        weights.load_into(net, norm_eps=run.norm_eps)
         return net
 
-    optimizer, image_shape = recorded.build_recipe().optimizer, (recorded.in_channels, size, size)
-    training = TrainingSettings(config.batch_size or recorded.batch_size, config.precision or run.precision, optimizer)
-    skeleton = _without_values(recorded.build_network)
-    return Target(recorded.network, skeleton, image_shape, training, _describe(weights), load)
+    optimizer, image_shape = run.build_recipe().optimizer, (run.in_channels, size, size)
+    training = TrainingSettings(config.batch_size or run.batch_size, config.precision or run.precision, optimizer)
+    skeleton = _without_values(run.build_network)
+    return Target(run.network, skeleton, image_shape, training, _describe(weights), load)
 
 
 def _describe(weights: WeightsFile) -> str | None:

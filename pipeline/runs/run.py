@@ -97,7 +97,7 @@ def open_run(settings: RunSettings, dataset: Dataset) -> Run:
 def default_name(network: str, dataset: Dataset, *, settings: Mapping[str, object]) -> str:
     """Return network, data set and a hash of all settings and samples that decide the result.
 
-    With another pattern, unfinished runs are not found again.
+    A change of this pattern orphans unfinished runs.
     """
     deciding = dict(settings) | digests(dataset)
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Where the project and its optional data are."""
+"""Paths of the project and its optional data."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_gradients_reach_the_entire_image_where_fields_are_global(row: Published
     only_global = [
         position
         for position, axes in enumerate(receptive_fields(traced))
-        if axes is not None and axes.is_global and not axes.has_local_field
+        if axes is not None and not axes.has_local_field and all(field.is_global for field in axes.fields)
     ]
     first = only_global[0] if only_global else len(traced.operations) - 1  # LeNet's local field covers the image
     conv = next(position for position, one in enumerate(traced.operations) if one.name == "convolution")

@@ -24,6 +24,13 @@ from pipeline.cli.compose import CONF, compose
 from tests.support.networks import build, make_recipe
 from tests.support.published import PUBLISHED
 
+# The recipe of each family's networks.
+FAMILIES = {
+    SequentialClassifier: "sgd_step",
+    ResidualClassifier: "sgd",
+    SeparableClassifier: "rmsprop",
+    AttentionClassifier: "adamw",
+}
 MODELS, RECIPES = (sorted((CONF / group).glob("*.yaml")) for group in ("model", "recipe"))
 
 
@@ -151,9 +158,10 @@ def with_block(block: nn.Module) -> ConvNet:
     return ConvNet(nn.Conv2d(3, 8, 3, padding=1), {"stage1": nn.Sequential(block)}, head=PooledLinear(8, 10))
 
 
-def test_a_new_block_gets_what_it_declares() -> None:
+@pytest.mark.parametrize("classifier", [Classifier, *FAMILIES])
+def test_a_new_block_gets_what_it_declares(classifier: type[Classifier]) -> None:
     net = apply_options(with_block(NewBlock(8)), Settings(), options={})
-    module = ResidualClassifier(net, num_classes=10, recipe=make_recipe())
+    module = classifier(net, num_classes=10, recipe=make_recipe())
     block = net.stages.stage1[0]
     assert block.pointwise[1].weight.abs().max() == 0
     assert block.depthwise[1].weight.min() == 1
@@ -199,7 +207,7 @@ def test_every_config_brings_the_recipe_of_its_family() -> None:
     for path in MODELS:
         config = compose("train", [f"+model={path.stem}"])
         family = get_class(config.classifier._target_)
-        assert config.recipe == recipes[refined.get(path.stem, family.default_recipe)], path.stem
+        assert config.recipe == recipes[refined.get(path.stem, FAMILIES[family])], path.stem
         changed = compose("train", [f"+model={path.stem}", "recipe=sgd", "recipe.optimizer.lr=0.5"])
         assert (changed.recipe.optimizer._target_, changed.recipe.optimizer.lr) == ("torch.optim.SGD", 0.5)
         assert changed.recipe.clip_norm is None

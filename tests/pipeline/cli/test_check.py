@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from omegaconf import OmegaConf
 
 from pipeline.cli.check import check_command_line, check_targets
 from pipeline.cli.compose import CONF, compose, flatten, known_keys
-from pipeline.cli.errors import ConfigError
+from pipeline.cli.errors import ConfigError, with_config_keys
+from pipeline.cli.run import fast_imports
 from pipeline.pack import VERB as PACK
 from pipeline.report.__main__ import VERB as REPORT
 from pipeline.train.__main__ import VERB as TRAIN
@@ -151,6 +154,19 @@ def test_targets_outside_the_project_need_trust() -> None:
         check_targets(hidden)
     config.trust = True
     check_targets(config)
+
+
+def test_errors_name_keys_but_leave_paths_alone() -> None:
+    text = with_config_keys("root=exp/root=3 is not a folder: root=PATH", {"root": "data.root"})
+    assert text == "data.root=exp/root=3 is not a folder: data.root=PATH"
+
+
+def test_later_jobs_of_a_sweep_freeze_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", sys)  # as after the first job
+    before = gc.get_freeze_count()
+    with fast_imports():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
 
 
 def test_a_mistake_is_one_line_and_exit_code_one(run_verb: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 
 from data.shards.dataset import Dataset, Split
 from pipeline.build.settings import RunSettings
-from pipeline.cli.compose import compose
+from pipeline.cli.compose import CONF, compose
+from pipeline.cli.errors import ConfigError
 from pipeline.runs.fingerprint import Fingerprint, fingerprint
+from pipeline.runs.restore import RestoredRun
 from pipeline.runs.run import open_run
 
 DATASET = Dataset(
@@ -44,6 +47,32 @@ def test_moving_a_class_changes_neither_name_nor_fingerprint(tmp_path: Path) -> 
     theirs = settings_of(tmp_path, "recipe.optimizer._target_=torch.elsewhere.SGD")
     assert (moved.in_name, moved.in_fingerprint) == (here.in_name, here.in_fingerprint)
     assert len({open_run(settings, DATASET).name for settings in (here, moved, other, theirs)}) == 3
+
+
+def test_moving_a_class_inside_a_list_changes_nothing(tmp_path: Path) -> None:
+    plugins = "+trainer.plugins=[{{_target_:pipeline.{}.Plugin,sizes:[1,2]}}]"
+    here, moved = (settings_of(tmp_path, plugins.format(module)) for module in ("train.here", "moved.there"))
+    assert here.parameters != moved.parameters
+    assert here.in_name == moved.in_name
+    assert here.in_name["trainer.plugins"] == [{"_target_": "pipeline.Plugin", "sizes": [1, 2]}]
+
+
+def test_targets_of_the_project_differ_by_package_and_name() -> None:
+    texts = [path.read_text() for path in CONF.rglob("*.yaml")]
+    targets = {target for text in texts for target in re.findall(r"_target_: ((?:models|data|pipeline)\.\S+)", text)}
+    assert len(targets) >= 20
+    assert len({(target.partition(".")[0], target.rpartition(".")[2]) for target in targets}) == len(targets)
+
+
+def test_a_run_of_somebody_else_builds_nothing_untrusted(tmp_path: Path) -> None:
+    (tmp_path / "fingerprint.json").write_text('{"precision": "32-true"}')
+    for words in (["data._target_=os.getcwd"], ["model._target_=os.getcwd"], ["recipe.loss._target_=os.getcwd"]):
+        (tmp_path / "config.yaml").write_text(settings_of(tmp_path, *words).record)
+        with pytest.raises(ConfigError, match=r"_target_=os.getcwd is outside"):
+            RestoredRun(tmp_path)
+        assert RestoredRun(tmp_path, trust=True).network == "resnet18"
+    (tmp_path / "config.yaml").write_text(settings_of(tmp_path).record)
+    assert RestoredRun(tmp_path).build_recipe().epochs == 6
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:

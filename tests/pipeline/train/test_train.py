@@ -16,7 +16,7 @@ from data.shards.dataset import Dataset
 from models.learning.classifier import Classifier
 from models.learning.recipe import warmup_cosine
 from pipeline.cli.check import check_command_line
-from pipeline.runs.restore import restore_run
+from pipeline.runs.restore import RestoredRun
 from pipeline.train import fit
 from pipeline.train.__main__ import VERB
 from tests.support.commands import PLAIN, TINY, TWO_RANKS, FinishedRun, Run, Typed, journal
@@ -82,14 +82,14 @@ def test_a_point_has_the_learning_rate_of_its_step(main_job: FinishedRun) -> Non
 
 def test_a_run_is_restored_from_its_folder(main_job: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(main_job.root)
-    run = restore_run(main_job.folder)
+    run = RestoredRun(main_job.folder)
     checkpoint = torch.load(run.weights_file, weights_only=True)
     weights = {f"net.{name}": tensor for name, tensor in run.load_network().state_dict().items()}
     assert weights.keys() == checkpoint["state_dict"].keys()
     assert all(torch.equal(tensor, checkpoint["state_dict"][name]) for name, tensor in weights.items())
-    assert len(run.config.open_dataset().classes) == 10
-    assert (run.config.network, run.config.image_size, run.config.batch_size) == ("resnet18", 16, 64)
-    assert run.config.build_recipe().epochs == 2
+    assert len(run.open_dataset().classes) == 10
+    assert (run.network, run.image_size, run.batch_size) == ("resnet18", 16, 64)
+    assert run.build_recipe().epochs == 2
 
 
 def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Path) -> None:
@@ -111,6 +111,7 @@ def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Pat
         (["+model.num_classes=4"], "model.num_classes=4, but digits has labels up to 9"),
         (["model.in_channels=1"], "model.in_channels=1, but all images are decoded to 3 channels"),
         (["data.batch_size=5000"], "1438 training images are fewer than a global batch of 5000"),
+        (["recipe.accumulate=0"], "recipe.accumulate=0 must be an integer of at least 1"),
         (["data.threads=many"], "data.threads=many must be an integer"),
         (["recipe.clip_norm=much"], "recipe.clip_norm=much must be a number above 0, or null"),
         (["model.variant=resnet19"], "model.variant=resnet19 is not one of resnet18"),
