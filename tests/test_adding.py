@@ -104,34 +104,45 @@ gamma: 2.0
 """,
     ),
     "an optimizer": (
-        "models/learning/signed.py",
-        '''"""SGD on the signs of gradients."""
+        "models/learning/heavy.py",
+        '''"""SGD with more momentum."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+from torch.optim.optimizer import ParamsT
 
 
-class SignSGD(torch.optim.SGD):
-    """Step along the signs of the gradients."""
+class HeavySGD(torch.optim.SGD):
+    """SGD with a momentum of 0.99."""
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make one step."""
-        loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.sign_()
-        super().step()
-        return loss
+    def __init__(self, params: ParamsT, *, lr: float) -> None:
+        super().__init__(params, lr=lr, momentum=0.99)
 ''',
-        "conf/optimizer/signed.yaml",
+        "conf/optimizer/heavy.yaml",
         """# @package recipe.optimizer
-_target_: models.learning.signed.SignSGD
+_target_: models.learning.heavy.HeavySGD
 _partial_: true
 lr: 1.0e-4
+""",
+    ),
+    "a schedule": (
+        "models/learning/triangle.py",
+        '''"""A schedule that rises and falls linearly."""
+
+from __future__ import annotations
+
+
+def triangle(step: int, *, steps_per_epoch: int, num_steps: int, warmup_epochs: float) -> float:
+    """Rise over `warmup_epochs`, fall until the end."""
+    peak = max(1.0, warmup_epochs * steps_per_epoch)
+    return min((step + 1) / peak, (num_steps - step) / num_steps)
+''',
+        "conf/schedule/triangle.yaml",
+        """# @package recipe.schedule
+_target_: models.learning.triangle.triangle
+_partial_: true
+warmup_epochs: 1.0
 """,
     ),
     "a callback": (
@@ -142,6 +153,8 @@ from __future__ import annotations
 
 import pytorch_lightning as pl
 
+from models.learning.classifier import Classifier
+
 
 class Shout(pl.Callback):
     """Print a word at the end of each epoch."""
@@ -150,8 +163,9 @@ class Shout(pl.Callback):
         self.word = word
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the word and the optimizer's class."""
-        print(self.word, type(trainer.optimizers[0]).__name__, pl_module.recipe.loss.func.__name__)
+        """Print the word and the parts of the recipe."""
+        assert isinstance(pl_module, Classifier)
+        print(self.word, type(trainer.optimizers[0]).__name__, pl_module.recipe.loss, pl_module.recipe.schedule)
 ''',
         "conf/callbacks/shout.yaml",
         "shout: {_target_: pipeline.train.shout.Shout, word: hooray}\n",
@@ -195,6 +209,14 @@ def add_network(folder: Path) -> None:
     published.write_text(text[:place] + ROW + text[place:])
 
 
+def assert_in_order(folder: Path) -> None:
+    """Assert that linters and the tests of the structure accept the copy."""
+    linters = (("ruff", "check", "."), ("mypy",), ("pytest", "-p", "no:cacheprovider", "tests/test_structure.py"))
+    for words in linters:
+        answer = run_module(folder, *words, root=folder)
+        assert answer.returncode == 0, f"{words}: {answer.stdout[-2000:]}{answer.stderr[-500:]}"
+
+
 def test_a_network_is_a_builder_a_config_and_a_row(tmp_path: Path, digits: Dataset) -> None:
     folder = copy_project(tmp_path)
     add_network(folder)
@@ -209,6 +231,7 @@ def test_a_network_is_a_builder_a_config_and_a_row(tmp_path: Path, digits: Datas
     answer = run_module(folder, "pipeline.train", "+model=trinet", *SHORT, root=folder)
     assert answer.returncode == 0, answer.stderr
     assert "trinet, 6,418 parameters" in answer.stdout
+    assert_in_order(folder)
 
 
 def test_a_part_of_a_training_is_a_file_and_a_config(tmp_path: Path, digits: Dataset) -> None:
@@ -218,12 +241,13 @@ def test_a_part_of_a_training_is_a_file_and_a_config(tmp_path: Path, digits: Dat
         (folder / code).write_text(text)
         (folder / config).write_text(values)
     shutil.copytree(digits.root, folder / "datasets" / "digits")
-    chosen = ("augment=corner", "loss=focal", "optimizer=signed", "callbacks=shout")
+    chosen = ("augment=corner", "loss=focal", "optimizer=heavy", "schedule=triangle", "callbacks=shout")
     answer = run_module(folder, "pipeline.train", "+model=lenet", *chosen, *SHORT, "data.image_size=32", root=folder)
     assert answer.returncode == 0, answer.stderr
-    assert len(PARTS) == 4
+    assert len(PARTS) == 5
     assert "corner crops" in answer.stdout
-    assert "hooray SignSGD focal_loss" in answer.stdout
+    assert re.search("hooray HeavySGD .*focal_loss.*triangle", answer.stdout)
+    assert_in_order(folder)
 
 
 def test_a_source_of_images_is_a_function_and_a_config(tmp_path: Path) -> None:
