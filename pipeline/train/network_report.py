@@ -2,13 +2,7 @@
 
 from models.analysis.report import Report
 from pipeline.cli.console import main_console, print_facts
-from pipeline.report.measure import (
-    LAYER_TABLE,
-    TrainingSettings,
-    measure_effective_field,
-    measure_network,
-    write_report,
-)
+from pipeline.report import measure
 from pipeline.report.sample_images import sample_images
 from pipeline.runs.run import RECEPTIVE_FIELD
 from pipeline.train.job import Job
@@ -20,24 +14,24 @@ MAX_ACTIVATION_BYTES = 2 * 2**30  # of one image, up to which the effective fiel
 def log_network_report(job: Job, *, precision: str) -> None:
     """Write the report to the run's folder and send it to the dashboard; a failing report does not end the training."""
     try:
-        report = measure(job, precision=precision)
+        report = report_network(job, precision=precision)
     except ValueError as error:
         main_console().print(f"no report: {error}", highlight=False, markup=False, soft_wrap=True)
         job.tracker.log({"params_millions": job.num_parameters / 1e6}, 0)
         return
     job.tracker.log(report.facts, 0)
-    job.tracker.log_file(write_report(report, job.run.folder / RECEPTIVE_FIELD)[0], RECEPTIVE_FIELD)
-    job.tracker.log_table(report.layer_table(), f"{RECEPTIVE_FIELD}/{LAYER_TABLE}")
+    job.tracker.log_file(measure.write_report(report, job.run.folder / RECEPTIVE_FIELD)[0], RECEPTIVE_FIELD)
+    job.tracker.log_table(report.layer_table(), f"{RECEPTIVE_FIELD}/{measure.LAYER_TABLE}")
 
 
-def measure(job: Job, *, precision: str) -> Report:
+def report_network(job: Job, *, precision: str) -> Report:
     """Report on the network with its initial weights. Raises: ValueError for a network that cannot be traced."""
     net, size, file = job.module.net, job.data.training_crop.image_size, job.initial_weights.file
-    training = TrainingSettings(job.data.settings.batch_size, precision, job.module.recipe.optimizer)
-    report = measure_network(net, job.settings.network, image_shape=(3, size, size), training=training)
+    training = measure.TrainingSettings(job.data.settings.batch_size, precision, job.module.recipe.optimizer)
+    report = measure.measure_network(net, job.settings.network, image_shape=(3, size, size), training=training)
     if report.memory.activations > MAX_ACTIVATION_BYTES * report.batch_size:
         print_facts(main_console(), {"report": "without the effective field, which would need gigabytes here"})
         return report
     samples = sample_images(None, NUM_SAMPLE_IMAGES, size=(size, size))
     weights = None if file is None else f"weights of {file}"
-    return measure_effective_field(report, net, samples=samples, weights=weights)
+    return measure.measure_effective_field(report, net, samples=samples, weights=weights)

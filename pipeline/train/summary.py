@@ -8,7 +8,7 @@ import torch
 
 from data.loading.datamodule import ShardData
 from pipeline.cli.console import main_console
-from pipeline.runs.run import METRICS, Run
+from pipeline.runs.run import Run
 from pipeline.train.job import Job
 
 
@@ -20,6 +20,7 @@ def run_header(job: Job, trainer: pl.Trainer) -> dict[str, str]:
     is_gpu = device.type == "cuda"
     device_name = torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
     accumulate = f" x {settings.accumulate} accumulated" if settings.accumulate > 1 else ""
+    folder, last = job.run.folder, job.run.last_checkpoint
     image_size, link, command = job.data.training_crop.image_size, job.tracker.link, job.tracker.command
     return {
         "model": f"{job.settings.network}, {job.num_parameters:,} parameters",
@@ -28,7 +29,7 @@ def run_header(job: Job, trainer: pl.Trainer) -> dict[str, str]:
         "batch": f"{trainer.world_size} x {settings.batch_size}{accumulate} on {device_name}",
         "precision": f"{trainer.precision}, channels_last",
         "steps": describe_steps(job, trainer),
-        "folder": f"{job.run.folder}{' (continues from last.ckpt)' if job.run.last_checkpoint else ''}",
+        "folder": f"{folder} (continues from {last.name})" if last else str(folder),
         "dashboard": f"{link}{f' ({command})' if command else ''}" if link else "none",
     }
 
@@ -51,7 +52,7 @@ def run_result(job: Job, result: Mapping[str, Any]) -> dict[str, str]:
     score, tracker = result["val/top1"], job.tracker
     best = {} if score is None else {"best val/top1": f"{score:.4f} of {evaluation_images(job.data)}"}
     command = tracker.command if tracker.link else None
-    return {**best, "checkpoint": result["checkpoint"], "next": command or f"tail {job.run.folder / METRICS}"}
+    return {**best, "checkpoint": result["checkpoint"], "next": command or f"tail {job.run.journal.path}"}
 
 
 def evaluation_images(data: ShardData) -> str:
@@ -62,5 +63,5 @@ def evaluation_images(data: ShardData) -> str:
 def print_missing(missing: str | None, run: Run) -> None:
     """Print the dashboard's gaps, and the file that has every point."""
     if missing is not None:
-        text = f"{missing}; {run.folder / METRICS} has every point"
+        text = f"{missing}; {run.journal.path} has every point"
         main_console().print(text, highlight=False, soft_wrap=True)

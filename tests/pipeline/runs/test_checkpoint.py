@@ -1,4 +1,4 @@
-"""What is kept of a run, when its epochs are good and when they are not."""
+"""The checkpoints that a run keeps, after good epochs and after bad ones."""
 
 from __future__ import annotations
 

