@@ -13,6 +13,7 @@ VERB = Verb(
     "pack",
     "Pack images into shuffled WebDataset shards with a manifest (dataset.json) and an index.",
     {"": "scikit-learn's digits", "source=folder source.root=PATH name=NAME": "class folders"},
+    text_keys=("name", "out", "source.root"),
 )
 NUM_NAMED_CLASSES = 10
 
@@ -34,6 +35,9 @@ def main(config: DictConfig) -> None:
     dataset = packed.dataset
     num_images = sum(split.samples for split in dataset.splits.values())
     splits = [f"{name} {split.samples:,} (tars: {len(split.shards):,})" for name, split in dataset.splits.items()]
+    folder, has_own_config = dataset.folder, (CONF / "data" / f"{dataset.folder.name}.yaml").is_file()
+    uses_default = has_own_config and folder == Path("datasets", folder.name)
+    overrides = f"data={folder.name}" if uses_default else f"data=shards data.root={folder}"
     classes, more = dataset.classes[:NUM_NAMED_CLASSES], len(dataset.classes) > NUM_NAMED_CLASSES
     facts = {
         "data set": f"{dataset.name} in {dataset.folder}",
@@ -42,17 +46,9 @@ def main(config: DictConfig) -> None:
         "mean": ", ".join(f"{value:.4f}" for value in dataset.mean),
         "std": ", ".join(f"{value:.4f}" for value in dataset.std),
         "time": f"{seconds:.1f} s, {num_images / seconds:,.0f} images/s",
-        "next": f"python -m pipeline.train +model=resnet {train_overrides(dataset.folder)}",
+        "next": f"python -m pipeline.train +model=resnet {overrides}",
     }
     print_facts(console, facts)
-
-
-def train_overrides(folder: Path) -> str:
-    """Return the overrides with which `train` uses a data set: its own config, or the one for any data set."""
-    has_own_config = (CONF / "data" / f"{folder.name}.yaml").is_file()
-    if has_own_config and folder == Path("datasets", folder.name):
-        return f"data={folder.name}"
-    return f"data=shards data.root={folder}"
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def write_dataset(
     """Write indexes and manifest into `folder`. Raises: ValueError for a label that is not one of `classes`."""
     splits = {}
     for split, rows in shards.items():
+        _check_kinds(rows)
         origin = index_origin([(shard.file, shard.bytes, shard.modified_ns) for shard in rows], label_field=label_field)
         splits[split] = _write_index(folder / f"{split}.parquet", rows, classes=classes, origin=origin)
     colours = np.sum([shard.colours for rows in shards.values() for shard in rows], axis=0)  # (7,)
@@ -109,10 +110,16 @@ def _numbers(count: int) -> tuple[str, ...]:
     return tuple(str(number) for number in range(count))
 
 
+def _check_kinds(shards: list[ShardRows]) -> None:
+    """Raise ValueError where some labels of a split are names and others numbers, which may be classes or names."""
+    if len({type(row.label) for shard in shards for row in shard.rows}) > 1:
+        named = ((shard.file, row) for shard in shards for row in shard.rows if isinstance(row.label, str))
+        file, row = next(named)
+        raise ValueError(f"{file}: {row.key} has the label {row.label} where others have numbers")
+
+
 def _check_range(shard: ShardRows, num_classes: int) -> None:
     for row in shard.rows:
-        if not isinstance(row.label, int):
-            raise ValueError(f"{shard.file}: {row.key} has the label {row.label} where others have numbers")
-        if not 0 <= row.label < num_classes:
+        if not 0 <= int(row.label) < num_classes:
             allowed = f"0 to {num_classes - 1} (labels count from 0)"
             raise ValueError(f"{shard.file}: {row.key} has label {row.label}, outside {allowed}")

@@ -67,6 +67,8 @@ def count_classes(config: DictConfig, dataset: Dataset) -> int:
             f"model.num_classes={num_classes}, but {dataset.name} has labels up to {num_labels - 1}: "
             f"at least {num_labels} classes are needed"
         )
+    if num_classes < 2:
+        raise ValueError(f"{dataset.name} has one class: put its images into two or more class folders")
     channels = config.model.get("in_channels", 3)
     if channels != 3:
         raise ValueError(f"model.in_channels={channels}, but all images are decoded to 3 channels, grey ones too")

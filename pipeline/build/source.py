@@ -14,7 +14,7 @@ from pipeline.cli.compose import compose
 
 def pack_source(config: DictConfig) -> Packed:
     """Pack the source of a `pack` config. Raises: FileExistsError, FileNotFoundError, ValueError."""
-    if Path(str(config.name)).name != str(config.name):
+    if config.name == ".." or Path(str(config.name)).name != str(config.name):
         raise ValueError(f"name={config.name} is a path: out=FOLDER sets the data set's folder")
     source = build_object(
         config, "source", kind=Source, name=config.name, val_fraction=config.val_fraction, seed=config.seed
@@ -28,5 +28,5 @@ def pack_once(source: str, root: Path) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{root.name}.lock")):
         if not root.exists():
-            Console().print(f"packing {source} into {root}", highlight=False)
+            Console().print(f"packing {source} into {root}", highlight=False, markup=False)
             pack_source(compose("pack", [f"source={source}", f"out={root}"]))

@@ -52,7 +52,7 @@ def check_command_line(verb: Verb, arguments: Sequence[str]) -> list[str]:
     Raises: ConfigError.
     """
     typed = overrides_in(arguments)
-    words = [_expand_alias(verb, word) for word in typed]
+    words = [_expand_alias(verb, word, sweeps=bool({"-m", "--multirun"} & {*arguments})) for word in typed]
     complete = [*(word for word in arguments if word not in typed), *words]  # Hydra takes flags only before overrides
     if any(flag in complete for flag in FLAGS_ALONE):
         return complete
@@ -82,12 +82,12 @@ def overrides_in(arguments: Sequence[str]) -> list[str]:
     return [word for before, word in pairs if not word.startswith("-") and before not in FLAGS_WITH_VALUE]
 
 
-def _expand_alias(verb: Verb, word: str) -> str:
+def _expand_alias(verb: Verb, word: str, *, sweeps: bool) -> str:
     """Replace a short key by the full one, and quote a text that Hydra's grammar would parse or refuse."""
     key, equals, value = word.partition("=")
     if not equals or key not in (*verb.aliases, *verb.text_keys) or value[:1] in ("{", "["):
         return word
-    needs_no_quotes = value in ("", "null") or value[0] in "'\"" or "," in value  # a sweep has commas
+    needs_no_quotes = value in ("", "null") or value[0] in "'\"" or (sweeps and "," in value)
     quoted = value if needs_no_quotes else "'{}'".format(value.replace("'", "\\'"))
     return f"{verb.aliases.get(key, key)}={quoted}"
 
@@ -110,6 +110,8 @@ def _check_choice(verb: Verb, override: Override) -> None:
             raise ConfigError(f"{group}={name} is not one of {', '.join(names)}{nearest(str(name), names)}")
     if group in verb.added_groups and not override.is_add():
         raise ConfigError(f"{group}={value} needs a plus: +{group}={value}")
+    if override.is_add() and group not in verb.added_groups:
+        raise ConfigError(f"+{group}={value} needs no plus: {group}={value}")
 
 
 def _check_required(verb: Verb, base: DictConfig, *, overrides: list[Override]) -> None:

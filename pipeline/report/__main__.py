@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cli.errors import ConfigError
 from pipeline.cli.run import fast_imports, run_verb
@@ -29,7 +29,7 @@ VERB = Verb(
     required_group="model",
     alternatives=("models", "run", "net"),
     aliases={"weights": "weights.file"},
-    text_keys=("weights.file",),
+    text_keys=("weights.file", "run", "out", "photographs"),
 )
 LAYER_CHOICES = ("some", "all", "none")
 
@@ -46,8 +46,8 @@ def main(config: DictConfig) -> None:
 def _check_values(config: DictConfig) -> None:
     if config.layers not in LAYER_CHOICES:
         raise ConfigError(f"layers={config.layers} is not one of {', '.join(LAYER_CHOICES)}")
-    for name, minimum in (("batch_size", 1), ("effective_images", 0)):
-        value = config[name]
+    for name, minimum in (("batch_size", 1), ("effective_images", 0), ("data.image_size", 1)):
+        value = OmegaConf.select(config, name)
         if value is not None and (not isinstance(value, int) or value < minimum):
             raise ConfigError(f"{name}={value} must be an integer, at least {minimum}")
     subjects = ("model" in config, config.net is not None, config.run is not None, bool(config.models))
@@ -56,6 +56,10 @@ def _check_values(config: DictConfig) -> None:
     if config.models and (config.check or config.weights.file is not None):
         word = "check=true" if config.check else f"weights={config.weights.file}"
         raise ConfigError(f"{word} is for the report of one network: leave it out with models=")
+    if config.weights.file is not None and not config.effective_images:
+        raise ConfigError(
+            f"weights={config.weights.file} is for the effective field, which effective_images=0 leaves out"
+        )
 
 
 def report_one(config: DictConfig) -> None:
@@ -72,7 +76,7 @@ def report_one(config: DictConfig) -> None:
     files = write_report(report, folder)
     console = table_console()
     print_report(console, report, layers=config.layers)
-    console.print(f"wrote {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+    console.print("wrote", ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
 
 
 def _compare(config: DictConfig) -> None:
@@ -94,7 +98,7 @@ def _compare(config: DictConfig) -> None:
     files = write_comparison(reports, folder, images_per_second=speeds)
     console = table_console()
     print_comparison(console, reports, images_per_second=speeds)
-    console.print(f"wrote {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+    console.print("wrote", ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
 
 
 def _measure(config: DictConfig, target: Target) -> Report:

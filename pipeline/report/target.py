@@ -79,7 +79,7 @@ def _target_of_model(config: DictConfig) -> Target:
         channels, published, _ = timm_config["input_size"]
     size = config.data.image_size or published
     if not isinstance(size, int):
-        raise ValueError("this network is not built for one image size: add data.image_size=PIXELS")
+        raise ValueError(f"{network_name(config)} is not built for one image size: add data.image_size=PIXELS")
 
     def load() -> nn.Module:
         torch.manual_seed(config.seed)

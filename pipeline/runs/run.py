@@ -85,7 +85,7 @@ def open_run(settings: RunSettings, dataset: Dataset) -> Run:
     """
     network = settings.network.rpartition(".")[2]  # without the location of a function that builds it
     name = candidate = settings.name or default_name(network, dataset, settings=settings.in_name)
-    if Path(name).name != name:
+    if name == ".." or Path(name).name != name:
         raise ValueError(f"name={name} is a path: runs=FOLDER sets the folder of all runs, name=NAME only names one")
     number = 1
     while (settings.runs / candidate / RESULT).is_file():

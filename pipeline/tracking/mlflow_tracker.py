@@ -104,7 +104,7 @@ class MLflowTracker(Tracker):
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         store = Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
         # Processes that create one SQLite store at the same time all fail, so they take turns.
-        with nullcontext() if store is None else FileLock(store.with_name(f".{store.name}.lock")):
+        with nullcontext() if store is None else FileLock(store.with_name(f".{store.name}.lock"), timeout=30):
             client = MlflowClient(self.uri)
             experiment = client.get_experiment_by_name(self.experiment)
             if experiment is not None:

@@ -26,7 +26,9 @@ TERMINATED, INTERRUPTED = 128 + 15, 128 + 2
 
 
 def prepare_process(seed: int) -> None:
-    """Seed every generator, and silence Lightning's advice on what this project decides itself."""
+    """Seed every generator, and silence Lightning's advice on what this project decides itself. Raises: ValueError."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must be at least 0 and less than 2^32")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     pl.seed_everything(seed, verbose=False)

@@ -73,7 +73,12 @@ class ProgressCallback(pl.Callback):
         """Check that every image was counted once; record and print the metrics."""
         assert isinstance(pl_module, Classifier)
         values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
-        check_count(trainer, pl_module)
+        data = trainer.datamodule  # type: ignore[attr-defined]  # set by fit, missing in Lightning's types
+        limit, counted = trainer.limit_val_batches, pl_module.evaluated_images
+        is_complete = isinstance(limit, float) and limit == 1.0  # the integer 1 is a single batch
+        if is_complete and counted != data.num_evaluation_images:
+            indexed = f"the index of {data.evaluation_split} has {data.num_evaluation_images}"
+            raise RuntimeError(f"evaluation counted {counted} images, {indexed}")
         self._since += time.perf_counter() - self._paused
         if not trainer.is_global_zero:
             return
@@ -144,18 +149,6 @@ class ProgressCallback(pl.Callback):
         loader = trainer.train_dataloader
         assert isinstance(loader, TrainingLoader)
         return loader.wait_seconds
-
-
-def check_count(trainer: pl.Trainer, module: Classifier) -> None:
-    """Raise RuntimeError unless the ranks together counted every image of the evaluation split once."""
-    data = trainer.datamodule  # type: ignore[attr-defined]  # set by fit, missing in Lightning's types
-    limit = trainer.limit_val_batches
-    is_complete = isinstance(limit, float) and limit == 1.0  # the integer 1 is a single batch
-    if is_complete and module.evaluated_images != data.num_evaluation_images:
-        raise RuntimeError(
-            f"evaluation counted {module.evaluated_images} images, the index of {data.evaluation_split} "
-            f"has {data.num_evaluation_images}"
-        )
 
 
 def memory_gib(device: torch.device) -> float:

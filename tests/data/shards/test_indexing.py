@@ -216,6 +216,13 @@ def test_a_label_out_of_range_is_named(tmp_path: Path, label: str) -> None:
         open_dataset(tmp_path)
 
 
+def test_names_and_numbers_in_different_tars_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", make_samples(4))
+    write_tar(tmp_path / "b.tar", {"odd.jpg": make_jpeg(9, 9), "odd.cls": b"cat"})
+    with pytest.raises(ValueError, match=r"b.tar: odd has the label cat where others have numbers"):
+        open_dataset(tmp_path)
+
+
 def test_a_label_that_training_does_not_have_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "train.tar", make_samples(6))
     write_tar(tmp_path / "val.tar", make_samples(6) | {"odd.jpg": make_jpeg(9, 9), "odd.cls": b"3"})

@@ -80,7 +80,7 @@ def test_a_mistake_names_the_nearest_valid_word(words: list[str], answer: str) -
         ["+model=resnet", "+trainer.limit_train_batches=3", "recipe.optimizer.lr=1", "seed=1"],
         ["+model=resnet", "recipe.epochs=1,2", "-m"],
         ["+model=resnet,resnext", "model.image_size=32", "hydra/launcher=basic", "-m"],
-        ["+model=resnet", "+trainer.limit_val_batches=3", "trainer.devices=[0]", "data.root=2024", "data=shards"],
+        ["+model=resnet", "+trainer.limit_val_batches=3", "trainer.devices=[0]", "data.root='2024'", "data=shards"],
         ["+experiment=cifar10_resnet18"],
         ["--cfg", "job", "+model=resnet"],
         ["--help", "+model=resnet", "data=shards"],
@@ -108,7 +108,7 @@ def test_flags_are_accepted_anywhere() -> None:
 
 
 def test_a_root_alone_implies_data_shards() -> None:
-    words = ["+model=resnet", "data.root=somewhere"]
+    words = ["+model=resnet", "data.root='somewhere'"]
     assert check_command_line(TRAIN, words) == [*words, "data=shards"]
     assert compose("train", [*words, "data=shards"]).data.image_size == 224
 

@@ -61,6 +61,13 @@ def test_a_network_that_cannot_be_checked_is_still_reported(report: Typed) -> No
     assert "warning: not checked: gradient unknown: " in output
 
 
+def test_a_path_that_looks_like_markup_or_a_list_is_a_path(report: Typed, tmp_path: Path) -> None:
+    for out in ("a[/b]", "ä=b,c [red]"):
+        output = report("+model=lenet", "effective_images=0", "layers=none", f"out={out}")
+        assert f"wrote {out}/report.html" in output
+        assert (tmp_path / out / "report.html").is_file()
+
+
 def test_other_libraries_networks_are_reported(report: Typed, tmp_path: Path) -> None:
     report("net=torchvision.models.squeezenet1_1", "data.image_size=64", "layers=none")
     report("net=timm.models.resnet10t", "trust=true", "effective_images=0", "layers=none")
@@ -131,7 +138,7 @@ def test_a_report_uses_a_file_of_weights(report: Typed, tmp_path: Path) -> None:
         (("models=[lenet]", "check=true"), "check=true is for the report of one network"),
         (("run=nowhere",), "run=nowhere is not a run: it has no config.yaml"),
         (("net=timm.models.resnet10t",), "model._target_=timm.models.resnet10t is outside models., data., pipeline., "),
-        (("net=torchvision.models.vgg11",), "this network is not built for one image size: add data.image_size"),
+        (("net=torchvision.models.vgg11",), "torchvision.models.vgg11 is not built for one image size: add"),
         (("net=os.getcwd", "trust=true"), "net=os.getcwd returns str, not Module"),
         (("+model=lenet", "out=broken.jpg/here"), "out=broken.jpg/here is not a writable folder: see "),
         (("+model=lenet", "photographs=broken.jpg"), "photographs: broken.jpg cannot be read: cannot identify"),
@@ -140,6 +147,8 @@ def test_a_report_uses_a_file_of_weights(report: Typed, tmp_path: Path) -> None:
         (("+model=resnet", "layers=every"), "layers=every is not one of some, all, none"),
         (("+model=resnet", "batch_size=0"), "batch_size=0 must be an integer, at least 1"),
         (("+model=resnet", "effective_images=-1"), "effective_images=-1 must be an integer, at least 0"),
+        (("+model=resnet", "data.image_size=0"), "data.image_size=0 must be an integer, at least 1"),
+        (("+model=resnet", "weights=mine.pt", "effective_images=0"), "weights=mine.pt is for the effective field"),
         (("+model=resnet", "precision=8"), "precision=8 is not one of 32-true, bf16-mixed"),
         (("+model=lenet", "data.image_size=40"), "image_size=40: LeNet-5 takes images of 28 or 32 pixels"),
         (("+model=lenet", "efective_images=1"), "there is no efective_images: did you mean effective_images?"),
