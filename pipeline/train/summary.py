@@ -50,7 +50,7 @@ def describe_steps(job: Job, trainer: pl.Trainer) -> str:
 def run_result(job: Job, result: Mapping[str, Any]) -> dict[str, str]:
     """Return the best metric, the checkpoint and the next command, by name."""
     score, tracker = result["val/top1"], job.tracker
-    best = {} if score is None else {"best val/top1": f"{score:.4f} of {evaluation_images(job.data)}"}
+    best = {} if score is None else {"best val/top1": f"{score:.4f} on {evaluation_images(job.data)}"}
     command = tracker.command if tracker.link else None
     return {**best, "checkpoint": result["checkpoint"], "next": command or f"tail {job.run.journal.path}"}
 

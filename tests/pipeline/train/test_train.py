@@ -42,7 +42,7 @@ def test_the_main_job_prints_header_progress_and_result(main_job: FinishedRun) -
         rf"dashboard +{page}",
         r"step 2/10 +loss [\d.]+ +lr [\d.e-]+ +[\d,]+ images/s +data wait \d+% +memory [\d.]+ GiB +eta \d:\d\d:\d\d",
         r"epoch 2/2 .*val/top1 [\d.]+.* images 359",
-        r"best val/top1 +[\d.]+ of 359 images of split val",
+        r"best val/top1 +[\d.]+ on 359 images of split val",
         r"checkpoint +runs/\S+/checkpoints/best.ckpt",
         r"next +make ui",
     ):
