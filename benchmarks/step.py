@@ -76,12 +76,10 @@ class Batches:
 
 
 class QuietProgress(ProgressCallback):
-    """The progress callback with a given batch size; in `train` a data module has it."""
-
-    batch_size = 0
+    """The progress callback for `Batches`; in `train` a data module has the size of a batch."""
 
     def _images_per_step(self, trainer: pl.Trainer) -> int:
-        return self.batch_size
+        return self.data.batch_size
 
     def _wait_seconds(self, trainer: pl.Trainer) -> float:
         return 0.0
@@ -105,8 +103,8 @@ def ours(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
     module = Classifier(net, num_classes=10, recipe=recipe)
     with tempfile.TemporaryDirectory() as folder:
         run = Run("benchmark", Path(folder))
-        progress = QuietProgress(Console(quiet=True), run.journal.record, log_every=batches.log_every, num_epochs=1)
-        progress.batch_size = batches.batch_size
+        options = {"log_every": batches.log_every, "num_epochs": 1}
+        progress = QuietProgress(Console(quiet=True), run.journal.record, data=batches, **options)
         clock = Clock()
         trainer = pl.Trainer(
             accelerator=accelerator,

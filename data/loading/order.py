@@ -76,6 +76,9 @@ class TrainingPlan:
     limit: int | None = None
 
     def __post_init__(self) -> None:
+        if min(self.batch_size, self.accumulate, self.shuffle_window) < 1:
+            values = f"batch_size={self.batch_size}, accumulate={self.accumulate}, shuffle_window={self.shuffle_window}"
+            raise ValueError(f"{values}: each must be at least 1")
         if self.num_steps == 0:
             images, size = sum(self.shard_samples), self.global_batch_size
             factors = f"batch_size={self.batch_size} x accumulate={self.accumulate} x {self.world_size} ranks"
@@ -120,6 +123,8 @@ class EvaluationPlan:
     world_size: int = 1
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         if self.world_size > self.num_samples:
             images = f"the {self.num_samples} images to evaluate"
             raise ValueError(f"{self.world_size} ranks are more than {images}: use fewer devices")

@@ -30,11 +30,16 @@ def oriented_size(encoded: bytes) -> tuple[int, int]:
 
 def intact_size(encoded: bytes) -> tuple[int, int]:
     """Return the `oriented_size` of an image that decodes completely. Raises: UnreadableImage."""
+    check_intact(encoded)
+    return oriented_size(encoded)
+
+
+def check_intact(encoded: bytes) -> None:
+    """Decode the image and discard it. Raises: UnreadableImage when a part is missing."""
     with _open(encoded) as image:
         # A JPEG at an eighth of its size, which still reads every byte.
         image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
         image.load()
-    return oriented_size(encoded)
 
 
 def colour_sums(encoded: bytes) -> NDArray[np.float64]:

@@ -113,8 +113,7 @@ def _numbers(count: int) -> tuple[str, ...]:
 def _check_kinds(shards: list[ShardRows]) -> None:
     """Raise ValueError where some labels of a split are names and others numbers, which may be classes or names."""
     if len({type(row.label) for shard in shards for row in shard.rows}) > 1:
-        named = ((shard.file, row) for shard in shards for row in shard.rows if isinstance(row.label, str))
-        file, row = next(named)
+        file, row = next((shard.file, row) for shard in shards for row in shard.rows if isinstance(row.label, str))
         raise ValueError(f"{file}: {row.key} has the label {row.label} where others have numbers")
 
 

@@ -110,7 +110,7 @@ def _write_shard(folder: Path, plan: _ShardPlan, *, resize: int | None, strict: 
         for item in plan.items:
             try:
                 original = item.read()
-                images.intact_size(original)  # raises where a part is missing
+                images.check_intact(original)
                 encoded = original if resize is None else images.shrink(original, resize)
             except (OSError, images.UnreadableImage) as error:
                 if strict:

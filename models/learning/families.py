@@ -60,7 +60,7 @@ class SeparableClassifier(Classifier):
 class AttentionClassifier(Classifier):
     """Attention-augmented networks: initial weights from N(0, 0.02), as in the code of Liu et al. 2022.
 
-    Their table 5 has 0.2, a misprint. Dai et al. 2021 do not state theirs.
+    Their table 5 says 0.2. Dai et al. 2021 do not state theirs.
     """
 
     def initialize(self) -> None:

@@ -56,10 +56,11 @@ def check_command_line(verb: Verb, arguments: Sequence[str]) -> list[str]:
     complete = [*(word for word in arguments if word not in typed), *words]  # Hydra takes flags only before overrides
     if any(flag in complete for flag in FLAGS_ALONE):
         return complete
-    overrides = _parse(words)
+    parser = OverridesParser.create()
+    overrides: list[Override] = parser.parse_overrides(words)
     for key, (setters, choice) in verb.implied.items():
         if _sets(overrides, key) and not _sets(overrides, *setters):
-            complete, overrides = [*complete, choice], [*overrides, *_parse([choice])]
+            complete, overrides = [*complete, choice], [*overrides, *parser.parse_overrides([choice])]
     chosen = [override for override in overrides if override.key_or_group in groups()]
     for override in chosen:
         _check_choice(verb, override)
@@ -165,11 +166,6 @@ def _check_type(override: Override, default: object) -> None:
     fits = isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
     if not fits and not is_interpolation:
         raise ConfigError(f"{key}={override.get_value_string()} is not {name} (default {default})")
-
-
-def _parse(words: list[str]) -> list[Override]:
-    overrides: list[Override] = OverridesParser.create().parse_overrides(words)
-    return overrides
 
 
 def _sets(overrides: list[Override], *keys: str) -> bool:

@@ -41,12 +41,10 @@ def own_callbacks(job: Job) -> list[pl.Callback]:
         job.run.journal.record(values, step)
         job.tracker.log(values, step)
 
-    settings = job.settings
-    progress = ProgressCallback(
-        main_console(), record, log_every=settings.log_every, num_epochs=job.module.recipe.epochs
-    )
+    log_every, num_epochs = job.settings.log_every, job.module.recipe.epochs
+    progress = ProgressCallback(main_console(), record, data=job.data, log_every=log_every, num_epochs=num_epochs)
     monitor = "val/top1" if job.data.num_evaluation_images else None
-    return [SeedEachBatch(settings.seed), progress, BestCheckpoint(job.run.checkpoints, monitor=monitor)]
+    return [SeedEachBatch(job.settings.seed), progress, BestCheckpoint(job.run.checkpoints, monitor=monitor)]
 
 
 def own_plugins() -> list[object]:

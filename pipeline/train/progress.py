@@ -27,10 +27,10 @@ class ProgressCallback(pl.Callback):
     Raises: RuntimeError when an evaluation did not count every image once.
     """
 
-    def __init__(self, console: Console, record: Record, *, log_every: int, num_epochs: int) -> None:
+    def __init__(self, console: Console, record: Record, *, data: ShardData, log_every: int, num_epochs: int) -> None:
         if log_every < 1:
             raise ValueError(f"log_every={log_every} must be at least 1")
-        self.console, self.record = console, record
+        self.console, self.record, self.data = console, record, data
         self.log_every, self.num_epochs = log_every, num_epochs
         self.bar: Progress | None = None
 
@@ -73,11 +73,10 @@ class ProgressCallback(pl.Callback):
         """Check that every image was counted once; record and print the metrics."""
         assert isinstance(pl_module, Classifier)
         values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by fit, missing in Lightning's types
         limit, counted = trainer.limit_val_batches, pl_module.evaluated_images
         is_complete = isinstance(limit, float) and limit == 1.0  # the integer 1 is a single batch
-        if is_complete and counted != data.num_evaluation_images:
-            indexed = f"the index of {data.evaluation_split} has {data.num_evaluation_images}"
+        if is_complete and counted != self.data.num_evaluation_images:
+            indexed = f"the index of {self.data.evaluation_split} has {self.data.num_evaluation_images}"
             raise RuntimeError(f"evaluation counted {counted} images, {indexed}")
         self._since += time.perf_counter() - self._paused
         if not trainer.is_global_zero:
@@ -141,9 +140,7 @@ class ProgressCallback(pl.Callback):
         (self.bar.console if self.bar is not None else self.console).print(line, highlight=False, soft_wrap=True)
 
     def _images_per_step(self, trainer: pl.Trainer) -> int:
-        data = trainer.datamodule  # type: ignore[attr-defined]  # set by fit, missing in Lightning's types
-        assert isinstance(data, ShardData)
-        return data.training_plan(0, trainer.world_size).global_batch_size
+        return self.data.training_plan(0, trainer.world_size).global_batch_size
 
     def _wait_seconds(self, trainer: pl.Trainer) -> float:
         loader = trainer.train_dataloader

@@ -130,6 +130,14 @@ def test_evaluation_counts_every_image_once(num_samples: int, batch_size: int, w
     assert np.concatenate(batches).tolist() == list(range(num_samples))
 
 
+@pytest.mark.parametrize("mistake", [{"batch_size": 0}, {"batch_size": 4, "accumulate": 0}, {"batch_size": 101}])
+def test_an_invalid_plan_is_rejected(mistake: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="batch"):
+        TrainingPlan((50, 50), seed=0, shuffle_window=100, **mistake)
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        EvaluationPlan(10, 0)
+
+
 def test_fewer_images_than_a_global_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="100 training images are fewer than a global batch of 102"):
         TrainingPlan((50, 50), seed=0, shuffle_window=100, batch_size=51, accumulate=2)
