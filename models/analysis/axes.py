@@ -8,18 +8,13 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import NamedTuple, Self
 
-from models.analysis.intervals import Intervals, TapPattern, distance, hull, union
+from models.analysis.intervals import AxisField, TapPattern, UnknownReceptiveField
 
 ROWS, COLUMNS = 0, 1
 AXES = (ROWS, COLUMNS)
 AXIS_NAMES = ("rows", "columns")
-
-
-class UnknownReceptiveField(ValueError):
-    """The receptive field of an operation is unknown, for the reason in the message."""
 
 
 class Factor(NamedTuple):
@@ -38,40 +33,6 @@ Dims = tuple[tuple[Factor, ...], ...]
 
 
 @dataclass(frozen=True)
-class AxisField:
-    """The pixels that the positions along the rows or columns of a map read."""
-
-    local: Intervals | None  # of the paths made of kernels, None without such a path
-    image_side: int
-    size: int  # of the map
-    is_global: bool = False  # some path reads the entire axis, through a mean, a gate or attention
-    misalignment: Fraction = Fraction(0)  # largest distance in pixels between the centers of branches that met
-    unread: tuple[int, int] = (0, 0)  # pixels at both ends that slices and strides have left out
-
-    def through(self, pattern: TapPattern, size: int) -> Self:
-        """The field after an operation with this pattern and `size` outputs."""
-        unread = self._unread_after(pattern, size)
-        return replace(self, local=self.local and self.local.through(pattern), size=size, unread=unread)
-
-    def made_global(self, name: str) -> Self:
-        """The field after a reduction over all positions, which must read the image up to less than a stride."""
-        if self.local is not None and max(self.unread) >= self.local.stride:
-            raise UnknownReceptiveField(f"it treats {self.size} {name} that do not cover the image as the entire axis")
-        return replace(self, local=None, is_global=True)
-
-    def _unread_after(self, pattern: TapPattern, size: int) -> tuple[int, int]:
-        """Pixels left out after an operation; padding brings none back."""
-        if self.local is None:
-            return self.unread
-        read = {tap for output in range(size) for tap in pattern.taps(output) if 0 <= tap < self.size}
-        if {0, self.size - 1} <= read:
-            return self.unread
-        ends = (min(read), max(read)) if read else ()
-        first, last = hull(map(self.local.at, ends)) or (self.image_side, -1)
-        return (max(self.unread[0], first), max(self.unread[1], self.image_side - 1 - last))
-
-
-@dataclass(frozen=True)
 class TensorAxes:
     """The dimensions of a tensor, and the receptive field along both axes of the map that they hold."""
 
@@ -87,7 +48,7 @@ class TensorAxes:
     @property
     def has_local_field(self) -> bool:
         """Whether some path made of kernels leads here from the image along both axes."""
-        return all(field.local is not None for field in self.fields)
+        return all(field.is_local for field in self.fields)
 
     def axis_of(self, dim: int) -> int | None:
         """The axis of a dimension that holds nothing else, None without one."""
@@ -144,7 +105,7 @@ def image_axes(shape: Sequence[int]) -> TensorAxes:
     """The axes of a batch of images. Shapes: (N, C, H, W)."""
     num_images, channels, height, width = shape
     dims = ((Factor(num_images),), (Factor(channels),), (Factor(height, ROWS),), (Factor(width, COLUMNS),))
-    return TensorAxes(dims, (AxisField(Intervals(), height, height), AxisField(Intervals(), width, width)))
+    return TensorAxes(dims, (AxisField(height, height), AxisField(width, width)))
 
 
 def meet(tensors: Sequence[TensorAxes], dims: Dims, *, concatenated: bool = False) -> TensorAxes:
@@ -181,21 +142,8 @@ def _joined_axis(tensors: Sequence[TensorAxes], axis: int, *, on_map: bool) -> A
         field.made_global(AXIS_NAMES[axis]) if on_map and axis not in tensor.map_axes() else field
         for tensor, field in ((tensor, tensor.fields[axis]) for tensor in tensors)
     ]
-    joined = functools.reduce(_joined, [field for field in fields if field.local is not None] or fields)
+    joined = functools.reduce(AxisField.joined, [field for field in fields if field.is_local] or fields)
     return replace(joined, is_global=any(field.is_global for field in fields))
-
-
-def _joined(one: AxisField, other: AxisField) -> AxisField:
-    misalignment = max(one.misalignment, other.misalignment)
-    if one.local is None or other.local is None:
-        return replace(one, local=one.local or other.local, size=max(one.size, other.size), misalignment=misalignment)
-    unread = (min(one.unread[0], other.unread[0]), min(one.unread[1], other.unread[1]))
-    try:
-        local = union(one.local, other.local)
-    except ValueError as error:
-        raise UnknownReceptiveField(str(error)) from error
-    misalignment = max(misalignment, distance(one.local, other.local))
-    return replace(one, local=local, misalignment=misalignment, unread=unread)
 
 
 def _take(factors: deque[Factor], size: int) -> list[Factor]:

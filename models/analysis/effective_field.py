@@ -143,8 +143,8 @@ def _middle(axes: TensorAxes, layer: str) -> tuple[tuple[int | slice, ...], Pixe
     entry: list[int | slice] = [slice(None)] * 4
     centers = []
     for axis, field in zip(AXES, axes.fields, strict=True):
-        position = field.size // 2
-        interval = field.local.at(position) if field.local is not None else None
+        position = field.num_positions // 2
+        interval = field.at(position)
         if interval is None:
             unit = f"{AXIS_NAMES[axis]} {position} of the map of {layer or NETWORK_ITSELF}"
             raise ValueError(f"{unit} read no pixel: name another `layer`")

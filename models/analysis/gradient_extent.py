@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-from models.analysis.axes import AXES, AXIS_NAMES, COLUMNS, ROWS, AxisField, TensorAxes, UnknownReceptiveField
-from models.analysis.intervals import Interval, Intervals
+from models.analysis.axes import AXES, AXIS_NAMES, COLUMNS, ROWS, TensorAxes
+from models.analysis.intervals import AxisField, Interval, UnknownReceptiveField
 from models.analysis.receptive_field import receptive_fields
 from models.analysis.trace import Operation, Trace, TraceError, trace
 
@@ -92,7 +92,7 @@ class LinearNetwork:
 
     def _execute(self, operation: Operation, field: AxisField | None) -> None:
         """Compute the outputs of an operation; constants where a local path enters one that reads the entire axis."""
-        is_local = field is not None and field.local is not None
+        is_local = field is not None and field.is_local
         is_cut = field is not None and not is_local and any(id(tensor) in self._local for tensor in operation.inputs)
         for output, result in zip(operation.outputs, self._run(operation), strict=True):
             self._values[id(output)] = torch.ones_like(result) if is_cut else result
@@ -138,11 +138,11 @@ def compare_with_gradient(net: nn.Module, shape: tuple[int, int, int, int]) -> l
         ends = _ends_of_resolutions(fields, axis=axis)
         linear = LinearNetwork(traced, ends.keys(), fields=fields, axis=axis)
         for position, dim in ends.items():
-            layer, (field, local) = traced.operations[position].layer, _local_field(fields[position], axis)
-            middle = field.size // 2
-            for unit in range(middle, min(field.size, middle + min(MAX_UNITS, local.period))):
+            layer, field = traced.operations[position].layer, _local_field(fields[position], axis)
+            middle = field.num_positions // 2
+            for unit in range(middle, min(field.num_positions, middle + min(MAX_UNITS, len(field.phases)))):
                 gradient = linear.extent(position, unit, dim=dim)[axis]
-                comparisons.append(FieldComparison(layer, AXIS_NAMES[axis], local.at(unit), gradient, field.image_side))
+                comparisons.append(FieldComparison(layer, AXIS_NAMES[axis], field.at(unit), gradient, field.image_side))
     return comparisons
 
 
@@ -151,9 +151,9 @@ def _enlarged(net: nn.Module, shape: tuple[int, int, int, int], *, axis: int) ->
     original = trace(net, shape)
     fields = receptive_fields(original)
     last = max(position for position, axes in enumerate(fields) if axes is not None and axes.has_local_field)
-    _, local = _local_field(fields[last], axis)
-    margin = math.ceil((MARGIN + 2 * min(local.period, MAX_UNITS)) * local.stride)
-    along = max(shape[2 + axis], -(-(local.size + margin) // ACROSS) * ACROSS)
+    field = _local_field(fields[last], axis)
+    margin = math.ceil((MARGIN + 2 * min(len(field.phases), MAX_UNITS)) * field.stride)
+    along = max(shape[2 + axis], -(-(field.size + margin) // ACROSS) * ACROSS)
     for across in (ACROSS, shape[3 - axis]):
         sides = (along, across) if axis == ROWS else (across, along)
         for until in (None, original.operations[last].layer):
@@ -168,19 +168,18 @@ def _ends_of_resolutions(fields: Fields, *, axis: int) -> dict[int, int]:
     """The last operation with a local field on each size of the map, and the dimension of the axis in its output."""
     ends: dict[int, tuple[int, int]] = {}
     for position, axes in enumerate(fields):
-        if axes is None or axes.fields[axis].local is None:
+        if axes is None or not axes.fields[axis].is_local:
             continue
         dims = [dim for dim, factors in enumerate(axes.dims) if [factor.axis for factor in factors] == [axis]]
         if dims:
-            ends[axes.fields[axis].size] = (position, dims[0])
+            ends[axes.fields[axis].num_positions] = (position, dims[0])
     return dict(ends.values())
 
 
-def _local_field(axes: TensorAxes | None, axis: int) -> tuple[AxisField, Intervals]:
+def _local_field(axes: TensorAxes | None, axis: int) -> AxisField:
     assert axes is not None
-    field = axes.fields[axis]
-    assert field.local is not None
-    return field, field.local
+    assert axes.fields[axis].is_local
+    return axes.fields[axis]
 
 
 def _span(touched: Tensor) -> Interval | None:

@@ -1,4 +1,4 @@
-"""Receptive fields along one axis in exact arithmetic: the interval of pixels that each position of a map reads.
+"""The receptive field along one axis in exact arithmetic: the interval of pixels that each position of a map reads.
 
 For layers in a row this is the recurrence r_l = r_{l-1} + (K_l - 1) j_{l-1}, j_l = j_{l-1} S_l. Intervals are
 absolute, so that branches can be joined; after a resize, where neighbouring outputs differ, they have a period.
@@ -6,11 +6,15 @@ absolute, so that branches can be joined; after a resize, where neighbouring out
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple, Self
 
 Interval = tuple[int, int]  # first and last pixel; those outside the image lie in the padding
+
+
+class UnknownReceptiveField(ValueError):
+    """The receptive field of an operation is unknown, for the reason in the message."""
 
 
 class TapPattern(NamedTuple):
@@ -65,21 +69,30 @@ class TapPattern(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Intervals:
-    """The interval of pixels that each position of an axis reads, without regard to the borders of the image."""
+class AxisField:
+    """The pixels that the positions along the rows or columns of a map read.
 
-    phases: tuple[Interval | None, ...] = ((0, 0),)  # of the first positions, None for those that read nothing
+    `phases` holds the interval of each of the first positions through kernels, None for one that reads nothing, without
+    regard to the borders of the image. It is empty if no path from the image is made of kernels alone.
+    """
+
+    image_side: int
+    num_positions: int
+    phases: tuple[Interval | None, ...] = ((0, 0),)
     advance: int = 1  # position i + len(phases) reads what position i does, shifted by these pixels
+    is_global: bool = False  # some path reads the entire axis, through a mean, a gate or attention
+    misalignment: Fraction = Fraction(0)  # largest distance in pixels between the centers of branches that met
+    unread: tuple[int, int] = (0, 0)  # pixels at both ends that slices and strides have left out
 
     @property
-    def period(self) -> int:
-        """Number of positions after which the intervals repeat."""
-        return len(self.phases)
+    def is_local(self) -> bool:
+        """Whether some path from the image is made of kernels; without one, `phases` is empty."""
+        return bool(self.phases)
 
     @property
     def stride(self) -> Fraction:
-        """Mean distance between neighbouring positions in pixels: the product of all strides."""
-        return Fraction(self.advance, self.period)
+        """Mean distance in pixels between the intervals of neighbouring positions: the product of all strides."""
+        return Fraction(self.advance, len(self.phases))
 
     @property
     def size(self) -> int:
@@ -92,44 +105,77 @@ class Intervals:
         return next((interval[0] for interval in self.phases if interval is not None), 0)
 
     def at(self, position: int) -> Interval | None:
-        """First and last pixel that a position reads."""
-        repeats, phase = divmod(position, self.period)
+        """First and last pixel that a position reads through kernels."""
+        if not self.phases:
+            return None
+        repeats, phase = divmod(position, len(self.phases))
         interval, shift = self.phases[phase], repeats * self.advance
         return interval and (interval[0] + shift, interval[1] + shift)
 
-    def through(self, pattern: TapPattern) -> "Intervals":
-        """The intervals after an operation with this pattern."""
-        repeats = self.period // math.gcd(self.period, pattern.inputs)
+    def through(self, pattern: TapPattern, num_positions: int) -> Self:
+        """The field after an operation with this pattern and this number of outputs."""
+        if not self.phases:
+            return replace(self, num_positions=num_positions)
+        period, unread = len(self.phases), self._unread_after(pattern, num_positions)
+        repeats = period // math.gcd(period, pattern.inputs)
         phases = tuple(hull(map(self.at, pattern.taps(output))) for output in range(repeats * pattern.outputs))
-        return _simplified(Intervals(phases, self.advance * repeats * pattern.inputs // self.period))
+        advance = self.advance * repeats * pattern.inputs // period
+        after = replace(self, num_positions=num_positions, phases=phases, advance=advance, unread=unread)
+        return after._with_shortest_period()
+
+    def _unread_after(self, pattern: TapPattern, num_positions: int) -> tuple[int, int]:
+        """Pixels left out after an operation; padding brings none back."""
+        last_position = self.num_positions - 1
+        read = {tap for output in range(num_positions) for tap in pattern.taps(output) if 0 <= tap <= last_position}
+        if {0, last_position} <= read:
+            return self.unread
+        ends = (min(read), max(read)) if read else ()
+        first, last = hull(map(self.at, ends)) or (self.image_side, -1)
+        return (max(self.unread[0], first), max(self.unread[1], self.image_side - 1 - last))
+
+    def made_global(self, name: str) -> Self:
+        """The field after a reduction over all positions, which must read the image up to less than a stride."""
+        if self.phases and max(self.unread) >= self.stride:
+            raise UnknownReceptiveField(
+                f"it treats {self.num_positions} {name} that do not cover the image as the entire axis"
+            )
+        return replace(self, phases=(), is_global=True)
+
+    def joined(self, other: Self) -> Self:
+        """The field where this branch meets another one that reads through kernels if this one does.
+
+        Raises: UnknownReceptiveField for different strides.
+        """
+        misalignment = max(self.misalignment, other.misalignment)
+        if not self.phases:
+            num_positions = max(self.num_positions, other.num_positions)
+            return replace(self, num_positions=num_positions, misalignment=misalignment)
+        if self.stride != other.stride:
+            strides = f"{self.stride} and {other.stride}"
+            raise UnknownReceptiveField(f"branches with strides of {strides} pixels meet")
+        period = math.lcm(len(self.phases), len(other.phases))
+        pairs = [(self.at(position), other.at(position)) for position in range(period)]
+        distances = [Fraction(abs(sum(a) - sum(b)), 2) for a, b in pairs if a and b]
+        met = replace(
+            self,
+            phases=tuple(map(hull, pairs)),
+            advance=int(self.stride * period),
+            misalignment=max([misalignment, *distances]),
+            unread=(min(self.unread[0], other.unread[0]), min(self.unread[1], other.unread[1])),
+        )
+        return met._with_shortest_period()
+
+    def _with_shortest_period(self) -> Self:
+        """The same field with as few phases as describe it."""
+        period = len(self.phases)
+        for shorter in (one for one in range(1, period) if period % one == 0 == self.advance * one % period):
+            candidate = replace(self, phases=self.phases[:shorter], advance=self.advance * shorter // period)
+            if all(candidate.at(position) == self.at(position) for position in range(period)):
+                return candidate
+        return self
 
 
 def hull(intervals: Iterable[Interval | None]) -> Interval | None:
     """The smallest interval around all of them, None around none."""
     present = [*filter(None, intervals)]
     return (min(first for first, _ in present), max(last for _, last in present)) if present else None
-
-
-def union(one: Intervals, other: Intervals) -> Intervals:
-    """The intervals where two branches meet. Raises: ValueError for different strides."""
-    if one.stride != other.stride:
-        raise ValueError(f"branches with strides of {one.stride} and {other.stride} pixels meet")
-    period = math.lcm(one.period, other.period)
-    phases = tuple(hull((one.at(position), other.at(position))) for position in range(period))
-    return _simplified(Intervals(phases, int(one.stride * period)))
-
-
-def distance(one: Intervals, other: Intervals) -> Fraction:
-    """Largest distance in pixels between the centers of two branches' intervals; 0 for aligned branches."""
-    pairs = [(one.at(position), other.at(position)) for position in range(math.lcm(one.period, other.period))]
-    return max((Fraction(abs(sum(a) - sum(b)), 2) for a, b in pairs if a and b), default=Fraction(0))
-
-
-def _simplified(intervals: Intervals) -> Intervals:
-    """The same intervals with the shortest period."""
-    period, advance = intervals.period, intervals.advance
-    for shorter in (divisor for divisor in range(1, period) if period % divisor == 0 == advance * divisor % period):
-        candidate = Intervals(intervals.phases[:shorter], advance * shorter // period)
-        if all(candidate.at(position) == intervals.at(position) for position in range(period)):
-            return candidate
-    return intervals

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from models.analysis.axes import Factor, TensorAxes, UnknownReceptiveField, broadcast, meet
-from models.analysis.intervals import TapPattern
+from models.analysis.axes import Factor, TensorAxes, broadcast, meet
+from models.analysis.intervals import TapPattern, UnknownReceptiveField
 from models.analysis.trace import Operation
 
 Lookup = Callable[[Tensor], TensorAxes | None]  # None for a tensor that does not depend on the images

@@ -5,8 +5,8 @@ from typing import NamedTuple, Self
 
 from torch import Tensor
 
-from models.analysis.axes import AxisField, TensorAxes, UnknownReceptiveField, image_axes
-from models.analysis.intervals import TapPattern
+from models.analysis.axes import TensorAxes, image_axes
+from models.analysis.intervals import AxisField, TapPattern, UnknownReceptiveField
 from models.analysis.op_rules import outputs_of, slice_start
 from models.analysis.trace import Operation, Trace, storage_of
 
@@ -24,9 +24,9 @@ class ReceptiveField(NamedTuple):
     @classmethod
     def along(cls, field: AxisField) -> Self:
         """The receptive field along an axis of a tensor."""
-        if field.local is None:
+        if not field.is_local:
             return cls(is_global=field.is_global)
-        return cls(field.local.size, float(field.local.stride), field.local.offset, field.is_global)
+        return cls(field.size, float(field.stride), field.offset, field.is_global)
 
 
 def receptive_fields(trace: Trace) -> list[TensorAxes | None]:

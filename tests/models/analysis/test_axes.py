@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.analysis.axes import AXES, TensorAxes, UnknownReceptiveField
+from models.analysis.axes import AXES, TensorAxes
+from models.analysis.intervals import UnknownReceptiveField
 from models.analysis.receptive_field import receptive_fields
 from models.analysis.trace import TraceError, trace
 
@@ -139,14 +140,14 @@ def assert_true(axes: TensorAxes, changes: Tensor, *, axis: int) -> None:
     by_position = changes.movedim(dims[0] + 1, 1).flatten(2).any(2)  # (SIDE, positions)
     for position in range(by_position.shape[1]):
         read = by_position[:, position].nonzero().flatten().tolist()
-        local = field.local.at(position) if field.local is not None else None
+        local = field.at(position)
         if field.is_global:
             assert local is None or not read or read[0] <= max(0, local[0]) or read[-1] >= min(SIDE - 1, local[1])
         elif read:
             assert local is not None, (position, read)
             assert local[0] <= read[0], (position, local, read)
             assert read[-1] <= local[1], (position, local, read)
-        in_middle = field.size // 3 <= position < field.size - field.size // 3
+        in_middle = field.num_positions // 3 <= position < field.num_positions - field.num_positions // 3
         if local is not None and not field.is_global and in_middle and 6 <= local[0] <= local[1] < SIDE - 6:
             assert (read[0], read[-1]) == local if read else False, (position, local, read)
 

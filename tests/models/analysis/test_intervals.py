@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.analysis.intervals import Intervals, TapPattern, distance, union
+from models.analysis.intervals import AxisField, TapPattern, UnknownReceptiveField
 
 KERNELS = st.builds(
     lambda size, stride, padding, dilation: TapPattern.kernel(size, stride=stride, padding=padding, dilation=dilation),
@@ -38,8 +38,12 @@ PATTERNS = st.one_of(
 )
 
 
-def strided(kernel_size: int, stride: int, padding: int = 0) -> Intervals:
-    return Intervals().through(TapPattern.kernel(kernel_size, stride=stride, padding=padding))
+PIXELS = AxisField(image_side=64, num_positions=64)
+
+
+def strided(kernel_size: int, stride: int, padding: int = 0) -> AxisField:
+    pattern = TapPattern.kernel(kernel_size, stride=stride, padding=padding)
+    return PIXELS.through(pattern, PIXELS.num_positions // stride)
 
 
 def pixels_read(patterns: list[TapPattern], position: int) -> set[int]:
@@ -53,9 +57,9 @@ def pixels_read(patterns: list[TapPattern], position: int) -> set[int]:
 @settings(max_examples=300)
 @given(st.lists(PATTERNS, max_size=4))
 def test_intervals_span_the_pixels_of_all_taps(patterns: list[TapPattern]) -> None:
-    field = Intervals()
+    field = PIXELS
     for pattern in patterns:
-        field = field.through(pattern)
+        field = field.through(pattern, 13)
     for position in range(-7, 13):
         pixels = pixels_read(patterns, position)
         assert field.at(position) == ((min(pixels), max(pixels)) if pixels else None)
@@ -63,34 +67,34 @@ def test_intervals_span_the_pixels_of_all_taps(patterns: list[TapPattern]) -> No
 
 @given(st.lists(st.tuples(st.integers(1, 11), st.integers(1, 4)), min_size=1, max_size=8))
 def test_kernels_in_a_row_follow_the_recurrence(layers: list[tuple[int, int]]) -> None:
-    field, size, jump = Intervals(), 1, 1
+    field, size, jump = PIXELS, 1, 1
     for kernel_size, stride in layers:
-        field = field.through(TapPattern.kernel(kernel_size, stride=stride))
+        field = field.through(TapPattern.kernel(kernel_size, stride=stride), 64)
         size, jump = size + (kernel_size - 1) * jump, jump * stride
-        assert (field.size, field.stride, field.offset, field.period) == (size, jump, 0, 1)
+        assert (field.size, field.stride, field.offset, len(field.phases)) == (size, jump, 0, 1)
 
 
 def test_transposed_convolution_alternates_its_intervals() -> None:
     # Kernel 3 at stride 2: even outputs read two inputs, odd ones read one; the stride falls from 4 pixels to 2.
-    field = strided(1, 4).through(TapPattern.transposed(3, stride=2))
+    field = strided(1, 4).through(TapPattern.transposed(3, stride=2), 32)
     assert [field.at(position) for position in range(4)] == [(-4, 0), (0, 0), (0, 4), (4, 4)]
-    assert (field.size, field.stride, field.period) == (5, 2, 2)
+    assert (field.size, field.stride, len(field.phases)) == (5, 2, 2)
 
 
 def test_transposed_stride_beyond_the_kernel_leaves_positions_without_pixels() -> None:
-    field = Intervals().through(TapPattern.transposed(1, stride=3))
+    field = PIXELS.through(TapPattern.transposed(1, stride=3), 192)
     assert [field.at(position) for position in range(4)] == [(0, 0), None, None, (1, 1)]
     assert field.stride == Fraction(1, 3)
 
 
-def test_union_spans_both_branches_and_distance_measures_misalignment() -> None:
+def test_joined_branches_span_both_and_report_their_misalignment() -> None:
     odd = strided(3, 2, padding=1)  # around pixel 0
     even = strided(2, 2)  # around pixel 0.5
-    assert union(odd, even).at(0) == (-1, 1)
-    assert distance(odd, even) == Fraction(1, 2)
-    assert distance(odd, strided(1, 2)) == 0
+    assert odd.joined(even).at(0) == (-1, 1)
+    assert odd.joined(even).misalignment == Fraction(1, 2)
+    assert odd.joined(strided(1, 2)).misalignment == 0
 
 
-def test_branches_with_different_strides_have_no_union() -> None:
-    with pytest.raises(ValueError, match="branches with strides of 1 and 2 pixels meet"):
-        union(Intervals(), strided(1, 2))
+def test_branches_with_different_strides_are_refused() -> None:
+    with pytest.raises(UnknownReceptiveField, match="branches with strides of 1 and 2 pixels meet"):
+        PIXELS.joined(strided(1, 2))

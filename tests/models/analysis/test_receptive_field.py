@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.analysis.axes import TensorAxes, UnknownReceptiveField
+from models.analysis.axes import TensorAxes
 from models.analysis.cost import kept_for_backward
+from models.analysis.intervals import UnknownReceptiveField
 from models.analysis.receptive_field import ReceptiveField, known_fields, receptive_fields
 from models.analysis.trace import Operation, TraceError, trace
 from tests.support.networks import Calls, on_meta
@@ -67,7 +68,7 @@ def last_of(net: nn.Module, *shape: int) -> TensorAxes:
 
 def local_fields(axes: TensorAxes) -> list[tuple[int, float, int]]:
     """Size, stride and offset along rows and columns."""
-    fields = [ReceptiveField.along(field) for field in axes.fields if field.local is not None]
+    fields = [ReceptiveField.along(field) for field in axes.fields if field.is_local]
     return [(field.size, field.stride, field.offset) for field in fields]
 
 
