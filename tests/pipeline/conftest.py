@@ -10,7 +10,7 @@ import pytest
 from data.shards.dataset import Dataset
 from pipeline.report import __main__ as report_verb
 from pipeline.train import __main__ as train_verb
-from tests.support.commands import FinishedRun, Typed, run_module, typed
+from tests.support.commands import TINY, FinishedRun, Typed, call_verb, run_module, typed
 
 
 @pytest.fixture
@@ -37,3 +37,23 @@ def main_job(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Finis
     assert answer.returncode == 0, answer.stderr
     (folder,) = (root / "runs").iterdir()
     return FinishedRun(root, folder, answer.stdout)
+
+
+@pytest.fixture(scope="session")
+def lenet_root(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
+    """A folder in which LeNet was trained for two epochs as the run `mine`."""
+    root = tmp_path_factory.mktemp("lenet")
+    shutil.copytree(digits.root, root / "datasets" / "digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        call_verb(train_verb.VERB, train_verb.main, ["+model=lenet", *TINY, "name=mine"])
+    return root
+
+
+@pytest.fixture
+def killed_run(lenet_root: Path, with_digits: Path) -> Path:
+    """A copy of the run `mine` in the folder of `train`, as after a kill at its last step."""
+    shutil.copy(lenet_root / "mlflow.db", with_digits)
+    folder = shutil.copytree(lenet_root / "runs" / "mine", with_digits / "runs" / "mine")
+    (folder / "result.json").unlink()
+    return folder

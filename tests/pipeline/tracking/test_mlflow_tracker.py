@@ -21,7 +21,7 @@ from pipeline.tracking.mlflow_tracker import MLflowTracker
 folder = Path(sys.argv[1])
 folder.mkdir()
 tracker = MLflowTracker()
-assert tracker.start(Run(folder.name, folder), {"seed": 0, "data.index": None}, logged={}) is None
+assert tracker.start(Run(folder), {"seed": 0, "data.index": None}, logged={}) is None
 tracker.log({"train/loss": 1.0}, 5)
 assert tracker.finish(succeeded=True) is None
 """
@@ -49,7 +49,7 @@ def test_several_processes_create_one_store(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_logs_only_new_points(tmp_path: Path) -> None:
-    uri, run = f"sqlite:///{tmp_path / 'mlflow.db'}", Run("mine", tmp_path)
+    uri, run = f"sqlite:///{tmp_path / 'mlflow.db'}", Run(tmp_path)
     for logged in ({}, {"step": 5, "train/loss": 5}):  # as if it had been killed in the evaluation after step 5
         tracker = MLflowTracker(uri=uri)
         assert tracker.start(run, {}, logged=logged) is None
@@ -68,7 +68,7 @@ def test_a_resumed_run_logs_only_new_points(tmp_path: Path) -> None:
 def test_a_dead_server_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracker = MLflowTracker(uri="http://127.0.0.1:9")
-    why = tracker.start(Run("mine", tmp_path), {}, logged={})
+    why = tracker.start(Run(tmp_path), {}, logged={})
     assert why is not None
     assert why.startswith("http://127.0.0.1:9 does not accept the run")
     assert tracker.link is None

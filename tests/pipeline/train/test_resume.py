@@ -58,10 +58,9 @@ def test_a_run_stopped_repeatedly_ends_in_the_same_bits(train: Typed, with_digit
     assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
 
 
-def test_a_run_resumes_only_with_its_own_settings(train: Typed, with_digits: Path) -> None:
+@pytest.mark.usefixtures("killed_run")
+def test_a_run_resumes_only_with_its_own_settings(train: Typed) -> None:
     words = ("+model=lenet", "tracking=none", *TINY, "name=mine")
-    train(*words)
-    (with_digits / "runs" / "mine" / "result.json").unlink()  # as after a kill at its last step
     for change in ("recipe.optimizer.lr=0.2", "seed=1", "augment.training.flip=0.5"):
         with pytest.raises(ValueError, match=f"runs/mine was started with {change.partition('=')[0]}="):
             train(*words, change)
@@ -70,14 +69,12 @@ def test_a_run_resumes_only_with_its_own_settings(train: Typed, with_digits: Pat
     assert "continues from last.ckpt" in train(*words, "data.batch_size=128", "recipe.accumulate=2")
 
 
-def test_a_moved_run_keeps_its_best_score_and_its_page(train: Typed, with_digits: Path) -> None:
-    words = ("+model=lenet", *TINY, "name=mine", "+trainer.limit_val_batches=1")
-    train(*words)
-    folder = with_digits / "runs" / "mine"
-    result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").unlink()
-    (with_digits / "runs").rename(with_digits / "elsewhere")
-    train(*words, "runs=elsewhere")
+def test_a_moved_run_keeps_its_best_score_and_its_page(
+    train: Typed, with_digits: Path, killed_run: Path, lenet_root: Path
+) -> None:
+    result = json.loads((lenet_root / "runs" / "mine" / "result.json").read_text())
+    killed_run.parent.rename(with_digits / "elsewhere")
+    train("+model=lenet", *TINY, "name=mine", "runs=elsewhere")
     assert json.loads((with_digits / "elsewhere" / "mine" / "result.json").read_text()) == {
         "val/top1": result["val/top1"], "checkpoint": "elsewhere/mine/checkpoints/best.ckpt",
     }  # fmt: skip
@@ -92,16 +89,13 @@ def test_a_moved_run_keeps_its_best_score_and_its_page(train: Typed, with_digits
 
 def test_one_process_at_a_time_trains_a_run(train: Typed, with_digits: Path) -> None:
     with (
-        Run("mine", with_digits / "runs" / "mine").locked(),
+        Run(with_digits / "runs" / "mine").locked(),
         pytest.raises(ValueError, match="runs/mine is locked by a running process: add name=NAME"),
     ):
         train("+model=lenet", "tracking=none", *TINY, "name=mine")
 
 
-def test_a_damaged_checkpoint_is_named(train: Typed, with_digits: Path) -> None:
-    words = ("+model=lenet", "tracking=none", *TINY, "name=mine")
-    train(*words)
-    (with_digits / "runs" / "mine" / "result.json").unlink()
-    (with_digits / "runs" / "mine" / "checkpoints" / "last.ckpt").write_bytes(b"PK no more")
+def test_a_damaged_checkpoint_is_named(train: Typed, killed_run: Path) -> None:
+    (killed_run / "checkpoints" / "last.ckpt").write_bytes(b"PK no more")
     with pytest.raises(ValueError, match=r"last.ckpt cannot be read .* remove it to start the run over"):
-        train(*words)
+        train("+model=lenet", "tracking=none", *TINY, "name=mine")
