@@ -102,7 +102,7 @@ def ours(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
     recipe = build_recipe(compose("train", RECIPE))
     module = Classifier(net, num_classes=10, recipe=recipe)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run("benchmark", Path(folder))
+        run = Run(Path(folder))
         options = {"log_every": batches.log_every, "num_epochs": 1}
         progress = QuietProgress(Console(quiet=True), run.journal.record, data=batches, **options)
         clock = Clock()

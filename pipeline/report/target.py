@@ -18,7 +18,7 @@ from pipeline.cli.compose import choices, compose, flatten
 from pipeline.cli.errors import config_keys_in_errors, nearest
 from pipeline.report.measure import TrainingSettings
 from pipeline.runs.restore import RestoredRun
-from pipeline.runs.run import REPORTS
+from pipeline.runs.run import Run
 
 BATCH_SIZE, PRECISION, NUM_CLASSES = 32, "32-true", 1000  # where nothing says otherwise
 NOT_IN_FOLDER_NAME = ("out", "layers", "trust")
@@ -67,7 +67,8 @@ def output_folder(config: DictConfig, name: str) -> Path:
         return Path(str(config.out))
     settings = {key: value for key, value in flatten(config).items() if key not in NOT_IN_FOLDER_NAME}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-    return Path("" if config.run is None else str(config.run), REPORTS, f"{name}-{digest[:8]}")
+    folder = Path("reports") if config.run is None else Run(Path(str(config.run))).reports
+    return folder / f"{name}-{digest[:8]}"
 
 
 def _target_of_model(config: DictConfig) -> Target:

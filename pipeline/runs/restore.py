@@ -7,7 +7,7 @@ from torch import nn
 
 from models.weights.load import load_weights
 from pipeline.build.recorded import RecordedConfig
-from pipeline.runs.run import BEST, CHECKPOINTS, CONFIG, FINGERPRINT, LAST
+from pipeline.runs.run import Run
 
 
 class RestoredRun(RecordedConfig):
@@ -18,20 +18,20 @@ class RestoredRun(RecordedConfig):
     """
 
     def __init__(self, folder: Path, *, trust: bool = False) -> None:
-        for name in (CONFIG, FINGERPRINT):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"run={folder} is not a run: it has no {name}")
-        super().__init__(folder / CONFIG, trust=trust)
-        self.folder = folder
-        self.precision: str = json.loads((folder / FINGERPRINT).read_text())["precision"]
+        self.run = Run(folder)
+        for path in (self.run.config_file, self.run.fingerprint_file):
+            if not path.is_file():
+                raise FileNotFoundError(f"run={folder} is not a run: it has no {path.name}")
+        super().__init__(self.run.config_file, trust=trust)
+        self.precision: str = json.loads(self.run.fingerprint_file.read_text())["precision"]
 
     @property
     def weights_file(self) -> Path:
         """The best checkpoint, or the last one. Raises: FileNotFoundError before the first."""
-        for name in (BEST, LAST):
-            if (self.folder / CHECKPOINTS / name).is_file():
-                return self.folder / CHECKPOINTS / name
-        raise FileNotFoundError(f"run={self.folder} has no checkpoint yet: weights=FILE uses other weights")
+        path = self.run.best_checkpoint
+        if path is None:
+            raise FileNotFoundError(f"run={self.run.folder} has no checkpoint yet: weights=FILE uses other weights")
+        return path
 
     def load_network(self) -> nn.Module:
         """Build the network with the run's best weights. Raises: FileNotFoundError, ValueError."""

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,35 +13,32 @@ from pipeline.build.settings import RunSettings
 from pipeline.runs.fingerprint import Fingerprint, check_unchanged, digests
 from pipeline.runs.journal import Journal
 
-CONFIG, FINGERPRINT, METRICS, RESULT = "config.yaml", "fingerprint.json", "metrics.jsonl", "result.json"
-CHECKPOINTS, BEST, LAST = "checkpoints", "best.ckpt", "last.ckpt"
-RECEPTIVE_FIELD = "receptive_field"  # the report at the start, in the run's folder and among its artifacts
-REPORTS = "reports"  # later ones
-TRACKING_ID = "mlflow_run_id"
 
-
-@dataclass(frozen=True)
 class Run:
-    """A run's folder. The name stays the same when the same command is started again."""
+    """A run's folder, named after the run. The name stays the same when the same command is started again."""
 
-    name: str
-    folder: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.folder / CHECKPOINTS
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.name
+        self.config_file = folder / "config.yaml"  # as composed, with everything resolved
+        self.fingerprint_file = folder / "fingerprint.json"
+        self.journal = Journal(folder / "metrics.jsonl")
+        self.checkpoints = folder / "checkpoints"
+        self.result_file = folder / "result.json"  # written last: it marks success
+        self.initial_report = folder / "receptive_field"
+        self.reports = folder / "reports"  # later ones
+        self.tracking_id_file = folder / "mlflow_run_id"
 
     @property
     def last_checkpoint(self) -> Path | None:
         """The checkpoint from which an unfinished run continues, None before the first one."""
-        path = self.checkpoints / LAST
+        path = self.checkpoints / "last.ckpt"
         return path if path.is_file() else None
 
     @property
-    def journal(self) -> Journal:
-        """The metrics of the run."""
-        return Journal(self.folder / METRICS)
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the best evaluation, or the last one; None before the first."""
+        path = self.checkpoints / "best.ckpt"
+        return path if path.is_file() else self.last_checkpoint
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -61,21 +57,21 @@ class Run:
     def begin(self, fingerprint: Fingerprint, config: str) -> None:
         """Create the folder; write the fingerprint and the composed config, a YAML text."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / FINGERPRINT, json.dumps(fingerprint, indent=1).encode() + b"\n")
-        write_atomically(self.folder / CONFIG, config.encode())
+        write_atomically(self.fingerprint_file, json.dumps(fingerprint, indent=1).encode() + b"\n")
+        write_atomically(self.config_file, config.encode())
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Raise ValueError, naming the first difference, unless the run was started with this fingerprint."""
         if self.last_checkpoint is None:
             return
-        path = self.folder / FINGERPRINT
+        path = self.fingerprint_file
         if not path.is_file():
             raise ValueError(f"{path} is missing, so the checkpoints cannot be matched with a config: add name=NAME")
         check_unchanged(json.loads(path.read_text()), fingerprint, run=self.folder)
 
     def finish(self, result: Mapping[str, object]) -> None:
         """Write the file that marks success, the last one of a run."""
-        write_atomically(self.folder / RESULT, json.dumps(result, indent=1).encode() + b"\n")
+        write_atomically(self.result_file, json.dumps(result, indent=1).encode() + b"\n")
 
 
 def open_run(settings: RunSettings, dataset: Dataset) -> Run:
@@ -88,10 +84,10 @@ def open_run(settings: RunSettings, dataset: Dataset) -> Run:
     if name == ".." or Path(name).name != name:
         raise ValueError(f"name={name} is a path: runs=FOLDER sets the folder of all runs, name=NAME only names one")
     number = 1
-    while (settings.runs / candidate / RESULT).is_file():
+    while (run := Run(settings.runs / candidate)).result_file.is_file():
         number += 1
         candidate = f"{name}-{number}"
-    return Run(candidate, settings.runs / candidate)
+    return run
 
 
 def default_name(network: str, dataset: Dataset, *, settings: Mapping[str, object]) -> str:

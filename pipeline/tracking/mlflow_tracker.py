@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from pipeline.runs.run import TRACKING_ID, Run
+from pipeline.runs.run import Run
 from pipeline.tracking.background_queue import BackgroundQueue, first_line
 from pipeline.tracking.tracker import Tracker
 
@@ -86,7 +86,7 @@ class MLflowTracker(Tracker):
 
     def _start(self, run: Run, parameters: Mapping[str, object]) -> None:
         self._client, experiment_id = self._open_store()
-        id_file = run.folder / TRACKING_ID
+        id_file = run.tracking_id_file
         if id_file.is_file() and self._logged:
             run_id = id_file.read_text().strip()
             self._client.update_run(run_id, status="RUNNING")

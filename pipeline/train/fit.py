@@ -15,7 +15,6 @@ from pipeline.cli.console import is_main_process, main_console, print_facts
 from pipeline.cli.errors import config_keys_in_errors
 from pipeline.runs.checkpoint import AtomicCheckpointIO, BestCheckpoint, saved_step
 from pipeline.runs.fingerprint import fingerprint
-from pipeline.runs.run import CONFIG
 from pipeline.train.job import Job
 from pipeline.train.progress import ProgressCallback
 from pipeline.train.seeding import SeedEachBatch
@@ -115,7 +114,7 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[None]:
         last = run.last_checkpoint
         logged = run.journal.truncate_after(-1 if last is None else saved_step(last))
         print_missing(tracker.start(run, job.settings.parameters, logged=logged), run)
-        tracker.log_file(run.folder / CONFIG, "config")
+        tracker.log_file(run.config_file, "config")
         if not logged and tracker.link is not None:
             from pipeline.train.network_report import log_network_report  # half a second, for dashboards only
 

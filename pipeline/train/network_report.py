@@ -4,7 +4,6 @@ from models.analysis.report import Report
 from pipeline.cli.console import main_console, print_facts
 from pipeline.report import measure
 from pipeline.report.sample_images import sample_images
-from pipeline.runs.run import RECEPTIVE_FIELD
 from pipeline.train.job import Job
 
 NUM_SAMPLE_IMAGES = 4  # over which the effective field is averaged
@@ -20,8 +19,10 @@ def log_network_report(job: Job, *, precision: str) -> None:
         job.tracker.log({"params_millions": job.num_parameters / 1e6}, 0)
         return
     job.tracker.log(report.facts, 0)
-    job.tracker.log_file(measure.write_report(report, job.run.folder / RECEPTIVE_FIELD)[0], RECEPTIVE_FIELD)
-    job.tracker.log_table(report.layer_table(), f"{RECEPTIVE_FIELD}/{measure.LAYER_TABLE}")
+    folder = job.run.initial_report
+    page, *_ = measure.write_report(report, folder)
+    job.tracker.log_file(page, folder.name)
+    job.tracker.log_table(report.layer_table(), f"{folder.name}/{measure.LAYER_TABLE}")
 
 
 def report_network(job: Job, *, precision: str) -> Report:
