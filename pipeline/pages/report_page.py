@@ -3,7 +3,6 @@
 The templates hold layout and sentences, `wording` the numbers. Numbers for machines are `<data>` elements with an id.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,24 +17,20 @@ from pipeline.pages import wording
 from pipeline.pages.charts import Dot, heat_map, layer_widths, line_over_layers, scatter, series_style
 
 TEMPLATES = Path(__file__).with_name("templates")
-TIMES, MINUS, NO_BREAK = "×", "−", "\N{NO-BREAK SPACE}"
-WORDS = ("byte_count", "integer", "percent", "plural", "rate", "scaled_bytes", "scaled_count", "short_count")
-
-
-def _with_minus(words: str) -> str:
-    return re.sub(r"-(?=\d)", MINUS, words)  # not the "-" that stands for no number
-
-
+SIGNS = wording.TYPOGRAPHIC
+WORDS = (
+    "byte_count", "fixed", "general", "integer", "percent", "plural", "rate", "scaled_bytes", "scaled_count", "share",
+    "short_count",
+)  # fmt: skip
 FILTERS = {
     **{name: getattr(wording, name) for name in WORDS},
     "anchor": lambda name: "section-" + name.lower().replace(" ", "-"),
-    "exact": lambda value: f"{value:.12g}",
-    "field": lambda layer: wording.field_words(layer.rows, layer.columns, times=TIMES).replace(" px", f"{NO_BREAK}px"),
-    "footnote": partial(wording.sketch_footnote, times=TIMES),
-    "interval": lambda pixels: _with_minus(wording.interval_words(pixels)),
-    "pair": lambda pair: _with_minus(wording.pair_words(*pair, times=TIMES)),
-    "shape": partial(wording.shape_words, times=TIMES),
-    "share": lambda part, total, digits=1: f"{part / max(1, total):.{digits}%}",
+    "exact": lambda value: f"{value:.12g}",  # for machines
+    "field": lambda layer: wording.field_words(layer.rows, layer.columns, signs=SIGNS),
+    "footnote": partial(wording.sketch_footnote, signs=SIGNS),
+    "interval": partial(wording.interval_words, signs=SIGNS),
+    "pair": lambda pair: wording.pair_words(*pair, signs=SIGNS),
+    "shape": partial(wording.shape_words, signs=SIGNS),
 }
 
 

@@ -1,14 +1,23 @@
-"""Numbers in words, for terminals and pages: counts, bytes, shares, shapes, receptive fields.
-
-`times` is the multiplication sign: terminals and files print "x", pages "×".
-"""
+"""Numbers in words, for terminals and pages: counts, bytes, shares, shapes, receptive fields."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from models.analysis.intervals import Interval
 from models.analysis.receptive_field import ReceptiveField
 from models.analysis.stages import Sketch
 
+
+class Signs(NamedTuple):
+    """The characters between numbers and before negative ones, and the space between a number and its unit."""
+
+    times: str
+    minus: str
+    space: str
+
+
+PLAIN = Signs("x", "-", " ")  # terminals and files
+TYPOGRAPHIC = Signs("×", "−", "\N{NO-BREAK SPACE}")  # pages
 GLOBAL_PATHS = {(True, True): " + global", (True, False): " + all rows", (False, True): " + all columns"}
 
 
@@ -44,9 +53,24 @@ def percent(part: float, total: float) -> str:
     return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
+def share(part: float, total: float = 1, digits: int = 1) -> str:
+    """A share in percent with this number of decimals."""
+    return f"{part / max(1, total):.{digits}%}"
+
+
 def integer(value: float | None) -> str:
     """A number without decimals, nothing for None."""
-    return "" if value is None else f"{value:,.0f}"
+    return "" if value is None else fixed(value, 0)
+
+
+def fixed(value: float, digits: int) -> str:
+    """A number with this many decimals."""
+    return f"{value:,.{digits}f}"
+
+
+def general(value: float, digits: int = 6, *, signs: Signs = PLAIN) -> str:
+    """A number with this many digits at most."""
+    return f"{value:,.{digits}g}".replace("-", signs.minus)
 
 
 def rate(images_per_second: float) -> str:
@@ -59,41 +83,42 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def shape_words(shape: Sequence[int], *, times: str = "x") -> str:
+def shape_words(shape: Sequence[int], *, signs: Signs = PLAIN) -> str:
     """A shape such as "3x224x224"."""
-    return times.join(map(str, shape))
+    return signs.times.join(map(str, shape))
 
 
-def pair_words(rows: float | None, columns: float | None, *, times: str = "x") -> str:
+def pair_words(rows: float | None, columns: float | None, *, signs: Signs = PLAIN) -> str:
     """Two numbers such as "5x7"; one where both are equal; "-" for one that is None, nothing where both are."""
     if rows is None and columns is None:
         return ""
-    along_rows, along_columns = ("-" if number is None else f"{number:,g}" for number in (rows, columns))
-    return along_rows if rows == columns else f"{along_rows}{times}{along_columns}"
+    along_rows, along_columns = ("-" if one is None else general(one, signs=signs) for one in (rows, columns))
+    return along_rows if rows == columns else f"{along_rows}{signs.times}{along_columns}"
 
 
-def field_words(rows: ReceptiveField, columns: ReceptiveField, *, times: str = "x") -> str:
+def field_words(rows: ReceptiveField, columns: ReceptiveField, *, signs: Signs = PLAIN) -> str:
     """A receptive field such as "435x435 px", "global", or "43x43 px + global" where a second path is global.
 
     Along an axis without local paths only the global one is left: "5 px x all".
     """
     if rows.size is not None and columns.size is not None:
-        local = f"{rows.size:,}{times}{columns.size:,} px"
+        local = f"{rows.size:,}{signs.times}{columns.size:,}{signs.space}px"
         return local + GLOBAL_PATHS.get((rows.is_global, columns.is_global), "")
     if rows.is_global and columns.is_global:
         return "global"
     if not rows.is_global and not columns.is_global:
         return "unknown"
-    return f" {times} ".join("all" if axis.size is None else f"{axis.size:,} px" for axis in (rows, columns))
+    sizes = ["all" if axis.size is None else f"{axis.size:,}{signs.space}px" for axis in (rows, columns)]
+    return f" {signs.times} ".join(sizes)
 
 
-def interval_words(pixels: Interval | None) -> str:
+def interval_words(pixels: Interval | None, *, signs: Signs = PLAIN) -> str:
     """The first and last pixel, "-3 to 45"."""
-    return "none" if pixels is None else f"{pixels[0]:,} to {pixels[1]:,}"
+    return "none" if pixels is None else " to ".join(general(pixel, signs=signs) for pixel in pixels)
 
 
-def sketch_footnote(sketch: Sketch, *, times: str = "x") -> str:
+def sketch_footnote(sketch: Sketch, *, signs: Signs = PLAIN) -> str:
     """How the usual sketch of a CNN differs from this stage, and why."""
-    shape = shape_words(sketch.shape, times=times)
-    field = f"{sketch.field}{times}{sketch.field} px"
+    shape = shape_words(sketch.shape, signs=signs)
+    field = f"{sketch.field}{signs.times}{sketch.field}{signs.space}px"
     return f"The usual sketch of a CNN shows {shape} and a field of {field} after {sketch.stage}: {sketch.reason}."

@@ -22,11 +22,10 @@ from models.analysis.intervals import UnknownReceptiveField
 from models.analysis.report import FACTS, LAYER_COLUMNS, Report
 from models.analysis.summary import BATCH, summarize
 from pipeline.pages.report_page import render_comparison, render_report
-from pipeline.pages.wording import field_words, shape_words
 from pipeline.report.sample_images import SampleImages, to_network_input
 
 ACTIVATION_BUDGET = 2**30  # bytes for the effective field, unless a single image needs more
-ARROW_TYPES = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
+ARROW_TYPES = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_(), list: pa.list_(pa.int64())}
 LAYER_TABLE = "layers.json"
 SPEED_ROUNDS = 3
 
@@ -126,13 +125,15 @@ def write_comparison(reports: Sequence[Report], folder: Path, *, images_per_seco
     table: dict[str, Sequence[object]] = {
         "network": [report.name for report in reports],
         **{fact: [report.facts.get(fact) for report in reports] for fact in FACTS},
-        "field": [layer and field_words(layer.rows, layer.columns) for layer in local],
+        "receptive_field_rows": [layer and layer.rows.size for layer in local],
+        "receptive_field_columns": [layer and layer.columns.size for layer in local],
         "whole_image_from": [layer and layer.location for layer in global_layers],
-        "image": [shape_words(report.summary.image_shape) for report in reports],
+        "image": [list(report.summary.image_shape) for report in reports],
         "training_memory_mib": [report.memory.total / 2**20 for report in reports],
         "images_per_second": images_per_second,
     }
-    types = dict.fromkeys(table, float) | dict.fromkeys(("network", "field", "whole_image_from", "image"), str)
+    fields = {"receptive_field_rows": int, "receptive_field_columns": int, "image": list}
+    types = dict.fromkeys(table, float) | {"network": str, "whole_image_from": str, **fields}
     return [page, *_write_table(table, folder / "comparison.json", types=types)]
 
 

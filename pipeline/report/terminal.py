@@ -35,8 +35,8 @@ def print_comparison(console: Console, reports: Sequence[Report], *, images_per_
         {
             "network": report.name,
             "image": wording.shape_words(report.summary.image_shape),
-            "M params": f"{report.facts['params_millions']:.2f}",
-            "GMACs": f"{report.facts['gmacs']:.3f}",
+            "M params": wording.fixed(report.facts["params_millions"], 2),
+            "GMACs": wording.fixed(report.facts["gmacs"], 3),
             "field px": wording.integer(report.facts.get("receptive_field_px")),
             "effective px": wording.integer(report.facts.get("effective_receptive_field_px")),
             "global from": layer.location if (layer := report.summary.first_global_layer) else "",
@@ -44,7 +44,8 @@ def print_comparison(console: Console, reports: Sequence[Report], *, images_per_
         }
         for report, speed in zip(reports, images_per_second, strict=True)
     ]
-    caption = f"effective: side of the square with {EFFECTIVE_SHARE:.0%} of the energy; images/s: on this machine"
+    effective = f"side of the square with {wording.share(EFFECTIVE_SHARE, digits=0)} of the energy"
+    caption = f"effective: {effective}; images/s: on this machine"
     _print_table(console, "networks side by side", rows=rows, details=("image", "global from"), caption=caption)
 
 
@@ -58,7 +59,9 @@ def _facts(report: Report) -> dict[str, str]:
         **_field_facts(report),
     }
     if report.effective is not None:
-        squares = ", ".join(f"{share:.0%} in {side} px" for share, side in report.effective.sides.items())
+        squares = ", ".join(
+            f"{wording.share(share, digits=0)} in {side} px" for share, side in report.effective.sides.items()
+        )
         facts["effective"] = f"squares with a share of the gradient's energy: {squares}"
         facts["measured"] = f"with {report.measured_with}"
     parts = ", ".join(f"{name} {wording.byte_count(size)}" for name, size in memory._asdict().items())
@@ -66,7 +69,7 @@ def _facts(report: Report) -> dict[str, str]:
     facts["memory"] = f"{wording.byte_count(memory.total)} to train on {batch}: {parts}"
     ratios = [layer.separable_cost for layer in summary.layers if layer.separable_cost is not None]
     if ratios:
-        span = " to ".join(dict.fromkeys(f"{ratio:.3f}" for ratio in (min(ratios), max(ratios))))
+        span = " to ".join(dict.fromkeys(wording.fixed(ratio, 3) for ratio in (min(ratios), max(ratios))))
         facts["separable"] = f"{len(ratios)} depthwise-separable layers cost {span} of standard ones: 1/C_out + 1/K^2"
     if report.comparisons is not None:
         facts["check"] = _check_words(report.comparisons)
@@ -87,7 +90,9 @@ def _field_facts(report: Report) -> dict[str, str]:
         facts["global field"] = f"first in {first_global.location} ({first_global.kind})"
     misaligned = max(layer.misalignment for layer in summary.layers)
     if misaligned:
-        facts["misaligned"] = f"branches meet with the centers of their fields up to {misaligned:g} px apart"
+        facts["misaligned"] = (
+            f"branches meet with the centers of their fields up to {wording.general(misaligned)} px apart"
+        )
     return facts
 
 

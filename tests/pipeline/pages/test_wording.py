@@ -7,14 +7,18 @@ import pytest
 from models.analysis.receptive_field import ReceptiveField
 from models.analysis.stages import Sketch
 from pipeline.pages.wording import (
+    TYPOGRAPHIC,
     byte_count,
     field_words,
+    fixed,
+    general,
     interval_words,
     pair_words,
     percent,
     plural,
     rate,
     shape_words,
+    share,
     short_count,
     sketch_footnote,
 )
@@ -41,12 +45,14 @@ NONE = ReceptiveField()
 )
 def test_a_field_has_its_local_and_its_global_part(rows: ReceptiveField, columns: ReceptiveField, words: str) -> None:
     assert field_words(rows, columns) == words
-    assert field_words(rows, columns, times="×") == words.replace("x", "×").replace("p×", "px")
+    typeset = words.replace("px", "p").replace("x", "×").replace(" p", "\N{NO-BREAK SPACE}px")
+    assert field_words(rows, columns, signs=TYPOGRAPHIC) == typeset
 
 
 def test_a_pair_is_one_number_where_both_are_equal() -> None:
     pairs = [(32.0, 32.0), (1024, 1.5), (-3, None), (None, 7), (None, None)]
     assert [pair_words(*pair) for pair in pairs] == ["32", "1,024x1.5", "-3x-", "-x7", ""]
+    assert pair_words(-3, None, signs=TYPOGRAPHIC) == "−3×-"  # the second stands for no number
 
 
 def test_counts_have_four_digits_or_all_of_them() -> None:
@@ -72,6 +78,9 @@ def test_other_numbers_read_as_people_write_them() -> None:
     assert [plural(count, "layer") for count in (0, 1, 1200)] == ["0 layers", "1 layer", "1,200 layers"]
     assert [shape_words((3, 224, 224)), shape_words((10,)), shape_words(())] == ["3x224x224", "10", ""]
     assert [interval_words((-3, 1045)), interval_words(None)] == ["-3 to 1,045", "none"]
+    assert interval_words((-3, 1045), signs=TYPOGRAPHIC) == "−3 to 1,045"
+    assert [fixed(11.68951, 2), general(-1024.5), general(1.94, 2)] == ["11.69", "-1,024.5", "1.9"]
+    assert [share(0.5, digits=0), share(1, 3), share(0, 0)] == ["50%", "33.3%", "0.0%"]
 
 
 def test_a_footnote_has_the_numbers_of_the_sketch() -> None:
@@ -79,4 +88,4 @@ def test_a_footnote_has_the_numbers_of_the_sketch() -> None:
     assert sketch_footnote(sketch) == (
         "The usual sketch of a CNN shows 128x56x56 and a field of 35x35 px after stage2: the field of another stage."
     )
-    assert "128×56×56 and a field of 35×35 px" in sketch_footnote(sketch, times="×")
+    assert "128×56×56 and a field of 35×35\N{NO-BREAK SPACE}px" in sketch_footnote(sketch, signs=TYPOGRAPHIC)

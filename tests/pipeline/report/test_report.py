@@ -115,6 +115,9 @@ def test_networks_are_compared_side_by_side(run_verb: Run, tmp_path: Path) -> No
     table = pq.read_table(folder / "comparison.parquet").to_pylist()
     assert [row["network"] for row in table] == ["lenet5", "resnet34", "torchvision.models.squeezenet1_1"]
     assert all(row["images_per_second"] > 0 for row in table)
+    assert [row["image"] for row in table] == [[3, 32, 32]] * 3
+    # By hand; ResNet-34's small stem: 3 + 6 x 2, then 2 + 7 x 4, 4 + 11 x 8 and 8 + 5 x 16.
+    assert [row["receptive_field_rows"] for row in table] == [32, 225, 207]
     page = (folder / "comparison.html").read_text(encoding="utf-8")
     assert "lenet5" in page
     assert "resnet34" in page
