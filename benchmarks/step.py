@@ -23,7 +23,8 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional
 
-from data.loading.loader import Batch
+from data.loading.loader import Batch, TrainingLoader
+from data.loading.order import TrainingPlan
 from models.learning.classifier import Classifier
 from models.learning.recipe import warmup_cosine
 from models.residual import resnet
@@ -57,8 +58,10 @@ def lenet() -> nn.Module:
     )
 
 
-class Batches:
-    """A few random batches, repeated."""
+class Batches(TrainingLoader):
+    """A few random batches, repeated, in place of a loader and of the data module that has the plan."""
+
+    wait_seconds = 0.0
 
     def __init__(self, num_steps: int, batch_size: int, *, log_every: int, device: torch.device) -> None:
         self.num_steps, self.batch_size, self.log_every = num_steps, batch_size, log_every
@@ -74,15 +77,9 @@ class Batches:
         for step in range(self.num_steps):
             yield Batch(self.images[step % 8], self.labels, self.labels)
 
-
-class QuietProgress(ProgressCallback):
-    """The progress callback for `Batches`; in `train` a data module has the size of a batch."""
-
-    def _images_per_step(self, trainer: pl.Trainer) -> int:
-        return self.data.batch_size
-
-    def _wait_seconds(self, trainer: pl.Trainer) -> float:
-        return 0.0
+    def training_plan(self, rank: int, world_size: int) -> TrainingPlan:
+        """Return a plan of the same batch size."""
+        return TrainingPlan((self.batch_size,), seed=0, shuffle_window=1, batch_size=self.batch_size)
 
 
 class Clock(pl.Callback):
@@ -104,7 +101,7 @@ def ours(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder))
         options = {"log_every": batches.log_every, "num_epochs": 1}
-        progress = QuietProgress(Console(quiet=True), run.journal.record, data=batches, **options)
+        progress = ProgressCallback(Console(quiet=True), run.journal.record, data=batches, **options)
         clock = Clock()
         trainer = pl.Trainer(
             accelerator=accelerator,

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypedDict, TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.arguments import ArgumentError, require
 from models.layers import ConvNet, StochasticDepth, set_batch_norm, spread_stochastic_depth
 
 SMALL_IMAGE = 64  # largest side in pixels for which networks get a stem without early stride
@@ -51,16 +52,8 @@ def find_variant(variant: str, variants: Mapping[str, V]) -> V:
     """Return the row of a variant. Raises: ValueError, with the nearest name, when there is none."""
     if variant not in variants:
         near = difflib.get_close_matches(str(variant), variants, n=1, cutoff=0)[0]
-        raise ValueError(f"variant={variant} is not one of {', '.join(variants)}: did you mean {near}?")
+        raise ArgumentError(("variant", variant), f" is not one of {', '.join(variants)}: did you mean {near}?")
     return variants[variant]
-
-
-def _check_types(settings: Settings) -> None:
-    for name, default in Settings._field_defaults.items():
-        value = getattr(settings, name)
-        types, words = ((int, float), "a number") if isinstance(default, float) else (int, "an integer")
-        if isinstance(value, bool) or not isinstance(value, types):
-            raise ValueError(f"{name}={value} must be {words}")
 
 
 def resolve_options(own: Settings, options: Options, *, at_least: int = 1) -> Settings:
@@ -69,23 +62,23 @@ def resolve_options(own: Settings, options: Options, *, at_least: int = 1) -> Se
     Raises: ValueError for unknown options and impossible values.
     """
     for name, value in sorted(options.items()):
-        if name not in Settings._fields:
-            raise ValueError(f"{name}={value} is not an option of networks: choose from {', '.join(Settings._fields)}")
+        known = Settings._fields
+        require(name in known, f"is not an option of networks: choose from {', '.join(known)}", **{name: value})
     settings = Settings(**(own._asdict() | {name: value for name, value in options.items() if value is not None}))
-    _check_types(settings)
-    if settings.num_classes < 2:
-        raise ValueError(f"num_classes={settings.num_classes}: a classifier needs at least 2 classes")
-    if settings.in_channels < 1:
-        raise ValueError(f"in_channels={settings.in_channels} must be at least 1")
-    if settings.image_size < at_least:
-        raise ValueError(f"image_size={settings.image_size}: this network takes images of {at_least} pixels and more")
+    for name, value in settings._asdict().items():
+        types, words = (
+            ((int, float), "a number") if isinstance(Settings._field_defaults[name], float) else (int, "an integer")
+        )
+        require(isinstance(value, types) and not isinstance(value, bool), f"must be {words}", **{name: value})
+    require(settings.num_classes >= 2, "must be at least 2 for a classifier", num_classes=settings.num_classes)
+    require(settings.in_channels >= 1, "must be at least 1", in_channels=settings.in_channels)
+    smallest = f"must be at least {at_least} for this network"
+    require(settings.image_size >= at_least, smallest, image_size=settings.image_size)
     for name in ("dropout", "stochastic_depth"):
-        if not 0 <= getattr(settings, name) < 1:
-            raise ValueError(f"{name}={getattr(settings, name)} must be at least 0 and less than 1")
-    if not settings.norm_eps > 0:  # nor NaN
-        raise ValueError(f"norm_eps={settings.norm_eps} must be above 0")
-    if not 0 < settings.norm_momentum <= 1:
-        raise ValueError(f"norm_momentum={settings.norm_momentum} must be above 0 and at most 1")
+        rate = getattr(settings, name)
+        require(0 <= rate < 1, "must be at least 0 and less than 1", **{name: rate})
+    require(settings.norm_eps > 0, "must be above 0", norm_eps=settings.norm_eps)  # NaN is not
+    require(0 < settings.norm_momentum <= 1, "must be above 0 and at most 1", norm_momentum=settings.norm_momentum)
     return settings
 
 
@@ -98,5 +91,5 @@ def apply_options(net: ConvNet, settings: Settings, *, options: Options) -> Conv
     kinds = {"norm_eps": _BatchNorm, "norm_momentum": _BatchNorm, "stochastic_depth": StochasticDepth}
     for name, kind in (kinds | {"dropout": nn.Dropout}).items():
         if options.get(name) and not any(isinstance(layer, kind) for layer in layers):
-            raise ValueError(f"{name}={options.get(name)}: this network has no layer that uses it: leave it out")
+            raise ArgumentError((name, options.get(name)), ": this network has no layer that uses it: leave it out")
     return net

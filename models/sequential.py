@@ -10,6 +10,7 @@ from typing import NamedTuple, Unpack
 
 from torch import nn
 
+from models.arguments import require
 from models.equations.layers import with_reference_ops
 from models.layers import ConvNet, relu
 from models.options import Options, Settings, apply_options, find_variant, resolve_options
@@ -65,11 +66,10 @@ def lenet(variant: str = "lenet5", *, ops: str = "torch", **options: Unpack[Opti
     channel and ten classes. `ops` is "torch", or "reference" for the equations of `models.equations`.
     """
     c1, c3, c5, f6 = find_variant(variant, LENETS)
-    if ops not in ("torch", "reference"):
-        raise ValueError(f"ops={ops} is not one of torch, reference: leave it out for torch's")
+    require(ops in ("torch", "reference"), "is not one of torch, reference: leave it out for torch's", ops=ops)
     settings = resolve_options(Settings(num_classes=10, image_size=32), options)
-    if settings.image_size not in (28, 32):  # MNIST's images, and the paper's padded ones
-        raise ValueError(f"image_size={settings.image_size}: LeNet-5 takes images of 28 or 32 pixels")
+    # MNIST's images, and the paper's padded ones.
+    require(settings.image_size in (28, 32), "must be 28 or 32 pixels for LeNet-5", image_size=settings.image_size)
     padding = (32 - settings.image_size) // 2
     stem = nn.Sequential(nn.Conv2d(settings.in_channels, c1, 5, padding=padding), relu())  # -> (N, 6, 28, 28)
     stages = {

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from data.arguments import require
 from data.draws import Samples, uniform
 
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop.get_params
@@ -60,17 +61,13 @@ class TrainingCrop:
     has_margin = False
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size} must be at least 1 pixel")
+        require(self.image_size >= 1, "must be at least 1 pixel", image_size=self.image_size)
         for name, value in (("scale", self.scale), ("ratio", self.ratio)):
-            if len(value) != 2:
-                raise ValueError(f"{name}={list(value)} must be a range of two numbers")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale={list(self.scale)} must rise from above 0 to at most 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio={list(self.ratio)} must rise from above 0")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip={self.flip} must be a probability: 0 to 1")
+            require(len(value) == 2, "must be a range of two numbers", **{name: list(value)})
+        scale, ratio = list(self.scale), list(self.ratio)
+        require(0 < scale[0] <= scale[1] <= 1, "must rise from above 0 to at most 1", scale=scale)
+        require(0 < ratio[0] <= ratio[1], "must rise from above 0", ratio=ratio)
+        require(0 <= self.flip <= 1, "must be a probability: 0 to 1", flip=self.flip)
 
     def crops(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> CropWindows:
         """Draw one crop per image, a function of (seed, epoch, sample) alone."""
@@ -93,10 +90,8 @@ class EvaluationCrop:
     has_margin = True
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size} must be at least 1 pixel")
-        if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"crop_fraction={self.crop_fraction} must be above 0 and at most 1")
+        require(self.image_size >= 1, "must be at least 1 pixel", image_size=self.image_size)
+        require(0 < self.crop_fraction <= 1, "must be above 0 and at most 1", crop_fraction=self.crop_fraction)
 
     def crops(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> CropWindows:
         """Return the central crop of each image; samples, seed and epoch do not matter.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytorch_lightning as pl
 import torch
 
+from data.arguments import require
 from data.loading.crops import CropPolicy
 from data.loading.graph import DecodeSettings
 from data.loading.loader import Loader, TrainingLoader
@@ -32,8 +33,8 @@ class LoaderSettings:
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "shuffle_window", "readahead", "threads"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value} must be an integer of at least 1")
+            counts = value is None or (isinstance(value, int) and value >= 1)
+            require(counts, "must be an integer of at least 1", **{name: value})
 
 
 class ShardData(pl.LightningDataModule):

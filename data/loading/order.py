@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.arguments import ArgumentError, require
 from data.draws import SHARDS, WINDOW, Samples, key, permute
 
 
@@ -76,14 +77,14 @@ class TrainingPlan:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.batch_size, self.accumulate, self.shuffle_window) < 1:
-            values = f"batch_size={self.batch_size}, accumulate={self.accumulate}, shuffle_window={self.shuffle_window}"
-            raise ValueError(f"{values}: each must be at least 1")
+        for name in ("batch_size", "accumulate", "shuffle_window"):
+            require(getattr(self, name) >= 1, "must be at least 1", **{name: getattr(self, name)})
         if self.num_steps == 0:
             images, size = sum(self.shard_samples), self.global_batch_size
-            factors = f"batch_size={self.batch_size} x accumulate={self.accumulate} x {self.world_size} ranks"
-            advice = f"({factors}): lower one of the two or use fewer devices"
-            raise ValueError(f"{images} training images are fewer than a global batch of {size} {advice}")
+            few = f"{images} training images are fewer than a global batch of {size} ("
+            batch_size, accumulate = ("batch_size", self.batch_size), ("accumulate", self.accumulate)
+            advice = f" x {self.world_size} ranks): lower one of the two or use fewer devices"
+            raise ArgumentError(few, batch_size, " x ", accumulate, advice)
 
     @property
     def global_batch_size(self) -> int:
@@ -123,8 +124,7 @@ class EvaluationPlan:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        require(self.batch_size >= 1, "must be at least 1", batch_size=self.batch_size)
         if self.world_size > self.num_samples:
             images = f"the {self.num_samples} images to evaluate"
             raise ValueError(f"{self.world_size} ranks are more than {images}: use fewer devices")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from data.arguments import ArgumentError, require
 from data.shards import images
 from data.shards.dataset import MANIFEST, SPLITS, Dataset, read_manifest
 from data.shards.index_writer import class_names, index_origin, merge_classes, statistics_shares, write_dataset
@@ -30,13 +31,10 @@ def open_dataset(
     """Open a data set; index the tars first, in one process, if they have no manifest or have changed.
 
     `folder` is for manifest and indexes, by default `root`. Also returns the samples that indexing has just skipped.
-    Raises: FileNotFoundError, ValueError when this is not a data set or a tar is damaged; PermissionError.
+    Raises: ValueError when this is not a data set, a tar is damaged, or `folder` cannot be written to.
     """
     folder = folder or root
-    if root.is_file():
-        raise ValueError(f"root={root} is a file: give the folder that contains it")
-    if not root.is_dir():
-        raise FileNotFoundError(f"root={root} is not a folder")
+    require(root.is_dir(), "is not a folder, such as the one that contains the tars", root=root)
     tars = _find_tars(root)
     current = partial(_current_dataset, root, folder, tars=tars, label_field=label_field)
     if dataset := current():
@@ -48,7 +46,7 @@ def open_dataset(
             return (dataset, []) if dataset else _index_tars(root, folder, tars=tars, label_field=label_field)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise PermissionError(f"{error}: folder=FOLDER puts manifest and index elsewhere") from error
+            raise ArgumentError(f"{error}: ", ("folder", "FOLDER"), " puts manifest and index elsewhere") from error
         raise
 
 
@@ -66,7 +64,7 @@ def _find_tars(root: Path) -> dict[str, list[str]]:
         compressed = next((path for pattern in ("*.tar.*", "*.tgz") for path in root.rglob(pattern)), None)
         if compressed is not None:
             raise ValueError(f"{compressed} is compressed, so it cannot be read by position: unpack it to a .tar")
-        raise NotADatasetError(f"root={root} is not a data set: it contains neither {MANIFEST} nor a .tar file")
+        raise NotADatasetError(f"{root} contains neither {MANIFEST} nor a .tar file")
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
@@ -103,8 +101,8 @@ def _index_tars(
         if not any(shard.rows for shard in shards[split]):
             skipped = [sample for shard in shards[split] for sample in shard.skipped]
             first = f"; {skipped[0].name}: {skipped[0].reason}" if skipped else ""
-            label = f"a label (.cls, or the .json field of label_field={label_field})"
-            raise ValueError(f"root={root}: the tars of split {split} contain no image with {label}{first}")
+            problem = f": the tars of split {split} contain no image with a label (.cls, or the .json field of "
+            raise ArgumentError(("root", root), problem, ("label_field", label_field), f"){first}")
     name, classes = root.resolve().name, class_names(shards.get("train") or next(iter(shards.values())))
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder, root)

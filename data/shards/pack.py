@@ -11,6 +11,7 @@ import numpy as np
 import webdataset as wds
 
 from data import draws
+from data.arguments import require
 from data.shards import images
 from data.shards.dataset import SPLITS, Dataset, read_manifest
 from data.shards.index_writer import statistics_shares, write_dataset
@@ -53,10 +54,9 @@ def pack(
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: remove it, or choose another name")
-    if shard_samples < 1:
-        raise ValueError(f"shard_samples={shard_samples} must be at least 1")
-    if resize is not None and (not isinstance(resize, int) or resize < 1):
-        raise ValueError(f"resize={resize} must be an integer of at least 1 pixel, or unset to copy the bytes")
+    require(shard_samples >= 1, "must be at least 1", shard_samples=shard_samples)
+    resizes = resize is None or (isinstance(resize, int) and resize >= 1)
+    require(resizes, "must be an integer of at least 1 pixel, or unset to copy the bytes", resize=resize)
     if len(source.classes) < 2:
         raise ValueError(f"{source.name} has one class, {source.classes[0]}: a classifier needs at least 2")
     plans = _plan_shards(source, seed=seed, shard_samples=shard_samples)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import draws
+from data.arguments import require
 from data.shards import images
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
@@ -60,11 +61,10 @@ def folder(root: Path | str, name: str, *, val_fraction: float, seed: int) -> So
 
     `train/` and `val/` (or `validation/`, `valid/`) or `test/` below `root` are the splits; without them
     `val_fraction` of each class is split off by `seed`.
-    Raises: FileNotFoundError; ValueError without classes, for a class without images or one that `train/` lacks.
+    Raises: ValueError without the folder or classes, for a class without images or one that `train/` lacks.
     """
     root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"root={root} is not a folder")
+    require(root.is_dir(), "is not a folder", root=root)
     folders = _split_folders(root)
     if list(folders) == ["train"]:
         root, folders = folders["train"], {}
@@ -79,8 +79,7 @@ def folder(root: Path | str, name: str, *, val_fraction: float, seed: int) -> So
 
 def split_off(items: list[Item], *, val_fraction: float, seed: int) -> dict[str, list[Item]]:
     """Split this fraction of each class off, at least one image of two; 0 means no validation. Raises: ValueError."""
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction} must be at least 0 and less than 1")
+    require(0 <= val_fraction < 1, "must be at least 0 and less than 1", val_fraction=val_fraction)
     if val_fraction == 0:
         return {"train": items}
     by_label: dict[int, list[Item]] = {}

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
 from models.analysis.trace import FORWARD_ERRORS, Operation, TraceError, in_mode, stand_ins, storage_of
+from models.arguments import require
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # takes parameter groups
 
@@ -78,8 +79,7 @@ def kept_for_backward(net: nn.Module, shape: tuple[int, int, int, int], *, preci
     Weights and images do not count, but the copies that autocast makes of them do, by its rules for a CPU.
     Raises: ValueError for a precision outside `PRECISIONS`, TraceError for a network that needs values.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision} is not one of {', '.join(PRECISIONS)}")
+    require(precision in PRECISIONS, f"is not one of {', '.join(PRECISIONS)}", precision=precision)
     stored, computed = PRECISIONS[precision]
     kept: dict[int, torch.UntypedStorage] = {}
 

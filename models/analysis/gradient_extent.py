@@ -137,9 +137,8 @@ def compare_with_gradient(net: nn.Module, shape: tuple[int, int, int, int]) -> l
         fields = receptive_fields(traced)
         ends = _ends_of_resolutions(fields, axis=axis)
         linear = LinearNetwork(traced, ends.keys(), fields=fields, axis=axis)
-        for position, dim in ends.items():
-            layer, field = traced.operations[position].layer, _local_field(fields[position], axis)
-            middle = field.num_positions // 2
+        for position, (dim, field) in ends.items():
+            layer, middle = traced.operations[position].layer, field.num_positions // 2
             for unit in range(middle, min(field.num_positions, middle + min(MAX_UNITS, len(field.phases)))):
                 gradient = linear.extent(position, unit, dim=dim)[axis]
                 comparisons.append(FieldComparison(layer, AXIS_NAMES[axis], field.at(unit), gradient, field.image_side))
@@ -150,8 +149,8 @@ def _enlarged(net: nn.Module, shape: tuple[int, int, int, int], *, axis: int) ->
     """A trace of one image that exceeds the largest field along the axis and is narrow across, if the net allows it."""
     original = trace(net, shape)
     fields = receptive_fields(original)
-    last = max(position for position, axes in enumerate(fields) if axes is not None and axes.has_local_field)
-    field = _local_field(fields[last], axis)
+    local = [(position, axes) for position, axes in enumerate(fields) if axes is not None and axes.has_local_field]
+    last, field = local[-1][0], local[-1][1].fields[axis]
     margin = math.ceil((MARGIN + 2 * min(len(field.phases), MAX_UNITS)) * field.stride)
     along = max(shape[2 + axis], -(-(field.size + margin) // ACROSS) * ACROSS)
     for across in (ACROSS, shape[3 - axis]):
@@ -164,22 +163,16 @@ def _enlarged(net: nn.Module, shape: tuple[int, int, int, int], *, axis: int) ->
     return original
 
 
-def _ends_of_resolutions(fields: Fields, *, axis: int) -> dict[int, int]:
-    """The last operation with a local field on each size of the map, and the dimension of the axis in its output."""
-    ends: dict[int, tuple[int, int]] = {}
+def _ends_of_resolutions(fields: Fields, *, axis: int) -> dict[int, tuple[int, AxisField]]:
+    """The last operation with a local field on each size of the map: dimension of the axis in its output, and field."""
+    ends: dict[int, tuple[int, tuple[int, AxisField]]] = {}
     for position, axes in enumerate(fields):
         if axes is None or not axes.fields[axis].is_local:
             continue
         dims = [dim for dim, factors in enumerate(axes.dims) if [factor.axis for factor in factors] == [axis]]
         if dims:
-            ends[axes.fields[axis].num_positions] = (position, dims[0])
+            ends[axes.fields[axis].num_positions] = (position, (dims[0], axes.fields[axis]))
     return dict(ends.values())
-
-
-def _local_field(axes: TensorAxes | None, axis: int) -> AxisField:
-    assert axes is not None
-    assert axes.fields[axis].is_local
-    return axes.fields[axis]
 
 
 def _span(touched: Tensor) -> Interval | None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from models.arguments import ArgumentError, require
 from models.learning.losses import Loss, cross_entropy
 
 
@@ -33,12 +34,14 @@ def _check_shape(loss: Loss) -> None:
 
 
 def _check(name: str, function: object, *, call: Callable[[], object]) -> None:
-    """Call a configured function once. Raises: ValueError, with its name, when it refuses its arguments."""
+    """Call a configured function once. Raises: ArgumentError, with its name, when it refuses its arguments."""
     try:
         call()
     except (TypeError, ValueError) as error:
         target = getattr(function, "func", function)  # inside a partial
-        raise ValueError(f"{name}={getattr(target, '__name__', target)}: {error}") from None
+        parts = error.args if isinstance(error, ArgumentError) else [str(error)]
+        reason = [part if isinstance(part, str) else (f"{name}.{part[0]}", part[1]) for part in parts]
+        raise ArgumentError((name, getattr(target, "__name__", target)), ": ", *reason) from None
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,9 @@ class Recipe:
         _check("optimizer", self.optimizer, call=lambda: self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}]))
         _check("schedule", self.schedule, call=lambda: self.schedule(0, steps_per_epoch=1, num_steps=1))
         _check("loss", self.loss, call=lambda: _check_shape(self.loss))
-        if self.epochs < 1:
-            raise ValueError(f"epochs={self.epochs} must be at least 1")
-        if self.clip_norm is not None and not (isinstance(self.clip_norm, int | float) and self.clip_norm > 0):
-            raise ValueError(f"clip_norm={self.clip_norm} must be a number above 0, or null for none")
+        require(self.epochs >= 1, "must be at least 1", epochs=self.epochs)
+        clips = self.clip_norm is None or (isinstance(self.clip_norm, int | float) and self.clip_norm > 0)
+        require(clips, "must be a number above 0, or null for none", clip_norm=self.clip_norm)
 
     def rises_until_end(self, steps_per_epoch: int, num_steps: int) -> bool:
         """Return whether the learning rate still rises at the last of `num_steps` steps."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from models.arguments import require
 from models.attention import RelativeBias
 from models.layers import batch_norms, set_batch_norm
 from models.weights.files import SAFETENSORS, read, shorten
@@ -52,8 +53,8 @@ def _expand(skip: Sequence[object], names: Sequence[str]) -> set[str]:
     skipped: set[str] = set()
     for wanted in map(str, skip):
         matches = {name for name in names if name == wanted or name.startswith(f"{wanted.removesuffix('.')}.")}
-        if not matches or not wanted:
-            raise ValueError(f"skip={wanted} matches no tensor or module of the file or the network")
+        rule = "matches no tensor or module of the file or the network"
+        require(bool(matches and wanted), rule, skip=wanted)
         skipped |= matches
     return skipped
 
@@ -108,8 +109,7 @@ def load_weights(
     Raises: FileNotFoundError; ValueError when the file cannot be read, or a tensor of either side has no match.
     """
     for name, value, other in (("head", head, "replace"), ("stem", stem, "adapt")):
-        if value not in ("keep", other):
-            raise ValueError(f"{name}={value} must be keep or {other}")
+        require(value in ("keep", other), f"must be keep or {other}", **{name: value})
     file, own = read(path), net.state_dict()
     skipped = _expand(skip, [*file.tensors, *own])
     tensors = {name: tensor for name, tensor in file.tensors.items() if name not in skipped}

@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from models.arguments import ArgumentError
 from models.attention import resize_table
 from models.options import SMALL_IMAGE
 from models.weights.files import shorten
 from models.weights.names import LEAVES, OURS, Layout
 
 Tensors = Mapping[str, Tensor]
+Part = str | tuple[str, object]  # of an ArgumentError
 
 
 class Side(NamedTuple):
@@ -29,7 +31,8 @@ class Side(NamedTuple):
         """Return all but the last weight and bias. Raises: ValueError when the last two tensors are no linear layer."""
         shapes = [self.tensors[name].shape for name in self.names[-2:]]
         if len(shapes) < 2 or len(shapes[0]) not in (2, 4) or shapes[1] != shapes[0][:1]:
-            raise ValueError(f"head=replace: {self.describe(self.names[-2:])} are not the last layer of a classifier")
+            last = self.describe(self.names[-2:])
+            raise ArgumentError(("head", "replace"), f": {last} are not the last layer of a classifier")
         return self._replace(names=self.names[:-2])
 
     def describe(self, names: Collection[str]) -> str:
@@ -65,22 +68,24 @@ def _depends_on_image_size(tensor: Tensor, place: Tensor, *, is_first: bool) -> 
     return tensor.ndim == place.ndim == 2 and len(tensor) == len(place) and tensor.shape[1] != place.shape[1]
 
 
-def _describe_wrong_shapes(wrong: Sequence[tuple[str, str]], *, theirs: Side, ours: Side) -> str:
+def _describe_wrong_shapes(wrong: Sequence[tuple[str, str]], *, theirs: Side, ours: Side) -> list[Part]:
     """Return the shapes that differ, and the options that can help."""
-    parts = [f"{theirs.describe([source for source, _ in wrong])} for {ours.describe([target for _, target in wrong])}"]
+    sources, targets = zip(*wrong, strict=True)
+    parts: list[Part] = [f"{theirs.describe(sources)} for {ours.describe(targets)}"]
     first, last = theirs.names[0], theirs.names[-2:]
     if any(source in last for source, _ in wrong):
-        parts.append("head=replace leaves out the last layer, for other classes")
+        parts += ["; ", ("head", "replace"), " leaves out the last layer, for other classes"]
     for source, target in wrong:
         tensor, place = theirs.tensors[source], ours.tensors[target]
         if source not in last and _depends_on_image_size(tensor, place, is_first=source == first):
-            small = "the network was built for small images, image_size=224 builds the published one"
-            large = f"the file's network was built for small images, image_size={SMALL_IMAGE} builds such a one"
-            parts.append(small if tensor.numel() > place.numel() else large)
+            ours_is_small = tensor.numel() > place.numel()
+            owner, size = ("the", 224) if ours_is_small else ("the file's", SMALL_IMAGE)
+            kind = "the published one" if ours_is_small else "such a one"
+            parts += [f"; {owner} network was built for small images, ", ("image_size", size), f" builds {kind}"]
             break
         if source == first and tensor.ndim == place.ndim == 4 and tensor.shape[1] != place.shape[1]:
-            parts.append("stem=adapt changes the number of input channels")
-    return "; ".join(parts)
+            parts += ["; ", ("stem", "adapt"), " changes the number of input channels"]
+    return parts
 
 
 def _unmatched(theirs: Side, ours: Side) -> tuple[set[str], set[str]]:
@@ -94,7 +99,7 @@ def _unmatched(theirs: Side, ours: Side) -> tuple[set[str], set[str]]:
     return extra, missing
 
 
-def _describe_differences(wrong: Sequence[tuple[str, str]], *, theirs: Side, ours: Side, layout: Layout) -> str:
+def _describe_differences(wrong: Sequence[tuple[str, str]], *, theirs: Side, ours: Side, layout: Layout) -> list[Part]:
     """Return the few pairs whose shapes differ, or else the tensors that one side lacks."""
     if layout is OURS:
         extra, missing = set(theirs.names) - set(ours.names), set(ours.names) - set(theirs.names)
@@ -105,7 +110,8 @@ def _describe_differences(wrong: Sequence[tuple[str, str]], *, theirs: Side, our
         return _describe_wrong_shapes(wrong, theirs=theirs, ours=ours)
     parts = [f"the file lacks {ours.describe(missing)}"] if missing else []
     parts += [f"the network has no place for {theirs.describe(extra)}"] if extra else []
-    return f"{' and '.join(parts)}; skip=[NAME] leaves tensors out, variant=NAME builds the file's network"
+    skip, variant = ("skip", "[NAME]"), ("variant", "NAME")
+    return [" and ".join(parts), "; ", skip, " leaves tensors out, ", variant, " builds the file's network"]
 
 
 def fit(tensor: Tensor, place: Tensor) -> Tensor:
@@ -124,4 +130,4 @@ def match(theirs: Side, ours: Side, *, layout: Layout, path: Path) -> list[tuple
     if in_place and not wrong:
         return pairs
     differences = _describe_differences(wrong, theirs=theirs, ours=ours, layout=layout)
-    raise ValueError(f"{path} does not fit this network: {differences}")
+    raise ArgumentError(f"{path} does not fit this network: ", *differences)

@@ -10,11 +10,10 @@ from data.loading.crops import CropPolicy
 from data.loading.datamodule import LoaderSettings, ShardData
 from data.shards.dataset import Dataset
 from data.shards.indexing import NotADatasetError, open_dataset
-from data.shards.tars import SkippedSample
 from pipeline.build.objects import build_object
 from pipeline.build.source import pack_once
 from pipeline.cli.console import print_skipped
-from pipeline.cli.errors import config_keys_in_errors, with_config_keys
+from pipeline.cli.errors import config_keys_in_errors
 
 LOADER_OPTIONS = ("batch_size", "shuffle_window", "readahead", "threads")
 LOADER_KEYS = {name: f"data.{name}" for name in LOADER_OPTIONS} | {"accumulate": "recipe.accumulate"}
@@ -48,19 +47,15 @@ class DataConfig:
         index = None if self.index is None else Path(str(self.index))
         if self.source is not None:
             pack_once(self.source, root)
+        if not root.exists():
+            raise FileNotFoundError(f"data.root={root} is not a folder: pack one with python -m pipeline.pack")
         try:
             with config_keys_in_errors(DATASET_KEYS):
                 dataset, skipped = open_dataset(root, index, label_field=self.label_field)
-        except FileNotFoundError as error:
-            if root.exists():
-                raise
-            raise FileNotFoundError(f"{error}: pack one with python -m pipeline.pack") from error
         except NotADatasetError as error:
-            command = f"python -m pipeline.pack source=folder source.root={self.root} name=NAME"
-            raise ValueError(f"{error} (to pack class folders: {command})") from error
-        print_skipped(
-            Console(), [SkippedSample(one.name, with_config_keys(one.reason, DATASET_KEYS)) for one in skipped]
-        )
+            advice = f"to pack class folders: python -m pipeline.pack source=folder source.root={root} name=NAME"
+            raise ValueError(f"data.root={root} is not a data set: {error} ({advice})") from error
+        print_skipped(Console(), skipped)
         return dataset
 
 
@@ -70,9 +65,8 @@ def build_data(config: DictConfig, *, accumulate: int) -> ShardData:
     Raises: FileNotFoundError, ValueError.
     """
     data = build_object(config, "data", kind=DataConfig)
-    training, evaluation = (
-        build_object(config, f"augment.{name}", kind=CropPolicy) for name in ("training", "evaluation")
-    )
+    names = ("training", "evaluation")
+    training, evaluation = (build_object(config, f"augment.{name}", kind=CropPolicy) for name in names)
     with config_keys_in_errors(LOADER_KEYS):
         own = {name: getattr(data, name) for name in LOADER_OPTIONS}
         settings = LoaderSettings(seed=config.seed, accumulate=accumulate, **own)

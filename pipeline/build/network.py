@@ -63,10 +63,8 @@ def count_classes(config: DictConfig, dataset: Dataset) -> int:
     if not isinstance(num_classes, int):
         raise ValueError(f"model.num_classes={num_classes} must be an integer")
     if num_classes < num_labels:
-        raise ValueError(
-            f"model.num_classes={num_classes}, but {dataset.name} has labels up to {num_labels - 1}: "
-            f"at least {num_labels} classes are needed"
-        )
+        labels = f"labels up to {num_labels - 1}: at least {num_labels} classes are needed"
+        raise ValueError(f"model.num_classes={num_classes}, but {dataset.name} has {labels}")
     if num_classes < 2:
         raise ValueError(f"{dataset.name} has one class: put its images into two or more class folders")
     channels = config.model.get("in_channels", 3)
@@ -87,10 +85,8 @@ def check_image_size(config: DictConfig, net: nn.Module, *, data: ShardData) -> 
             _run_forward(net, (2, 3, size, size))
         except FORWARD_ERRORS as error:
             reason = str(error).partition("\n")[0]
-            built_for = config.model.get("image_size", "other sizes")
-            raise ValueError(
-                f"data.image_size={size} does not suit {network_name(config)}, built for {built_for}: {reason}"
-            ) from error
+            network = f"{network_name(config)}, built for {config.model.get('image_size', 'other sizes')}"
+            raise ValueError(f"data.image_size={size} does not suit {network}: {reason}") from error
 
 
 def _run_forward(net: nn.Module, shape: tuple[int, int, int, int]) -> None:

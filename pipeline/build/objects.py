@@ -6,6 +6,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from models.arguments import ArgumentError
+from pipeline.cli.compose import known_keys
 from pipeline.cli.errors import config_keys_in_errors, root_cause
 
 Kind = TypeVar("Kind")
@@ -18,7 +20,7 @@ def build_object(config: DictConfig, key: str, *, kind: type[Kind], **given: obj
     Raises: ValueError, OSError from the target; ValueError for unknown arguments or an object of another kind.
     """
     node = OmegaConf.select(config, key)
-    with config_keys_in_errors(_keys_of(node, key) if isinstance(node, DictConfig) else {}):
+    with config_keys_in_errors(_keys_in(node, key) if isinstance(node, DictConfig) else {}):
         try:
             # Hydra would convert dataclasses among its own arguments, so further ones are passed to a partial.
             built = instantiate(node, _convert_="all", **({"_partial_": True} if given else {}))
@@ -29,19 +31,15 @@ def build_object(config: DictConfig, key: str, *, kind: type[Kind], **given: obj
                 raise cause from None  # `from error` would make a cycle of causes
             raise ValueError(f"{key}: {cause}") from error
     if not isinstance(built, kind):
-        raise ValueError(f"{key}._target_={node._target_} returns {type(built).__name__}, not {kind.__name__}")
+        returned = f" returns {type(built).__name__}, not {kind.__name__}"
+        raise ArgumentError((f"{key}._target_", node._target_), returned)
     return built
 
 
-def _keys_of(node: DictConfig, key: str) -> dict[str, str]:
-    """Map the parameters of a node and of those inside it to the keys that set them, through interpolations."""
-    keys: dict[str, str] = {}
-    plain = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(plain, dict)
-    for name, value in ((str(name), value) for name, value in plain.items()):
-        inner = OmegaConf.select(node, name) if isinstance(value, dict) else None
-        if isinstance(inner, DictConfig):
-            keys = _keys_of(inner, f"{key}.{name}") | keys
+def _keys_in(node: DictConfig, key: str) -> dict[str, str]:
+    """Map the arguments of a node and of those inside it to the keys that set them, through interpolations."""
+    keys = {}
+    for name, value in known_keys(node).items():
         refers = isinstance(value, str) and value.startswith("${") and value.endswith("}")
-        keys[name] = value[2:-1] if refers else f"{key}.{name}"
+        keys[name] = str(value)[2:-1] if refers else f"{key}.{name}"
     return keys

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from models.arguments import require
 from models.weights.load import LoadedWeights, load_weights
 from pipeline.cli.errors import config_keys_in_errors
 
@@ -32,12 +33,17 @@ class WeightsFile:
         sha256: str | None = None,
     ) -> None:
         options = {"head": head, "stem": stem, "skip": list(skip), "sha256": sha256}
-        unused = [name for name, value in options.items() if value not in (None, "keep", [])]
-        if file is None and unused:
-            raise ValueError(f"{unused[0]}={options[unused[0]]} needs a file: add weights=FILE")
+        for name, value in options.items():
+            is_used = file is not None or value in (None, "keep", [])
+            require(is_used, "needs a file: add weights=FILE", **{name: value})
         self.file = None if file is None else Path(str(file))
         self.head, self.stem, self.skip = head, stem, list(skip)
         self.expected_sha256 = None if sha256 is None else str(sha256).lower()
+
+    @property
+    def description(self) -> str | None:
+        """The origin of the weights, for reports; None without a file."""
+        return None if self.file is None else f"weights of {self.file}"
 
     @cached_property
     def sha256(self) -> str | None:

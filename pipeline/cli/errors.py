@@ -1,7 +1,6 @@
 """User errors: one line each, in the words of the command line, with the nearest valid word."""
 
 import difflib
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,21 +26,15 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def config_keys_in_errors(keys: Mapping[str, str]) -> Iterator[None]:
-    """Replace parameter names by config keys in errors raised inside the block: `root=x` becomes `data.root=x`.
+    """Replace the names of arguments by config keys in an ArgumentError: `root=x` becomes `data.root=x`.
 
-    Code below the verbs names its own parameters; users need the keys that they can type.
+    Code below the verbs names its own arguments; users need the keys that they can type.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
-        error.args = (with_config_keys(str(error), keys),)
+    except ValueError as error:
+        error.args = tuple((keys.get(one[0], one[0]), one[1]) if isinstance(one, tuple) else one for one in error.args)
         raise
-
-
-def with_config_keys(text: str, keys: Mapping[str, str]) -> str:
-    """Replace `parameter=` by `key=` in a text."""
-    pattern = rf"(?<![\w.+/])({'|'.join(map(re.escape, keys))})="
-    return re.sub(pattern, lambda match: f"{keys[match[1]]}=", text) if keys else text
 
 
 def root_cause(error: BaseException) -> BaseException:

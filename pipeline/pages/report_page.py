@@ -3,6 +3,7 @@
 The templates hold layout and sentences, `wording` the numbers. Numbers for machines are `<data>` elements with an id.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,8 @@ from pipeline.pages.charts import Dot, heat_map, layer_widths, line_over_layers,
 
 TEMPLATES = Path(__file__).with_name("templates")
 SIGNS = wording.TYPOGRAPHIC
-WORDS = (
-    "byte_count", "fixed", "general", "integer", "percent", "plural", "rate", "scaled_bytes", "scaled_count", "share",
-    "short_count",
-)  # fmt: skip
 FILTERS = {
-    **{name: getattr(wording, name) for name in WORDS},
+    **dict(inspect.getmembers(wording, inspect.isfunction)),
     "anchor": lambda name: "section-" + name.lower().replace(" ", "-"),
     "exact": lambda value: f"{value:.12g}",  # for machines
     "field": lambda layer: wording.field_words(layer.rows, layer.columns, signs=SIGNS),

@@ -53,7 +53,7 @@ def percent(part: float, total: float) -> str:
     return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
-def share(part: float, total: float = 1, digits: int = 1) -> str:
+def share(part: float, total: float = 1, *, digits: int = 1) -> str:
     """A share in percent with this number of decimals."""
     return f"{part / max(1, total):.{digits}%}"
 

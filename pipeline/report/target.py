@@ -94,7 +94,7 @@ def _target_of_model(config: DictConfig) -> Target:
 
     optimizer = build_recipe(config).optimizer
     training = TrainingSettings(config.batch_size or BATCH_SIZE, config.precision or PRECISION, optimizer)
-    return Target(network_name(config), skeleton, (channels, size, size), training, _describe(weights), load)
+    return Target(network_name(config), skeleton, (channels, size, size), training, weights.description, load)
 
 
 def _target_of_run(config: DictConfig) -> Target:
@@ -112,11 +112,7 @@ def _target_of_run(config: DictConfig) -> Target:
     optimizer, image_shape = run.build_recipe().optimizer, (run.in_channels, size, size)
     training = TrainingSettings(config.batch_size or run.batch_size, config.precision or run.precision, optimizer)
     skeleton = _without_values(run.build_network)
-    return Target(run.network, skeleton, image_shape, training, _describe(weights), load)
-
-
-def _describe(weights: WeightsFile) -> str | None:
-    return None if weights.file is None else f"weights of {weights.file}"
+    return Target(run.network, skeleton, image_shape, training, weights.description, load)
 
 
 def _without_values(build: Callable[[], nn.Module]) -> nn.Module:

@@ -25,10 +25,8 @@ def check_unchanged(before: Fingerprint, now: Fingerprint, *, run: Path) -> None
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), json.loads(json.dumps(now.get(name)))
         if old != new:
-            raise ValueError(
-                f"{run} was started with {name}={old}, not {new}: add name=NAME for a new run, "
-                "or give the values it was started with"
-            )
+            advice = "add name=NAME for a new run, or give the values it was started with"
+            raise ValueError(f"{run} was started with {name}={old}, not {new}: {advice}")
 
 
 def digests(dataset: Dataset) -> dict[str, str]:

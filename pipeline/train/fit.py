@@ -11,6 +11,7 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from data.loading.datamodule import ShardData
+from models.arguments import require
 from pipeline.cli.console import is_main_process, main_console, print_facts
 from pipeline.cli.errors import config_keys_in_errors
 from pipeline.runs.checkpoint import AtomicCheckpointIO, BestCheckpoint, saved_step
@@ -26,8 +27,7 @@ TERMINATED, INTERRUPTED = 128 + 15, 128 + 2
 
 def prepare_process(seed: int) -> None:
     """Seed every generator, and silence Lightning's advice on what this project decides itself. Raises: ValueError."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} must be at least 0 and less than 2^32")
+    require(0 <= seed < 2**32, "must be at least 0 and less than 2^32", seed=seed)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     pl.seed_everything(seed, verbose=False)
@@ -83,9 +83,9 @@ def limit_epoch(trainer: pl.Trainer, data: ShardData, *, num_epochs: int) -> Non
         available = data.checked_plan(trainer.world_size).num_steps
     batches = min(available, limit if isinstance(limit, int) else int(available * limit))
     if batches == 0 or batches % accumulate:
+        rule = f"which must be positive and a multiple of recipe.accumulate={accumulate}"
         raise ValueError(
-            f"trainer.limit_train_batches={limit} leaves {batches} of {available} batches an epoch, "
-            f"which must be positive and a multiple of recipe.accumulate={accumulate}"
+            f"trainer.limit_train_batches={limit} leaves {batches} of {available} batches an epoch, {rule}"
         )
     # The order needs the epoch's length too; Lightning would apply a fraction again to the shortened epoch.
     data.limit_batches = trainer.limit_train_batches = batches

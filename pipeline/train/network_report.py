@@ -27,12 +27,11 @@ def log_network_report(job: Job, *, precision: str) -> None:
 
 def report_network(job: Job, *, precision: str) -> Report:
     """Report on the network with its initial weights. Raises: ValueError for a network that cannot be traced."""
-    net, size, file = job.module.net, job.data.training_crop.image_size, job.initial_weights.file
+    net, size = job.module.net, job.data.training_crop.image_size
     training = measure.TrainingSettings(job.data.settings.batch_size, precision, job.module.recipe.optimizer)
     report = measure.measure_network(net, job.settings.network, image_shape=(3, size, size), training=training)
     if report.memory.activations > MAX_ACTIVATION_BYTES * report.batch_size:
         print_facts(main_console(), {"report": "without the effective field, which would need gigabytes here"})
         return report
     samples = sample_images(None, NUM_SAMPLE_IMAGES, size=(size, size))
-    weights = None if file is None else f"weights of {file}"
-    return measure.measure_effective_field(report, net, samples=samples, weights=weights)
+    return measure.measure_effective_field(report, net, samples=samples, weights=job.initial_weights.description)

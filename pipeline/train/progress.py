@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data.loading.datamodule import ShardData
 from data.loading.loader import TrainingLoader
+from models.arguments import require
 from models.learning.classifier import Classifier
 
 Record = Callable[[Mapping[str, float], int], None]  # values and the optimizer step
@@ -28,8 +29,7 @@ class ProgressCallback(pl.Callback):
     """
 
     def __init__(self, console: Console, record: Record, *, data: ShardData, log_every: int, num_epochs: int) -> None:
-        if log_every < 1:
-            raise ValueError(f"log_every={log_every} must be at least 1")
+        require(log_every >= 1, "must be at least 1", log_every=log_every)
         self.console, self.record, self.data = console, record, data
         self.log_every, self.num_epochs = log_every, num_epochs
         self.bar: Progress | None = None
@@ -105,13 +105,16 @@ class ProgressCallback(pl.Callback):
         module = trainer.lightning_module
         assert isinstance(module, Classifier)
         metrics = module.training_metrics.take(module)
-        now, waited = time.perf_counter(), self._wait_seconds(trainer)
+        loader = trainer.train_dataloader
+        assert isinstance(loader, TrainingLoader)
+        now, waited = time.perf_counter(), loader.wait_seconds
         seconds, steps = now - self._since, step - self._step
+        images_per_step = self.data.training_plan(0, trainer.world_size).global_batch_size
         values = {
             "train/loss": metrics.loss,
             "train/top1": metrics.top1,
             "train/lr": self._lr,
-            "train/images_per_second": steps * self._images_per_step(trainer) / seconds,
+            "train/images_per_second": steps * images_per_step / seconds,
             "train/data_wait_fraction": (waited - self._waited) / seconds,
             "train/memory_gib": memory_gib(module.device),
         }
@@ -138,14 +141,6 @@ class ProgressCallback(pl.Callback):
 
     def _print(self, line: str) -> None:
         (self.bar.console if self.bar is not None else self.console).print(line, highlight=False, soft_wrap=True)
-
-    def _images_per_step(self, trainer: pl.Trainer) -> int:
-        return self.data.training_plan(0, trainer.world_size).global_batch_size
-
-    def _wait_seconds(self, trainer: pl.Trainer) -> float:
-        loader = trainer.train_dataloader
-        assert isinstance(loader, TrainingLoader)
-        return loader.wait_seconds
 
 
 def memory_gib(device: torch.device) -> float:

@@ -1,7 +1,6 @@
 """The weights with which a training starts."""
 
 from models.options import SMALL_IMAGE
-from models.weights.load import LoadedWeights
 from pipeline.cli.console import main_console, print_facts
 from pipeline.train.job import Job
 
@@ -19,12 +18,8 @@ def load_initial_weights(job: Job, *, norm_eps: float | None) -> None:
         return
     loaded = job.initial_weights.load_into(job.module.net, norm_eps=norm_eps)
     facts = {"weights": f"{file}: {loaded}"}
-    own, theirs = getattr(job.module.net, "image_size", None), trained_image_size(loaded)
+    own = getattr(job.module.net, "image_size", None)
+    theirs = loaded.image_size if loaded.is_ours else SMALL_IMAGE + 1  # publishers' networks are for large images
     if own and theirs and (own <= SMALL_IMAGE) != (theirs <= SMALL_IMAGE):
         facts["strides"] = f"those for images of {own} pixels, not those with which {file} was trained"
     print_facts(main_console(), facts)
-
-
-def trained_image_size(loaded: LoadedWeights) -> int | None:
-    """Return the image size in pixels of a file's network; publishers' networks are all for large images."""
-    return loaded.image_size if loaded.is_ours else SMALL_IMAGE + 1

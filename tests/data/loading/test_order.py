@@ -130,9 +130,16 @@ def test_evaluation_counts_every_image_once(num_samples: int, batch_size: int, w
     assert np.concatenate(batches).tolist() == list(range(num_samples))
 
 
-@pytest.mark.parametrize("mistake", [{"batch_size": 0}, {"batch_size": 4, "accumulate": 0}, {"batch_size": 101}])
-def test_an_invalid_plan_is_rejected(mistake: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="batch"):
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"batch_size": 4, "accumulate": 0}, "accumulate=0 must be at least 1"),
+        ({"batch_size": 101}, r"100 training images .* of 101 \(batch_size=101 x accumulate=1 x 1 ranks\): lower"),
+    ],
+)
+def test_an_invalid_plan_is_rejected(mistake: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         TrainingPlan((50, 50), seed=0, shuffle_window=100, **mistake)
     with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         EvaluationPlan(10, 0)

@@ -89,7 +89,10 @@ def total(logits: Tensor, labels: Tensor) -> float:
             {"schedule": partial(warmup_cosine, rise=1)},
             "^schedule=warmup_cosine: .* unexpected keyword argument 'rise'",
         ),
-        ({"loss": partial(cross_entropy, label_smoothing=1.0)}, "^loss=cross_entropy: label_smoothing=1.0 must be at "),
+        (
+            {"loss": partial(cross_entropy, label_smoothing=1.0)},
+            "^loss=cross_entropy: loss.label_smoothing=1.0 must be ",
+        ),
         ({"loss": partial(cross_entropy, label_smoothing=-0.1)}, "label_smoothing=-0.1 must be at least 0 and less th"),
         (
             {"loss": partial(cross_entropy, smoothing=0.1)},

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from data.arguments import ArgumentError as DataError
+from models.arguments import ArgumentError as ModelError
+from pipeline.build.network import build_recipe
 from pipeline.cli.check import check_command_line, check_targets
 from pipeline.cli.compose import CONF, compose, flatten, known_keys
-from pipeline.cli.errors import ConfigError, with_config_keys
+from pipeline.cli.errors import ConfigError, config_keys_in_errors
 from pipeline.cli.run import fast_imports
 from pipeline.pack import VERB as PACK
 from pipeline.report.__main__ import VERB as REPORT
@@ -157,8 +160,20 @@ def test_targets_outside_the_project_need_trust() -> None:
 
 
 def test_errors_name_keys_but_leave_paths_alone() -> None:
-    text = with_config_keys("root=exp/root=3 is not a folder: root=PATH", {"root": "data.root"})
-    assert text == "data.root=exp/root=3 is not a folder: data.root=PATH"
+    keys = {"root": "data.root"}
+    for kind in (DataError, ModelError):
+        answer = "^data.root=exp/root=3 is not a folder: data.root=PATH$"
+        with pytest.raises(ValueError, match=answer), config_keys_in_errors(keys):
+            raise kind(("root", "exp/root=3"), " is not a folder: ", ("root", "PATH"))
+    with pytest.raises(ValueError, match=r"^root=3 of another library$"), config_keys_in_errors(keys):
+        raise ValueError("root=3 of another library")
+
+
+def test_errors_name_the_keys_of_nested_arguments() -> None:
+    with pytest.raises(
+        ValueError, match=r"^recipe.loss=cross_entropy: recipe.loss.label_smoothing=2 must be at least 0"
+    ):
+        build_recipe(compose("train", ["+model=resnet", "recipe.loss.label_smoothing=2"]))
 
 
 def test_later_jobs_of_a_sweep_freeze_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:

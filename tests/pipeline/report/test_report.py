@@ -153,7 +153,7 @@ def test_a_report_uses_a_file_of_weights(report: Typed, tmp_path: Path) -> None:
         (("+model=resnet", "data.image_size=0"), "data.image_size=0 must be an integer, at least 1"),
         (("+model=resnet", "weights=mine.pt", "effective_images=0"), "weights=mine.pt is for the effective field"),
         (("+model=resnet", "precision=8"), "precision=8 is not one of 32-true, bf16-mixed"),
-        (("+model=lenet", "data.image_size=40"), "image_size=40: LeNet-5 takes images of 28 or 32 pixels"),
+        (("+model=lenet", "data.image_size=40"), "data.image_size=40 must be 28 or 32 pixels for LeNet-5"),
         (("+model=lenet", "efective_images=1"), "there is no efective_images: did you mean effective_images?"),
     ],
 )

@@ -68,8 +68,8 @@ def test_weights_that_do_not_fit_leave_no_run(train: Typed, with_digits: Path) -
 def test_an_unsuitable_image_size_is_refused(train: Typed, with_digits: Path) -> None:
     for words, message in (
         (["+model=vgg", "model.image_size=224"], "data.image_size=16 does not suit vgg11_bn, built for 224"),
-        (["+model=lenet", "data.image_size=16"], "image_size=16: LeNet-5 takes images of 28 or 32 pixels"),
-        (["+model=convnext", "data.image_size=7"], "image_size=7: this network takes images of 8 pixels and more"),
+        (["+model=lenet", "data.image_size=16"], "data.image_size=16 must be 28 or 32 pixels for LeNet-5"),
+        (["+model=convnext", "data.image_size=7"], "data.image_size=7 must be at least 8 for this network"),
         (["+model=vgg", "augment.evaluation.image_size=8"], "data.image_size=8 does not suit vgg11_bn, built for 16"),
     ):
         with pytest.raises((ValueError, HydraException)) as error:
