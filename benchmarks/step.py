@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytorch_lightning as pl
 import torch
@@ -59,7 +60,7 @@ def lenet() -> nn.Module:
 
 
 class Batches(TrainingLoader):
-    """A few random batches, repeated, in place of a loader and of the data module that has the plan."""
+    """A few random batches, repeated. Only what a training without checkpoints reads of a loader."""
 
     wait_seconds = 0.0
 
@@ -76,10 +77,6 @@ class Batches(TrainingLoader):
     def __iter__(self) -> Iterator[Batch]:
         for step in range(self.num_steps):
             yield Batch(self.images[step % 8], self.labels, self.labels)
-
-    def training_plan(self, rank: int, world_size: int) -> TrainingPlan:
-        """Return a plan of the same batch size."""
-        return TrainingPlan((self.batch_size,), seed=0, shuffle_window=1, batch_size=self.batch_size)
 
 
 class Clock(pl.Callback):
@@ -100,8 +97,10 @@ def ours(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
     module = Classifier(net, num_classes=10, recipe=recipe)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder))
-        options = {"log_every": batches.log_every, "num_epochs": 1}
-        progress = ProgressCallback(Console(quiet=True), run.journal.record, data=batches, **options)
+        size = batches.batch_size
+        plan = TrainingPlan((size,), seed=0, shuffle_window=1, batch_size=size)
+        options = {"data": SimpleNamespace(training_plan=lambda *_: plan), "log_every": batches.log_every}
+        progress = ProgressCallback(Console(quiet=True), run.journal.record, num_epochs=1, **options)
         clock = Clock()
         trainer = pl.Trainer(
             accelerator=accelerator,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+Layers = Mapping[str, nn.Module]  # by name
 MakeActivation = Callable[[], nn.Module]
 
 
@@ -21,7 +22,7 @@ class ConvNet(nn.Module):
     Raises: TypeError for a block with stochastic depth that is no `ResidualBlock`.
     """
 
-    def __init__(self, stem: nn.Module, stages: Mapping[str, nn.Module], *, head: nn.Module) -> None:
+    def __init__(self, stem: nn.Module, stages: Layers, *, head: nn.Module) -> None:
         super().__init__()
         self.image_size: int | None = None  # side in pixels the network is built for
         self.stem = stem
@@ -45,12 +46,7 @@ class PooledLinear(nn.Sequential):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        dropout: float = 0.0,
-        between: Mapping[str, nn.Module] | None = None,
+        self, in_features: int, num_classes: int, *, dropout: float = 0.0, between: Layers | None = None
     ) -> None:
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(1)  # (N, C, H, W) -> (N, C, 1, 1)

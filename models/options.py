@@ -61,19 +61,18 @@ def resolve_options(own: Settings, options: Options, *, at_least: int = 1) -> Se
 
     Raises: ValueError for unknown options and impossible values.
     """
+    known = Settings._fields
     for name, value in sorted(options.items()):
-        known = Settings._fields
         require(name in known, f"is not an option of networks: choose from {', '.join(known)}", **{name: value})
     settings = Settings(**(own._asdict() | {name: value for name, value in options.items() if value is not None}))
     for name, value in settings._asdict().items():
-        types, words = (
-            ((int, float), "a number") if isinstance(Settings._field_defaults[name], float) else (int, "an integer")
-        )
+        is_float = isinstance(Settings._field_defaults[name], float)
+        types, words = ((int, float), "a number") if is_float else (int, "an integer")
         require(isinstance(value, types) and not isinstance(value, bool), f"must be {words}", **{name: value})
     require(settings.num_classes >= 2, "must be at least 2 for a classifier", num_classes=settings.num_classes)
     require(settings.in_channels >= 1, "must be at least 1", in_channels=settings.in_channels)
-    smallest = f"must be at least {at_least} for this network"
-    require(settings.image_size >= at_least, smallest, image_size=settings.image_size)
+    rule, image_size = f"must be at least {at_least} for this network", settings.image_size
+    require(image_size >= at_least, rule, image_size=image_size)
     for name in ("dropout", "stochastic_depth"):
         rate = getattr(settings, name)
         require(0 <= rate < 1, "must be at least 0 and less than 1", **{name: rate})

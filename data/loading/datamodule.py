@@ -33,8 +33,8 @@ class LoaderSettings:
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "shuffle_window", "readahead", "threads"):
             value = getattr(self, name)
-            counts = value is None or (isinstance(value, int) and value >= 1)
-            require(counts, "must be an integer of at least 1", **{name: value})
+            is_valid = value is None or (isinstance(value, int) and value >= 1)
+            require(is_valid, "must be an integer of at least 1", **{name: value})
 
 
 class ShardData(pl.LightningDataModule):

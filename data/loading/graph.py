@@ -18,8 +18,8 @@ Resizer = Literal["torch", "dali"]
 class DecodeSettings:
     """How batches are read and decoded; `mean` and `std` are fractions of 255, `device_id` is a GPU, None the CPU."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     device_id: int | None = None
     threads: int = 2  # of DALI, on the CPU
     readahead: int = 4  # batches that are read before they are needed

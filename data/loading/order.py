@@ -81,10 +81,10 @@ class TrainingPlan:
             require(getattr(self, name) >= 1, "must be at least 1", **{name: getattr(self, name)})
         if self.num_steps == 0:
             images, size = sum(self.shard_samples), self.global_batch_size
-            few = f"{images} training images are fewer than a global batch of {size} ("
+            problem = f"{images} training images are fewer than a global batch of {size} ("
             batch_size, accumulate = ("batch_size", self.batch_size), ("accumulate", self.accumulate)
             advice = f" x {self.world_size} ranks): lower one of the two or use fewer devices"
-            raise ArgumentError(few, batch_size, " x ", accumulate, advice)
+            raise ArgumentError(problem, batch_size, " x ", accumulate, advice)
 
     @property
     def global_batch_size(self) -> int:

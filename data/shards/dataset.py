@@ -60,8 +60,8 @@ class Dataset:
     folder: Path
     name: str
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     splits: dict[str, Split]
 
     def index(self, split: str) -> Index:

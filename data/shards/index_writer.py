@@ -85,12 +85,14 @@ def _write_index(path: Path, shards: list[ShardRows], *, classes: tuple[str, ...
     return Split(tars, path.name, digest.hexdigest())
 
 
-def _mean_and_std(colours: NDArray[np.float64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _mean_and_std(colours: NDArray[np.float64]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Compute mean and standard deviation of red, green and blue from the sums of `images.colour_sums`."""
     mean = colours[1:4] / colours[0]
     # Images of one colour have no deviation; 1/255 keeps their normalised pixels finite.
     std = np.maximum(np.sqrt(np.maximum(colours[4:7] / colours[0] - mean**2, 0)), 1 / 255)
-    return tuple(mean.round(6).tolist()), tuple(std.round(6).tolist())
+    red, green, blue = mean.round(6).tolist()
+    red_std, green_std, blue_std = std.round(6).tolist()
+    return (red, green, blue), (red_std, green_std, blue_std)
 
 
 def _label_numbers(shard: ShardRows, classes: tuple[str, ...]) -> list[int]:

@@ -21,7 +21,7 @@ POOL_SHARDS = 4  # up to here, reading is faster than the imports of another pro
 SPLIT_WORDS = SPLIT_FOLDERS | {"training": "train", "dev": "val", "eval": "val", "testing": "test"}
 
 
-class NotADatasetError(ValueError):
+class NotADatasetError(ArgumentError):
     """A folder contains neither a packed data set nor a tar."""
 
 
@@ -34,7 +34,7 @@ def open_dataset(
     Raises: ValueError when this is not a data set, a tar is damaged, or `folder` cannot be written to.
     """
     folder = folder or root
-    require(root.is_dir(), "is not a folder, such as the one that contains the tars", root=root)
+    require(root.is_dir(), "is not a folder: give the one that contains the tars", root=root)
     tars = _find_tars(root)
     current = partial(_current_dataset, root, folder, tars=tars, label_field=label_field)
     if dataset := current():
@@ -64,7 +64,8 @@ def _find_tars(root: Path) -> dict[str, list[str]]:
         compressed = next((path for pattern in ("*.tar.*", "*.tgz") for path in root.rglob(pattern)), None)
         if compressed is not None:
             raise ValueError(f"{compressed} is compressed, so it cannot be read by position: unpack it to a .tar")
-        raise NotADatasetError(f"{root} contains neither {MANIFEST} nor a .tar file")
+        problem = f" is not a data set: it contains neither {MANIFEST} nor a .tar file"
+        raise NotADatasetError(("root", root), problem)
     return {split: splits[split] for split in SPLITS if split in splits}
 
 

@@ -55,8 +55,8 @@ def pack(
     if folder.exists():
         raise FileExistsError(f"{folder} exists: remove it, or choose another name")
     require(shard_samples >= 1, "must be at least 1", shard_samples=shard_samples)
-    resizes = resize is None or (isinstance(resize, int) and resize >= 1)
-    require(resizes, "must be an integer of at least 1 pixel, or unset to copy the bytes", resize=resize)
+    is_valid = resize is None or (isinstance(resize, int) and resize >= 1)
+    require(is_valid, "must be an integer of at least 1 pixel, or unset to copy the bytes", resize=resize)
     if len(source.classes) < 2:
         raise ValueError(f"{source.name} has one class, {source.classes[0]}: a classifier needs at least 2")
     plans = _plan_shards(source, seed=seed, shard_samples=shard_samples)

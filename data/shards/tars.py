@@ -125,7 +125,7 @@ def _json_label(text: bytes, label_field: str) -> str:
     fields = json.loads(text)
     if not isinstance(fields, dict) or label_field not in fields:
         content = ", ".join(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise ValueError(f"its .json has no field {label_field} (set by label_field): {content}")
+        raise ValueError(f"its .json has no field {label_field}: {content}")
     label = fields[label_field]
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise ValueError(f"its label {json.dumps(label)} is neither an integer nor a name")

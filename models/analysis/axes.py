@@ -1,4 +1,4 @@
-"""The receptive field of a tensor: which dimensions hold rows and columns, and which pixels each position reads.
+"""The layout of a tensor: which dimensions hold rows and columns, with the receptive field along both axes.
 
 To follow changes of layout, as (N, C, H, W) to (N, L, C), each dimension is a product of factors that know their axis.
 """
@@ -48,7 +48,7 @@ class TensorAxes:
     @property
     def has_local_field(self) -> bool:
         """Whether some path made of kernels leads here from the image along both axes."""
-        return all(field.is_local for field in self.fields)
+        return all(field.has_local_path for field in self.fields)
 
     def axis_of(self, dim: int) -> int | None:
         """The axis of a dimension that holds nothing else, None without one."""
@@ -142,7 +142,7 @@ def _joined_axis(tensors: Sequence[TensorAxes], axis: int, *, on_map: bool) -> A
         field.made_global(AXIS_NAMES[axis]) if on_map and axis not in tensor.map_axes() else field
         for tensor, field in ((tensor, tensor.fields[axis]) for tensor in tensors)
     ]
-    joined = functools.reduce(AxisField.joined, [field for field in fields if field.is_local] or fields)
+    joined = functools.reduce(AxisField.joined, [field for field in fields if field.has_local_path] or fields)
     return replace(joined, is_global=any(field.is_global for field in fields))
 
 

@@ -129,8 +129,10 @@ def _middle_unit(net: nn.Module, image: tuple[int, ...], *, layer: str | None) -
         if middle is not None:
             call = sum(other == name for other, _ in traced.module_outputs[:position])
             return _Unit(name, call, *middle)
-    where = type(net).__name__ if layer is None else f"layer {layer} of {type(net).__name__}"
-    raise ValueError(f"{where} returns no map (N, C, H, W) or (N, H, W, C) with a local receptive field")
+    kind = "(N, C, H, W) or (N, H, W, C) with a local receptive field"
+    if layer is None:
+        raise ValueError(f"no layer of {type(net).__name__} returns a map {kind}")
+    raise ValueError(f"layer {layer} of {type(net).__name__} returns no map {kind}: name one that does")
 
 
 def _middle(axes: TensorAxes, layer: str) -> tuple[tuple[int | slice, ...], Pixels] | None:

@@ -92,7 +92,7 @@ class LinearNetwork:
 
     def _execute(self, operation: Operation, field: AxisField | None) -> None:
         """Compute the outputs of an operation; constants where a local path enters one that reads the entire axis."""
-        is_local = field is not None and field.is_local
+        is_local = field is not None and field.has_local_path
         is_cut = field is not None and not is_local and any(id(tensor) in self._local for tensor in operation.inputs)
         for output, result in zip(operation.outputs, self._run(operation), strict=True):
             self._values[id(output)] = torch.ones_like(result) if is_cut else result
@@ -149,8 +149,8 @@ def _enlarged(net: nn.Module, shape: tuple[int, int, int, int], *, axis: int) ->
     """A trace of one image that exceeds the largest field along the axis and is narrow across, if the net allows it."""
     original = trace(net, shape)
     fields = receptive_fields(original)
-    local = [(position, axes) for position, axes in enumerate(fields) if axes is not None and axes.has_local_field]
-    last, field = local[-1][0], local[-1][1].fields[axis]
+    *_, (last, axes) = [(place, one) for place, one in enumerate(fields) if one is not None and one.has_local_field]
+    field = axes.fields[axis]
     margin = math.ceil((MARGIN + 2 * min(len(field.phases), MAX_UNITS)) * field.stride)
     along = max(shape[2 + axis], -(-(field.size + margin) // ACROSS) * ACROSS)
     for across in (ACROSS, shape[3 - axis]):
@@ -167,7 +167,7 @@ def _ends_of_resolutions(fields: Fields, *, axis: int) -> dict[int, tuple[int, A
     """The last operation with a local field on each size of the map: dimension of the axis in its output, and field."""
     ends: dict[int, tuple[int, tuple[int, AxisField]]] = {}
     for position, axes in enumerate(fields):
-        if axes is None or not axes.fields[axis].is_local:
+        if axes is None or not axes.fields[axis].has_local_path:
             continue
         dims = [dim for dim, factors in enumerate(axes.dims) if [factor.axis for factor in factors] == [axis]]
         if dims:

@@ -72,8 +72,8 @@ class TapPattern(NamedTuple):
 class AxisField:
     """The pixels that the positions along the rows or columns of a map read.
 
-    `phases` holds the interval of each of the first positions through kernels, None for one that reads nothing, without
-    regard to the borders of the image. It is empty if no path from the image is made of kernels alone.
+    `phases` are the intervals that the first positions read through kernels, as if the image had no borders; None for a
+    position that reads nothing. There are none if no path from the image is made of kernels alone.
     """
 
     image_side: int
@@ -85,8 +85,8 @@ class AxisField:
     unread: tuple[int, int] = (0, 0)  # pixels at both ends that slices and strides have left out
 
     @property
-    def is_local(self) -> bool:
-        """Whether some path from the image is made of kernels; without one, `phases` is empty."""
+    def has_local_path(self) -> bool:
+        """Whether some path from the image is made of kernels alone."""
         return bool(self.phases)
 
     @property
@@ -106,7 +106,7 @@ class AxisField:
 
     def at(self, position: int) -> Interval | None:
         """First and last pixel that a position reads through kernels."""
-        if not self.phases:
+        if not self.has_local_path:
             return None
         repeats, phase = divmod(position, len(self.phases))
         interval, shift = self.phases[phase], repeats * self.advance
@@ -114,7 +114,7 @@ class AxisField:
 
     def through(self, pattern: TapPattern, num_positions: int) -> Self:
         """The field after an operation with this pattern and this number of outputs."""
-        if not self.phases:
+        if not self.has_local_path:
             return replace(self, num_positions=num_positions)
         period, unread = len(self.phases), self._unread_after(pattern, num_positions)
         repeats = period // math.gcd(period, pattern.inputs)
@@ -135,24 +135,23 @@ class AxisField:
 
     def made_global(self, name: str) -> Self:
         """The field after a reduction over all positions, which must read the image up to less than a stride."""
-        if self.phases and max(self.unread) >= self.stride:
-            raise UnknownReceptiveField(
-                f"it treats {self.num_positions} {name} that do not cover the image as the entire axis"
-            )
+        if self.has_local_path and max(self.unread) >= self.stride:
+            positions = f"{self.num_positions} {name} that do not cover the image"
+            raise UnknownReceptiveField(f"it treats {positions} as the entire axis")
         return replace(self, phases=(), is_global=True)
 
     def joined(self, other: Self) -> Self:
-        """The field where this branch meets another one that reads through kernels if this one does.
+        """The field where two branches meet; both must have a local path, or neither.
 
         Raises: UnknownReceptiveField for different strides.
         """
+        assert self.has_local_path == other.has_local_path
         misalignment = max(self.misalignment, other.misalignment)
-        if not self.phases:
+        if not self.has_local_path:
             num_positions = max(self.num_positions, other.num_positions)
             return replace(self, num_positions=num_positions, misalignment=misalignment)
         if self.stride != other.stride:
-            strides = f"{self.stride} and {other.stride}"
-            raise UnknownReceptiveField(f"branches with strides of {strides} pixels meet")
+            raise UnknownReceptiveField(f"branches with strides of {self.stride} and {other.stride} pixels meet")
         period = math.lcm(len(self.phases), len(other.phases))
         pairs = [(self.at(position), other.at(position)) for position in range(period)]
         distances = [Fraction(abs(sum(a) - sum(b)), 2) for a, b in pairs if a and b]

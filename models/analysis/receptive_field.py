@@ -24,7 +24,7 @@ class ReceptiveField(NamedTuple):
     @classmethod
     def along(cls, field: AxisField) -> Self:
         """The receptive field along an axis of a tensor."""
-        if not field.is_local:
+        if not field.has_local_path:
             return cls(is_global=field.is_global)
         return cls(field.size, float(field.stride), field.offset, field.is_global)
 

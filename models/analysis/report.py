@@ -117,7 +117,7 @@ def _layer_columns(layers: Sequence[LayerSummary], bytes_per_activation: int) ->
         "layer": (str, [layer.name for layer in layers]),
         "kind": (str, [layer.kind for layer in layers]),
         "stage": (str, [layer.stage for layer in layers]),
-        "shape": (str, ["x".join(map(str, layer.shape)) for layer in layers]),
+        "shape": (list, [list(layer.shape) for layer in layers]),
         "parameters": (int, [layer.num_parameters for layer in layers]),
         "multiply_adds": (int, [layer.macs for layer in layers]),
         "activation_bytes": (int, [layer.num_activations * bytes_per_activation for layer in layers]),

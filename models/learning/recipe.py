@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from models.arguments import ArgumentError, require
+from models.arguments import ArgumentError, Part, require
 from models.learning.losses import Loss, cross_entropy
 
 
@@ -40,7 +40,7 @@ def _check(name: str, function: object, *, call: Callable[[], object]) -> None:
     except (TypeError, ValueError) as error:
         target = getattr(function, "func", function)  # inside a partial
         parts = error.args if isinstance(error, ArgumentError) else [str(error)]
-        reason = [part if isinstance(part, str) else (f"{name}.{part[0]}", part[1]) for part in parts]
+        reason: list[Part] = [one if isinstance(one, str) else (f"{name}.{one[0]}", one[1]) for one in parts]
         raise ArgumentError((name, getattr(target, "__name__", target)), ": ", *reason) from None
 
 
@@ -64,8 +64,8 @@ class Recipe:
         _check("schedule", self.schedule, call=lambda: self.schedule(0, steps_per_epoch=1, num_steps=1))
         _check("loss", self.loss, call=lambda: _check_shape(self.loss))
         require(self.epochs >= 1, "must be at least 1", epochs=self.epochs)
-        clips = self.clip_norm is None or (isinstance(self.clip_norm, int | float) and self.clip_norm > 0)
-        require(clips, "must be a number above 0, or null for none", clip_norm=self.clip_norm)
+        is_valid = self.clip_norm is None or (isinstance(self.clip_norm, int | float) and self.clip_norm > 0)
+        require(is_valid, "must be a number above 0, or null for none", clip_norm=self.clip_norm)
 
     def rises_until_end(self, steps_per_epoch: int, num_steps: int) -> bool:
         """Return whether the learning rate still rises at the last of `num_steps` steps."""

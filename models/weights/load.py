@@ -53,8 +53,7 @@ def _expand(skip: Sequence[object], names: Sequence[str]) -> set[str]:
     skipped: set[str] = set()
     for wanted in map(str, skip):
         matches = {name for name in names if name == wanted or name.startswith(f"{wanted.removesuffix('.')}.")}
-        rule = "matches no tensor or module of the file or the network"
-        require(bool(matches and wanted), rule, skip=wanted)
+        require(bool(matches and wanted), "matches no tensor or module of the file or the network", skip=wanted)
         skipped |= matches
     return skipped
 

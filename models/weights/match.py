@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from models.arguments import ArgumentError
+from models.arguments import ArgumentError, Part
 from models.attention import resize_table
 from models.options import SMALL_IMAGE
 from models.weights.files import shorten
 from models.weights.names import LEAVES, OURS, Layout
 
 Tensors = Mapping[str, Tensor]
-Part = str | tuple[str, object]  # of an ArgumentError
 
 
 class Side(NamedTuple):
@@ -78,10 +77,9 @@ def _describe_wrong_shapes(wrong: Sequence[tuple[str, str]], *, theirs: Side, ou
     for source, target in wrong:
         tensor, place = theirs.tensors[source], ours.tensors[target]
         if source not in last and _depends_on_image_size(tensor, place, is_first=source == first):
-            ours_is_small = tensor.numel() > place.numel()
-            owner, size = ("the", 224) if ours_is_small else ("the file's", SMALL_IMAGE)
-            kind = "the published one" if ours_is_small else "such a one"
-            parts += [f"; {owner} network was built for small images, ", ("image_size", size), f" builds {kind}"]
+            small = ("; the network was built for small images, ", ("image_size", 224), " builds the published one")
+            large = ("; the file's network was built for small images, ", ("image_size", SMALL_IMAGE), " does so")
+            parts += small if tensor.numel() > place.numel() else large
             break
         if source == first and tensor.ndim == place.ndim == 4 and tensor.shape[1] != place.shape[1]:
             parts += ["; ", ("stem", "adapt"), " changes the number of input channels"]

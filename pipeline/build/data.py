@@ -53,9 +53,11 @@ class DataConfig:
             with config_keys_in_errors(DATASET_KEYS):
                 dataset, skipped = open_dataset(root, index, label_field=self.label_field)
         except NotADatasetError as error:
-            advice = f"to pack class folders: python -m pipeline.pack source=folder source.root={root} name=NAME"
-            raise ValueError(f"data.root={root} is not a data set: {error} ({advice})") from error
+            command = f"python -m pipeline.pack source=folder source.root={root} name=NAME"
+            raise ValueError(f"{error} (to pack class folders: {command})") from error
         print_skipped(Console(), skipped)
+        if skipped:
+            Console().print(f"labels in .json files: data.label_field={self.label_field}", highlight=False)
         return dataset
 
 

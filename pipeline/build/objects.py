@@ -42,4 +42,5 @@ def _keys_in(node: DictConfig, key: str) -> dict[str, str]:
     for name, value in known_keys(node).items():
         refers = isinstance(value, str) and value.startswith("${") and value.endswith("}")
         keys[name] = str(value)[2:-1] if refers else f"{key}.{name}"
+        keys.setdefault(name.rpartition(".")[2], keys[name])  # as the node inside names it
     return keys

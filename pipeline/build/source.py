@@ -13,7 +13,7 @@ from pipeline.cli.compose import compose
 
 
 def pack_source(config: DictConfig) -> Packed:
-    """Pack the source of a `pack` config. Raises: FileExistsError, FileNotFoundError, ValueError."""
+    """Pack the source of a `pack` config. Raises: FileExistsError, ValueError."""
     if config.name == ".." or Path(str(config.name)).name != str(config.name):
         raise ValueError(f"name={config.name} is a path: out=FOLDER sets the data set's folder")
     source = build_object(

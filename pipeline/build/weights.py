@@ -34,8 +34,8 @@ class WeightsFile:
     ) -> None:
         options = {"head": head, "stem": stem, "skip": list(skip), "sha256": sha256}
         for name, value in options.items():
-            is_used = file is not None or value in (None, "keep", [])
-            require(is_used, "needs a file: add weights=FILE", **{name: value})
+            is_allowed = file is not None or value in (None, "keep", [])
+            require(is_allowed, "needs a file: add weights=FILE", **{name: value})
         self.file = None if file is None else Path(str(file))
         self.head, self.stem, self.skip = head, stem, list(skip)
         self.expected_sha256 = None if sha256 is None else str(sha256).lower()

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from data.arguments import ArgumentError as DataArgumentError
+from models.arguments import ArgumentError as ModelArgumentError
+
 
 class ConfigError(ValueError):
     """A mistake on the command line or in a config, explained in one sentence."""
@@ -32,7 +35,7 @@ def config_keys_in_errors(keys: Mapping[str, str]) -> Iterator[None]:
     """
     try:
         yield
-    except ValueError as error:
+    except (ModelArgumentError, DataArgumentError) as error:
         error.args = tuple((keys.get(one[0], one[0]), one[1]) if isinstance(one, tuple) else one for one in error.args)
         raise
 

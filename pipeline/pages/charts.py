@@ -25,6 +25,8 @@ from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.pages.wording import integer, significant
+
 # matplotlib knows no CSS variables: it draws with placeholders, which are replaced in the SVG.
 COLOURS = ("paper", "ink", "muted", "line", "band", "blue", "orange")
 PAPER, INK, MUTED, LINE, BAND, BLUE, ORANGE = (f"#0000{number:02x}" for number in range(1, len(COLOURS) + 1))
@@ -83,10 +85,10 @@ def line_over_layers(
     axes = _axes(DEPTH_WIDTH, 310, margins=(46, 4, 26, 14))
     axes.set_yscale("log", base=2)
     axes.set(xlim=(0, 1), ylim=(1, top))
-    axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_yticks(ticks, list(map(integer, ticks)))
     axes.grid(axis="y")
     _draw_bands(axes, stages, edges=edges)
-    _draw_reference(axes, image_side, name=f"image {image_side:,} px")
+    _draw_reference(axes, image_side, name=f"image {integer(image_side)} px")
     if first_global is not None:
         axes.plot([edges[first_global], 1], [image_side] * 2, color=ORANGE, linewidth=4, solid_capstyle="butt")
         diamond = RegularPolygon((0, 0), 4, radius=8, facecolor=ORANGE, edgecolor=PAPER, linewidth=1.5, zorder=4)
@@ -95,12 +97,12 @@ def line_over_layers(
     if covering is not None:
         ring = Circle((0, 0), 5, facecolor=PAPER, edgecolor=BLUE, linewidth=2.5, zorder=4)
         _place(axes, ring, at=(edges[covering], values[covering]))
-    label = f"Receptive field along {len(sizes)} layers of an image of {image_side:,} px"
+    label = f"Receptive field along {len(sizes)} layers of an image of {integer(image_side)} px"
     if known:
         first, last = values[known[0]], values[known[-1]]
         end = (edges[known[-1] + 1], last)
-        axes.annotate(f"{last:,g} px", end, (0, 8), textcoords="offset points", ha="right", weight="bold")
-        label += f": from {first:,g} to {last:,g} px"
+        axes.annotate(f"{significant(last)} px", end, (0, 8), textcoords="offset points", ha="right", weight="bold")
+        label += f": from {significant(first)} to {significant(last)} px"
     return _to_svg(axes, label)
 
 
@@ -201,7 +203,7 @@ def _set_log_ticks(axis: Axis) -> None:
     decades = math.log10(high / low)
     digits = (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.6 else (1,)
     axis.set_major_locator(LogLocator(subs=digits) if decades > 0.7 else MaxNLocator(4))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: significant(value)))
     axis.set_minor_locator(NullLocator())
 
 

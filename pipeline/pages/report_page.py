@@ -3,7 +3,6 @@
 The templates hold layout and sentences, `wording` the numbers. Numbers for machines are `<data>` elements with an id.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,9 @@ from pipeline.pages.charts import Dot, heat_map, layer_widths, line_over_layers,
 
 TEMPLATES = Path(__file__).with_name("templates")
 SIGNS = wording.TYPOGRAPHIC
+WORDS = ("byte_count", "fixed", "integer", "percent", "plural", "rate", "scaled_bytes", "scaled_count", "share")
 FILTERS = {
-    **dict(inspect.getmembers(wording, inspect.isfunction)),
+    **{name: getattr(wording, name) for name in (*WORDS, "short_count", "significant")},
     "anchor": lambda name: "section-" + name.lower().replace(" ", "-"),
     "exact": lambda value: f"{value:.12g}",  # for machines
     "field": lambda layer: wording.field_words(layer.rows, layer.columns, signs=SIGNS),
@@ -100,7 +100,7 @@ def _frame(field: EffectiveField, size: Pixels, *, inset: float) -> dict[str, fl
 def _scatter_plots(reports: Sequence[Report], images_per_second: Sequence[float]) -> Mapping[str, str]:
     """Parameters and receptive fields against multiply-adds, by title."""
     sides = {max(report.summary.image_shape[1:]) for report in reports}
-    image = (max(sides), f"image {max(sides):,} px") if len(sides) == 1 else None
+    image = (max(sides), f"image {wording.integer(max(sides))} px") if len(sides) == 1 else None
     points = [(report.name, report.facts, speed) for report, speed in zip(reports, images_per_second, strict=True)]
     costs = [Dot(name, facts["gmacs"], facts["params_millions"], speed) for name, facts, speed in points]
     fields = [Dot(name, facts["gmacs"], facts.get("receptive_field_px", 0.0), speed) for name, facts, speed in points]

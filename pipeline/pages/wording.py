@@ -48,13 +48,12 @@ def byte_count(count: int) -> str:
 
 
 def percent(part: float, total: float) -> str:
-    """A share in integer percent; one that rounds to 0 but is not 0 reads "<1%"."""
-    share = part / max(1, total)
-    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
+    """A share of a count in integer percent; one that rounds to 0 but is not 0 reads "<1%"."""
+    return "<1%" if 0 < part / max(1, total) < 0.005 else share(part, total, digits=0)
 
 
 def share(part: float, total: float = 1, *, digits: int = 1) -> str:
-    """A share in percent with this number of decimals."""
+    """A share of a count in percent with this number of decimals."""
     return f"{part / max(1, total):.{digits}%}"
 
 
@@ -63,13 +62,13 @@ def integer(value: float | None) -> str:
     return "" if value is None else fixed(value, 0)
 
 
-def fixed(value: float, digits: int) -> str:
+def fixed(value: float, digits: int, *, signs: Signs = PLAIN) -> str:
     """A number with this many decimals."""
-    return f"{value:,.{digits}f}"
+    return f"{value:,.{digits}f}".replace("-", signs.minus)
 
 
-def general(value: float, digits: int = 6, *, signs: Signs = PLAIN) -> str:
-    """A number with this many digits at most."""
+def significant(value: float, digits: int = 6, *, signs: Signs = PLAIN) -> str:
+    """A number rounded to this many significant digits."""
     return f"{value:,.{digits}g}".replace("-", signs.minus)
 
 
@@ -92,7 +91,7 @@ def pair_words(rows: float | None, columns: float | None, *, signs: Signs = PLAI
     """Two numbers such as "5x7"; one where both are equal; "-" for one that is None, nothing where both are."""
     if rows is None and columns is None:
         return ""
-    along_rows, along_columns = ("-" if one is None else general(one, signs=signs) for one in (rows, columns))
+    along_rows, along_columns = ("-" if one is None else significant(one, signs=signs) for one in (rows, columns))
     return along_rows if rows == columns else f"{along_rows}{signs.times}{along_columns}"
 
 
@@ -114,7 +113,7 @@ def field_words(rows: ReceptiveField, columns: ReceptiveField, *, signs: Signs =
 
 def interval_words(pixels: Interval | None, *, signs: Signs = PLAIN) -> str:
     """The first and last pixel, "-3 to 45"."""
-    return "none" if pixels is None else " to ".join(general(pixel, signs=signs) for pixel in pixels)
+    return "none" if pixels is None else " to ".join(fixed(pixel, 0, signs=signs) for pixel in pixels)
 
 
 def sketch_footnote(sketch: Sketch, *, signs: Signs = PLAIN) -> str:

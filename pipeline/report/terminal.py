@@ -51,21 +51,21 @@ def print_comparison(console: Console, reports: Sequence[Report], *, images_per_
 
 def _facts(report: Report) -> dict[str, str]:
     summary, memory = report.summary, report.memory
-    frozen = f", {summary.num_trainable:,} of them trainable" if summary.num_trainable < summary.num_parameters else ""
+    is_frozen = summary.num_trainable < summary.num_parameters
+    frozen = f", {wording.integer(summary.num_trainable)} of them trainable" if is_frozen else ""
     facts = {
         "model": f"{report.name} for images of {wording.shape_words(summary.image_shape)}",
-        "parameters": f"{summary.num_parameters:,}{frozen}",
+        "parameters": f"{wording.integer(summary.num_parameters)}{frozen}",
         "multiply-adds": f"{wording.short_count(summary.macs)} an image",
         **_field_facts(report),
     }
     if report.effective is not None:
-        squares = ", ".join(
-            f"{wording.share(share, digits=0)} in {side} px" for share, side in report.effective.sides.items()
-        )
+        sides = report.effective.sides.items()
+        squares = ", ".join(f"{wording.share(part, digits=0)} in {side} px" for part, side in sides)
         facts["effective"] = f"squares with a share of the gradient's energy: {squares}"
         facts["measured"] = f"with {report.measured_with}"
     parts = ", ".join(f"{name} {wording.byte_count(size)}" for name, size in memory._asdict().items())
-    batch = f"batches of {report.batch_size:,} in {report.precision}"
+    batch = f"batches of {wording.integer(report.batch_size)} in {report.precision}"
     facts["memory"] = f"{wording.byte_count(memory.total)} to train on {batch}: {parts}"
     ratios = [layer.separable_cost for layer in summary.layers if layer.separable_cost is not None]
     if ratios:
@@ -91,7 +91,7 @@ def _field_facts(report: Report) -> dict[str, str]:
     misaligned = max(layer.misalignment for layer in summary.layers)
     if misaligned:
         facts["misaligned"] = (
-            f"branches meet with the centers of their fields up to {wording.general(misaligned)} px apart"
+            f"branches meet with the centers of their fields up to {wording.significant(misaligned)} px apart"
         )
     return facts
 

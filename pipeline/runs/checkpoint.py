@@ -47,12 +47,6 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
-    @property
-    def file_name(self) -> str:
-        """The best checkpoint, or the last one where nothing was monitored."""
-        monitored = self.best_model_score is not None
-        return Path(self.best_model_path if monitored else self.last_model_path).name
-
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write `last.ckpt` after every epoch; Lightning skips those that are not the best."""
         super().on_train_epoch_end(trainer, pl_module)

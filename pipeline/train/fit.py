@@ -63,10 +63,7 @@ def train(job: Job, trainer: pl.Trainer) -> None:
         fit(job, trainer)
         checkpoint = next(one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
         score = checkpoint.best_model_score
-        result = {
-            "val/top1": None if score is None else float(score),
-            "checkpoint": str(job.run.checkpoints / checkpoint.file_name),
-        }
+        result = {"val/top1": None if score is None else float(score), "checkpoint": str(job.run.best_checkpoint)}
         if trainer.is_global_zero:
             job.run.finish(result)
     print_facts(main_console(), run_result(job, result))

@@ -10,7 +10,7 @@ import pytest
 from data.shards.dataset import Dataset
 from pipeline.report import __main__ as report_verb
 from pipeline.train import __main__ as train_verb
-from tests.support.commands import TINY, FinishedRun, Typed, call_verb, run_module, typed
+from tests.support.commands import MINE, FinishedRun, Typed, call_verb, run_module, typed
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def lenet_root(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Pat
     shutil.copytree(digits.root, root / "datasets" / "digits")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        call_verb(train_verb.VERB, train_verb.main, ["+model=lenet", *TINY, "name=mine"])
+        call_verb(train_verb.VERB, train_verb.main, list(MINE))
     return root
 
 

@@ -23,6 +23,7 @@ from tests.support.paths import ROOT
 COMPUTED = ("step", "train/loss", "train/top1", "train/top5", "train/lr", "val/loss", "val/top1", "val/top5")
 
 TINY = ("recipe.epochs=2", "data.batch_size=256", "log_every=2")
+MINE = ("+model=lenet", *TINY, "+trainer.limit_val_batches=1", "name=mine")  # one batch, not all
 # A network without batch norm in float64: another order of summation changes it far less than a wrong batch.
 PLAIN = (
     "+model=resnet", "model._target_=tests.support.networks.plain", "trust=true", "trainer.precision=64-true",

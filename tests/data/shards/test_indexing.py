@@ -237,7 +237,7 @@ def test_anything_else_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a.tar.gz is compressed.*unpack it"):
         open_dataset(tmp_path / "gz")
     for path in ("gz/a.tar.gz", "nowhere"):
-        with pytest.raises(ValueError, match=f"root=.*{path} is not a folder, such as the one that contains the tars"):
+        with pytest.raises(ValueError, match=f"root=.*{path} is not a folder: give the one that contains the tars"):
             open_dataset(tmp_path / path)
     (tmp_path / "gz" / "a.tar.gz").unlink()
     write_tar(tmp_path / "a.tar", {"readme.txt": b"nothing here"})

@@ -220,7 +220,7 @@ def test_the_default_layer_is_the_last_with_a_map() -> None:
     ("net", "layer", "reason"),
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), "1", "layer 1 of Sequential returns no map"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), None, "Sequential returns no map"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), None, "no layer of Sequential returns a map"),
         (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Sigmoid()), "2", "Sequential has no layer 2: take a name"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Threshold(1e6, 0)), None, "gradients of 1 sum to 0.0"),
         (nn.ConvTranspose2d(3, 4, 1, stride=3), None, "rows 11 of the map of the network itself read no pixel"),

@@ -68,7 +68,7 @@ def last_of(net: nn.Module, *shape: int) -> TensorAxes:
 
 def local_fields(axes: TensorAxes) -> list[tuple[int, float, int]]:
     """Size, stride and offset along rows and columns."""
-    fields = [ReceptiveField.along(field) for field in axes.fields if field.is_local]
+    fields = [ReceptiveField.along(field) for field in axes.fields if field.has_local_path]
     return [(field.size, field.stride, field.offset) for field in fields]
 
 

@@ -333,7 +333,7 @@ def test_networks_for_small_and_large_images_are_distinguished(architecture: str
     with pytest.raises(ValueError, match=r"network was built for small images, image_size=224 builds the publ"):
         load_weights(small, tmp_path / "large.pth")
     torch.save(small.state_dict(), tmp_path / "small.pth")
-    with pytest.raises(ValueError, match=r"file's network was built for small images, image_size=64 builds such"):
+    with pytest.raises(ValueError, match=r"file's network was built for small images, image_size=64 does so"):
         load_weights(large, tmp_path / "small.pth")
 
 

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from data.arguments import ArgumentError as DataError
 from models.arguments import ArgumentError as ModelError
-from pipeline.build.network import build_recipe
+from pipeline.build.network import build_network, build_recipe
+from pipeline.build.objects import build_object
 from pipeline.cli.check import check_command_line, check_targets
 from pipeline.cli.compose import CONF, compose, flatten, known_keys
 from pipeline.cli.errors import ConfigError, config_keys_in_errors
@@ -167,6 +168,8 @@ def test_errors_name_keys_but_leave_paths_alone() -> None:
             raise kind(("root", "exp/root=3"), " is not a folder: ", ("root", "PATH"))
     with pytest.raises(ValueError, match=r"^root=3 of another library$"), config_keys_in_errors(keys):
         raise ValueError("root=3 of another library")
+    with pytest.raises(ValueError, match=r"^\(\)$"), config_keys_in_errors(keys):
+        raise ValueError(())
 
 
 def test_errors_name_the_keys_of_nested_arguments() -> None:
@@ -174,6 +177,13 @@ def test_errors_name_the_keys_of_nested_arguments() -> None:
         ValueError, match=r"^recipe.loss=cross_entropy: recipe.loss.label_smoothing=2 must be at least 0"
     ):
         build_recipe(compose("train", ["+model=resnet", "recipe.loss.label_smoothing=2"]))
+    with pytest.raises(ValueError, match=r"^augment.training.image_size=0 must be at least 1 pixel$"):
+        build_object(compose("train", ["+model=resnet", "augment.training.image_size=0"]), "augment", kind=dict)
+
+
+def test_an_option_may_have_any_name() -> None:
+    with pytest.raises(ValueError, match=r"^model.rule=3 is not an option of networks: choose from num_classes"):
+        build_network(compose("train", ["+model=resnet", "+model.rule=3"]))
 
 
 def test_later_jobs_of_a_sweep_freeze_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:

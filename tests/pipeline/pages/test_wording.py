@@ -11,7 +11,6 @@ from pipeline.pages.wording import (
     byte_count,
     field_words,
     fixed,
-    general,
     interval_words,
     pair_words,
     percent,
@@ -20,6 +19,7 @@ from pipeline.pages.wording import (
     shape_words,
     share,
     short_count,
+    significant,
     sketch_footnote,
 )
 
@@ -78,8 +78,8 @@ def test_other_numbers_read_as_people_write_them() -> None:
     assert [plural(count, "layer") for count in (0, 1, 1200)] == ["0 layers", "1 layer", "1,200 layers"]
     assert [shape_words((3, 224, 224)), shape_words((10,)), shape_words(())] == ["3x224x224", "10", ""]
     assert [interval_words((-3, 1045)), interval_words(None)] == ["-3 to 1,045", "none"]
-    assert interval_words((-3, 1045), signs=TYPOGRAPHIC) == "−3 to 1,045"
-    assert [fixed(11.68951, 2), general(-1024.5), general(1.94, 2)] == ["11.69", "-1,024.5", "1.9"]
+    assert interval_words((-3, 1_234_567), signs=TYPOGRAPHIC) == "−3 to 1,234,567"
+    assert [fixed(11.68951, 2), significant(-1024.5), significant(1.94, 2)] == ["11.69", "-1,024.5", "1.9"]
     assert [share(0.5, digits=0), share(1, 3), share(0, 0)] == ["50%", "33.3%", "0.0%"]
 
 

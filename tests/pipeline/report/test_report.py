@@ -117,7 +117,9 @@ def test_networks_are_compared_side_by_side(run_verb: Run, tmp_path: Path) -> No
     assert all(row["images_per_second"] > 0 for row in table)
     assert [row["image"] for row in table] == [[3, 32, 32]] * 3
     # By hand; ResNet-34's small stem: 3 + 6 x 2, then 2 + 7 x 4, 4 + 11 x 8 and 8 + 5 x 16.
-    assert [row["receptive_field_rows"] for row in table] == [32, 225, 207]
+    fields = [(row["receptive_field_rows"], row["receptive_field_columns"]) for row in table]
+    assert fields == [(32, 32), (225, 225), (207, 207)]
+    assert [row["whole_image_from"] for row in table][:2] == [None, "head.pool"]
     page = (folder / "comparison.html").read_text(encoding="utf-8")
     assert "lenet5" in page
     assert "resnet34" in page

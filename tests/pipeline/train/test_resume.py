@@ -14,7 +14,7 @@ import torch
 from mlflow import MlflowClient
 
 from pipeline.runs.run import Run
-from tests.support.commands import TINY, Typed, journal
+from tests.support.commands import MINE, Typed, journal
 from tests.support.paths import ROOT
 
 
@@ -60,7 +60,7 @@ def test_a_run_stopped_repeatedly_ends_in_the_same_bits(train: Typed, with_digit
 
 @pytest.mark.usefixtures("killed_run")
 def test_a_run_resumes_only_with_its_own_settings(train: Typed) -> None:
-    words = ("+model=lenet", "tracking=none", *TINY, "name=mine")
+    words = (*MINE, "tracking=none")
     for change in ("recipe.optimizer.lr=0.2", "seed=1", "augment.training.flip=0.5"):
         with pytest.raises(ValueError, match=f"runs/mine was started with {change.partition('=')[0]}="):
             train(*words, change)
@@ -74,7 +74,7 @@ def test_a_moved_run_keeps_its_best_score_and_its_page(
 ) -> None:
     result = json.loads((lenet_root / "runs" / "mine" / "result.json").read_text())
     killed_run.parent.rename(with_digits / "elsewhere")
-    train("+model=lenet", *TINY, "name=mine", "runs=elsewhere")
+    train(*MINE, "runs=elsewhere")
     assert json.loads((with_digits / "elsewhere" / "mine" / "result.json").read_text()) == {
         "val/top1": result["val/top1"], "checkpoint": "elsewhere/mine/checkpoints/best.ckpt",
     }  # fmt: skip
@@ -92,10 +92,10 @@ def test_one_process_at_a_time_trains_a_run(train: Typed, with_digits: Path) -> 
         Run(with_digits / "runs" / "mine").locked(),
         pytest.raises(ValueError, match="runs/mine is locked by a running process: add name=NAME"),
     ):
-        train("+model=lenet", "tracking=none", *TINY, "name=mine")
+        train(*MINE, "tracking=none")
 
 
 def test_a_damaged_checkpoint_is_named(train: Typed, killed_run: Path) -> None:
     (killed_run / "checkpoints" / "last.ckpt").write_bytes(b"PK no more")
     with pytest.raises(ValueError, match=r"last.ckpt cannot be read .* remove it to start the run over"):
-        train("+model=lenet", "tracking=none", *TINY, "name=mine")
+        train(*MINE, "tracking=none")
