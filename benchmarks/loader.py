@@ -45,7 +45,7 @@ def make_images(folder: Path) -> None:
 
 def convoy(folder: Path) -> Callable[[], Iterable[object]]:
     from data.loading.crops import TrainingCrop
-    from data.loading.graph import DecodeSettings
+    from data.loading.decoder import DecodeSettings
     from data.loading.loader import TrainingLoader
     from data.loading.order import TrainingPlan
     from data.loading.storage import LocalShards

@@ -1,26 +1,32 @@
 """The loaders of a data set for Lightning, which knows rank and device only after it has started."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytorch_lightning as pl
 import torch
 
 from data.arguments import require
 from data.loading.crops import CropPolicy
-from data.loading.graph import DecodeSettings
+from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder
 from data.loading.loader import Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, TrainingPlan
+from data.loading.probe import Probe, choose_gpu_decoder
 from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
-from data.shards.parallel import available_cores
+from data.shards.parallel import CoreShare, share_of_cores
+
+DECODERS = ("auto", "gpu", "cpu")
 
 
 @dataclass(frozen=True)
 class LoaderSettings:
     """Settings of both loaders; `batch_size` is per step and device, `threads=None` this rank's share of the cores.
 
-    `shuffle_window` samples are shuffled together, `readahead` batches are read early. Raises: ValueError below 1.
+    `shuffle_window` samples are shuffled together, `readahead` batches are read early by `io_threads` threads,
+    `prefetch` batches are decoded at the same time, the one in use included. `decoder` is "gpu", "cpu", or "auto" for
+    the GPU where one trains and can decode; `hw_decoder_load` is the share for its hardware decoder, None for 0.65.
+    Raises: ValueError for another decoder, a share outside 0 to 1, and numbers below 1.
     """
 
     batch_size: int
@@ -29,9 +35,17 @@ class LoaderSettings:
     shuffle_window: int = 4_000_000
     readahead: int = 4
     threads: int | None = None
+    io_threads: int = 4
+    prefetch: int = 2
+    decoder: str = "auto"
+    hw_decoder_load: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "shuffle_window", "readahead", "threads"):
+        require(self.decoder in DECODERS, f"is not one of {', '.join(DECODERS)}", decoder=self.decoder)
+        load = self.hw_decoder_load
+        is_share = load is None or (isinstance(load, int | float) and 0 <= load <= 1)
+        require(is_share, "must be a number from 0 to 1, or null for 0.65", hw_decoder_load=load)
+        for name in ("batch_size", "accumulate", "shuffle_window", "readahead", "threads", "io_threads", "prefetch"):
             value = getattr(self, name)
             is_valid = value is None or (isinstance(value, int) and value >= 1)
             require(is_valid, "must be an integer of at least 1", **{name: value})
@@ -51,6 +65,7 @@ class ShardData(pl.LightningDataModule):
         self.training_crop, self.evaluation_crop = training_crop, evaluation_crop
         self.training_index, self._storage = dataset.index("train"), LocalShards(dataset.root)
         self.limit_batches: int | None = None
+        self.gpu_decoder: GpuDecoder | None = None  # None: images are decoded on the CPU
         # The test set serves data sets without a validation set.
         self.evaluation_split = next((split for split in ("val", "test") if split in dataset.splits), None)
 
@@ -78,6 +93,38 @@ class ShardData(pl.LightningDataModule):
             EvaluationPlan(self.num_evaluation_images, self.settings.batch_size, world_size=world_size)
         return self.training_plan(0, world_size)
 
+    def choose_decoder(self, device: torch.device, *, before: DecoderChoice | None, probes: bool) -> DecoderChoice:
+        """Decide where images are decoded for a device, and why.
+
+        `before` is the choice with which the run began, None for a new run. A new run tries the GPU's decoder on one
+        batch if `probes`; otherwise the choice comes from rank 0 in `setup`.
+        Raises: ValueError for a GPU decoder without a GPU, or one that fails.
+        """
+        wanted = self.settings.decoder
+        choice = DecoderChoice(None, "as configured")
+        if device.type != "cuda":
+            require(wanted != "gpu", "needs a GPU that trains: use cpu or auto, or trainer=gpu", decoder=wanted)
+            choice = DecoderChoice(None, "no GPU trains")
+        elif before is not None and (wanted == "auto" or (wanted == "gpu" and before.decoder is not None)):
+            choice = before
+        elif wanted != "cpu" and probes:
+            choice = choose_gpu_decoder(self._probe(device))
+            works = wanted == "auto" or choice.decoder is not None
+            require(works, f"does not decode this data set ({choice.reason}): use cpu", decoder=wanted)
+        self.gpu_decoder = choice.decoder
+        return choice
+
+    def setup(self, stage: str) -> None:
+        """Give every rank the decoder of rank 0."""
+        assert self.trainer is not None
+        if self.trainer.world_size > 1:
+            self.gpu_decoder = self.trainer.strategy.broadcast(self.gpu_decoder)
+
+    def core_share(self, num_devices: int) -> CoreShare:
+        """Return the cores that decode for this rank, with the reason, on a machine with this many devices in use."""
+        share = share_of_cores(int(os.environ.get("LOCAL_WORLD_SIZE", num_devices)))
+        return CoreShare(self.settings.threads, "configured") if self.settings.threads else share
+
     def train_dataloader(self) -> TrainingLoader:
         """Return this rank's training batches."""
         assert self.trainer is not None
@@ -96,8 +143,26 @@ class ShardData(pl.LightningDataModule):
 
     def _decode_settings(self) -> DecodeSettings:
         assert self.trainer is not None
-        device: torch.device = self.trainer.strategy.root_device
-        device_id = device.index if device.type == "cuda" else None
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.num_devices))
-        threads = self.settings.threads or max(1, available_cores() // local_ranks)
-        return DecodeSettings(self.dataset.mean, self.dataset.std, device_id, threads, self.settings.readahead)
+        return self._settings_on(self.trainer.strategy.root_device, num_devices=self.trainer.num_devices)
+
+    def _settings_on(self, device: torch.device, *, num_devices: int) -> DecodeSettings:
+        return DecodeSettings(
+            self.dataset.mean,
+            self.dataset.std,
+            device_id=device.index or 0 if device.type == "cuda" else None,
+            gpu_decoder=self.gpu_decoder,
+            uploads=device.type == "cuda" and self.gpu_decoder is None,
+            threads=self.core_share(num_devices).cores,
+            io_threads=self.settings.io_threads,
+            readahead=self.settings.readahead,
+            prefetch=self.settings.prefetch,
+        )
+
+    def _probe(self, device: torch.device) -> Probe:
+        """The first training batch, for a GPU's decoder."""
+        load, default = self.settings.hw_decoder_load, GpuDecoder()
+        decoder = default if load is None else replace(default, hardware_load=load)
+        decode = replace(self._settings_on(device, num_devices=1), gpu_decoder=decoder, uploads=False)
+        index, crop, plan = self.training_index, self.training_crop, self.training_plan(0, 1)
+        loader = TrainingLoader(index, self._storage, plan=plan, crop=crop, decode=decode, seed=self.settings.seed)
+        return Probe(loader.first_inputs(), decode, crop)

@@ -1,38 +1,26 @@
-"""From encoded images to normalised batches: one DALI graph for CPU and GPU."""
+"""From encoded images to batches: one DALI graph for every combination of decoder and device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.tensors import TensorGPU, TensorListCPU, TensorListGPU
+from torch import Tensor
 
 from data.loading.crops import CropPolicy
+from data.loading.decoder import DecodeSettings, GpuDecoder
 
 Resizer = Literal["torch", "dali"]
 
 
-@dataclass(frozen=True)
-class DecodeSettings:
-    """How batches are read and decoded; `mean` and `std` are fractions of 255, `device_id` is a GPU, None the CPU."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    device_id: int | None = None
-    threads: int = 2  # of DALI, on the CPU
-    readahead: int = 4  # batches that are read before they are needed
-
-    @property
-    def device(self) -> str:
-        """DALI's device for decoders; "mixed" uses the hardware decoder if the GPU has one."""
-        return "cpu" if self.device_id is None else "mixed"
-
-
 def choose_resizer(decode: DecodeSettings, crop: CropPolicy) -> Resizer:
     """Choose torch on a CPU, where it is a third cheaper, unless the crop has a margin, which only DALI supports."""
-    return "torch" if decode.device_id is None and not crop.has_margin else "dali"
+    return "torch" if decode.graph_device is None and not crop.has_margin else "dali"
 
 
 def build_pipeline(
@@ -45,17 +33,21 @@ def build_pipeline(
 ) -> Pipeline:
     """Build the graph: decode a rectangle, resize the crop in it, mirror, normalise to float32 (N, H, W, 3).
 
-    `source` returns a list of encoded images, then the arrays of their `CropWindows`.
+    With `decode.uploads` it ends at the mirror, with uint8. `source` returns a list of encoded images, then the arrays
+    of their `CropWindows`.
     """
     # exec_dynamic: the other executor overwrites batches that are still referenced.
-    threads, device_id = decode.threads, decode.device_id
-    with Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, exec_dynamic=True) as pipeline:
+    with Pipeline(
+        batch_size=batch_size,
+        num_threads=decode.threads,
+        device_id=decode.graph_device,
+        prefetch_queue_depth=decode.prefetch,
+        exec_dynamic=True,
+    ) as pipeline:
         encoded, anchor, shape, mirror, *region = fn.external_source(
             source=source, num_outputs=6 if crop.has_margin else 4, batch=True, no_copy=True
         )
-        decoded = fn.decoders.image_slice(
-            encoded, anchor, shape, axis_names="HW", device=decode.device, output_type=types.DALIImageType.RGB
-        )
+        decoded = _decode(encoded, (anchor, shape), decoder=decode.gpu_decoder)
         if resizer == "torch":
             resize = _TorchResize(batch_size, crop.image_size)
             resized = fn.python_function(decoded, function=resize, batch_processing=True, output_layouts="HWC")
@@ -63,13 +55,51 @@ def build_pipeline(
             size, linear = [crop.image_size] * 2, types.DALIInterpType.INTERP_LINEAR
             part = dict(zip(("roi_start", "roi_end"), region, strict=False))  # empty without a margin
             resized = fn.resize(decoded, size=size, interp_type=linear, antialias=True, **part)
-        mean, std = [value * 255 for value in decode.mean], [value * 255 for value in decode.std]
-        images = fn.crop_mirror_normalize(
-            resized, mirror=mirror, mean=mean, std=std, dtype=types.DALIDataType.FLOAT, output_layout="HWC"
-        )
-        pipeline.set_outputs(images)
+        if decode.uploads:
+            pipeline.set_outputs(fn.flip(resized, horizontal=mirror))
+        else:
+            pipeline.set_outputs(_normalize(resized, mirror, decode=decode))
     pipeline.build()
     return pipeline
+
+
+def _decode(encoded: DataNode, rectangle: tuple[DataNode, DataNode], *, decoder: GpuDecoder | None) -> DataNode:
+    rgb = types.DALIImageType.RGB
+    if decoder is None:
+        return fn.decoders.image_slice(encoded, *rectangle, axis_names="HW", device="cpu", output_type=rgb)
+    # "mixed" leaves PNG and WebP to the CPU. Without fancy upsampling it repeats chroma, tens of levels off at edges.
+    load, fancy = decoder.hardware_load, decoder.fancy_upsampling
+    if not decoder.regions:
+        entire = fn.decoders.image(
+            encoded, device="mixed", output_type=rgb, hw_decoder_load=load, jpeg_fancy_upsampling=fancy
+        )
+        return fn.slice(entire, *rectangle, axis_names="HW")
+    return fn.decoders.image_slice(
+        encoded,
+        *rectangle,
+        axis_names="HW",
+        device="mixed",
+        output_type=rgb,
+        hw_decoder_load=load,
+        jpeg_fancy_upsampling=fancy,
+    )
+
+
+def _normalize(images: DataNode, mirror: DataNode, *, decode: DecodeSettings) -> DataNode:
+    mean, std = [value * 255 for value in decode.mean], [value * 255 for value in decode.std]
+    return fn.crop_mirror_normalize(
+        images, mirror=mirror, mean=mean, std=std, dtype=types.DALIDataType.FLOAT, output_layout="HWC"
+    )
+
+
+def as_torch(output: TensorListCPU | TensorListGPU) -> Tensor:
+    """View a batch of `run()` as a tensor, without a copy and without a wait.
+
+    `run()` has waited for this batch on the host. Any stream but -1 would make torch wait for the batches that DALI is
+    still decoding, too.
+    """
+    tensor: Any = output.as_tensor()  # DALI's types lack the method
+    return torch.utils.dlpack.from_dlpack(tensor.__dlpack__(stream=-1 if isinstance(tensor, TensorGPU) else None))
 
 
 class _TorchResize:
@@ -94,13 +124,14 @@ class _TorchResize:
         return list(self._resized[: len(images)].permute(0, 2, 3, 1).numpy())  # (N, 3, H, W) -> (N, H, W, 3), views
 
 
-def can_decode(encoded: NDArray[np.uint8], decode: DecodeSettings) -> bool:
-    """Try to decode one image with DALI."""
-    with Pipeline(batch_size=1, num_threads=1, device_id=decode.device_id) as pipeline:
+def can_decode(encoded: NDArray[np.uint8], *, reach: tuple[int, int]) -> bool:
+    """Whether the CPU decodes an image completely, to at least `reach` rows and columns."""
+    with Pipeline(batch_size=1, num_threads=1, device_id=None) as pipeline:
         source = fn.external_source(source=lambda: [encoded], batch=True)
-        pipeline.set_outputs(fn.decoders.image(source, device=decode.device, output_type=types.DALIImageType.RGB))
+        pipeline.set_outputs(fn.decoders.image(source, device="cpu", output_type=types.DALIImageType.RGB))
     try:
-        pipeline.run()
+        (decoded,) = pipeline.run()
     except RuntimeError:
         return False
-    return True
+    height, width, _ = np.asarray(decoded.at(0)).shape
+    return bool(height >= reach[0] and width >= reach[1])

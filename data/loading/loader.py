@@ -1,5 +1,6 @@
 """From a plan to batches of images: threads read the bytes ahead, the DALI graph of `graph.py` decodes them."""
 
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -8,21 +9,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.utils.dlpack
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from torch import Tensor
 
 from data.draws import Samples
 from data.loading.crops import CropPolicy, CropWindows
-from data.loading.graph import DecodeSettings, build_pipeline, can_decode, choose_resizer
+from data.loading.decoder import DecodeSettings
+from data.loading.graph import as_torch, build_pipeline, can_decode, choose_resizer
 from data.loading.order import Plan, Position
 from data.loading.storage import Storage
+from data.loading.transfer import Transfer
 from data.shards.dataset import Index
 from data.shards.images import UnreadableImage
 
 NAMED = 3  # damaged images in an error
-READERS = 4  # threads
+# DALI's messages about images; only the first one names one, by its number in the batch.
+UNDECODED = re.compile(r"Failed to decode sample #(\d+)|nvImageCodec failure|cropping window|out of bounds")
+OUT_OF_MEMORY = "CUDA allocation failed"
 
 
 class Batch(NamedTuple):
@@ -41,6 +45,11 @@ class EncodedBatch(NamedTuple):
     crops: CropWindows
     labels: NDArray[np.int64]
     samples: Samples
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """The encoded images, then the arrays of their crops."""
+        return self.images, *(array for array in self.crops if array is not None)
 
 
 class Loader:
@@ -62,12 +71,14 @@ class Loader:
         self.index, self.plan, self.crop, self.decode = index, plan, crop, decode
         self.position, self.wait_seconds = Position(0, 0), 0.0
         self._storage, self._seed = storage, seed
-        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="shard-reader")
-        # Buffers of decoded batches: fresh memory would cost a page fault for every 4 KB of every image.
+        self._threads = ThreadPoolExecutor(decode.io_threads, thread_name_prefix="shard-reader")
+        # Buffers of decoded batches: fresh memory would cost a page fault for every 4 KB of every image. A batch that
+        # `run` has returned needs its buffer no more, because `run` waits on the host; with a stream it would not.
         self._buffers: deque[NDArray[np.uint8]] = deque()
         self._decoding: deque[EncodedBatch] = deque()
         self._batches: Iterator[EncodedBatch] = iter(())
         self._pipeline: Pipeline | None = None  # its next batch is that at `position`
+        self._transfer: Transfer | None = None
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -96,13 +107,20 @@ class Loader:
         self._batches = self._read_ahead(self.position)
         decode, crop, batch_size = self.decode, self.crop, self.plan.largest_batch
         resizer = choose_resizer(decode, crop)
+        if decode.uploads:
+            device = torch.device("cpu" if decode.device_id is None else f"cuda:{decode.device_id}")
+            self._transfer = Transfer(device, mean=decode.mean, std=decode.std)
         self._pipeline = build_pipeline(self._encoded, decode=decode, crop=crop, batch_size=batch_size, resizer=resizer)
 
+    def first_inputs(self) -> tuple[Any, ...]:
+        """Return what DALI is handed for the first batch, without a change of the position."""
+        return self._read(Position(0, 0)).inputs
+
     def _encoded(self) -> tuple[Any, ...]:
-        """Hand DALI the next batch: its encoded images, then the arrays of its crops."""
+        """Hand DALI the next batch."""
         batch = next(self._batches)
         self._decoding.append(batch)
-        return batch.images, *(array for array in batch.crops if array is not None)
+        return batch.inputs
 
     def _read_ahead(self, position: Position) -> Iterator[EncodedBatch]:
         """Yield the batches from `position` on; `readahead` more are being read. Raises: ValueError, OSError."""
@@ -147,23 +165,36 @@ class Loader:
         self._pipeline = pipeline
         encoded = self._decoding.popleft()
         self._buffers.append(encoded.buffer)
-        # (N, H, W, 3) -> (N, 3, H, W), no copy
-        images = torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+        decoded = as_torch(output)  # (N, H, W, 3)
+        images = self._transfer(decoded) if self._transfer else decoded.permute(0, 3, 1, 2)  # (N, 3, H, W), no copy
         return Batch(images, torch.from_numpy(encoded.labels), torch.from_numpy(encoded.samples))
 
     def _raise_damaged(self, error: RuntimeError) -> None:
-        """Raise UnreadableImage if images in flight cannot be decoded; DALI names none and loses the entire batch."""
-        damaged = [
-            sample
-            for batch in self._decoding
-            for image, sample in zip(batch.images, batch.samples.tolist(), strict=True)
-            if not can_decode(image, self.decode)
-        ]
+        """Raise UnreadableImage naming the images in flight that the CPU cannot decode, if the error is about images.
+
+        DALI loses the entire batch, and names an image at most by its number. Raises: OutOfMemoryError.
+        """
+        if OUT_OF_MEMORY in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        message = UNDECODED.search(str(error))
+        if message is None:
+            return
+        numbers = slice(None) if message[1] is None else slice(int(message[1]), int(message[1]) + 1)
+        damaged = [sample for batch in self._decoding for sample in _damaged_samples(batch, numbers)]
+        reason = "changed after packing or indexing: pack again, or remove the index"
+        if not damaged and message[1] is not None:  # the batch that failed is the oldest in flight
+            damaged, reason = self._decoding[0].samples[numbers].tolist(), "the CPU decodes it: data.decoder=cpu"
         if damaged:
             more = f" and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
             names = ", ".join(self.index.keys(damaged[:NAMED])) + more
-            reason = "changed after packing or indexing: pack again, or remove the index"
             raise UnreadableImage(f"cannot be decoded: {names} ({reason})") from error
+
+
+def _damaged_samples(batch: EncodedBatch, numbers: slice) -> list[int]:
+    """Return the samples with these numbers in a batch that a CPU cannot decode to the end of their crop."""
+    reaches = (batch.crops.anchor + batch.crops.shape)[numbers].tolist()
+    samples = zip(batch.samples[numbers].tolist(), batch.images[numbers], reaches, strict=True)
+    return [sample for sample, image, (height, width) in samples if not can_decode(image, reach=(height, width))]
 
 
 class TrainingLoader(Loader):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +17,7 @@ Result = TypeVar("Result")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as mounted inside a container
 SECONDS_BETWEEN_LINES = 10.0
+BINDING = ("mask", "map", "rank", "ldom")  # Slurm's kinds of binding that give each task its own cores
 
 
 def available_cores() -> int:
@@ -27,6 +28,27 @@ def available_cores() -> int:
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+class CoreShare(NamedTuple):
+    """The cores of one process among those on its machine, and how they were counted."""
+
+    cores: int
+    reason: str
+
+
+def share_of_cores(local_ranks: int) -> CoreShare:
+    """Return this rank's share of the usable cores, which are divided by the ranks on the machine if they share them.
+
+    Slurm's binding has divided them already, by mask or by `SLURM_CPUS_PER_TASK`.
+    """
+    cores, per_task = available_cores(), os.environ.get("SLURM_CPUS_PER_TASK")
+    if "SLURM_PROCID" in os.environ and per_task is not None:
+        return CoreShare(min(cores, int(per_task)), f"SLURM_CPUS_PER_TASK={per_task}")
+    if local_ranks > 1 and os.environ.get("SLURM_CPU_BIND_TYPE", "none").startswith(BINDING):
+        return CoreShare(cores, f"bound to {cores} cores by Slurm")
+    reason = f"{cores} cores for {local_ranks} ranks" if local_ranks > 1 else f"{cores} cores"
+    return CoreShare(max(1, cores // local_ranks), reason)
 
 
 def map_tasks(

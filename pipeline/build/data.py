@@ -15,7 +15,9 @@ from pipeline.build.source import pack_once
 from pipeline.cli.console import print_skipped
 from pipeline.cli.errors import config_keys_in_errors
 
-LOADER_OPTIONS = ("batch_size", "shuffle_window", "readahead", "threads")
+LOADER_OPTIONS = (
+    "batch_size", "shuffle_window", "readahead", "threads", "io_threads", "prefetch", "decoder", "hw_decoder_load",
+)  # fmt: skip
 LOADER_KEYS = {name: f"data.{name}" for name in LOADER_OPTIONS} | {"accumulate": "recipe.accumulate"}
 DATASET_KEYS = {"root": "data.root", "folder": "data.index", "label_field": "data.label_field"}
 
@@ -36,6 +38,10 @@ class DataConfig:
     index: str | None = None
     source: str | None = None
     label_field: str = "label"
+    decoder: str = "auto"
+    hw_decoder_load: float | None = None
+    io_threads: int = 4
+    prefetch: int = 2
 
     def open_dataset(self) -> Dataset:
         """Open the data set; with a `source`, pack it first where it is missing.

@@ -21,6 +21,10 @@ NOT_IN_NAME = (
     "data.source",
     "data.threads",
     "data.readahead",
+    "data.io_threads",
+    "data.prefetch",
+    "data.decoder",  # the choice is in the fingerprint
+    "data.hw_decoder_load",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",

@@ -2,20 +2,30 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
+from data.loading.decoder import DecoderChoice, GpuDecoder
 from data.shards.dataset import Dataset
 
 Fingerprint = Mapping[str, object]  # settings, digests and versions by name
 LIBRARIES = ("torch", "nvidia-dali-cuda130")
+DECODER = "data.decoder"
 
 
 def fingerprint(
-    settings: Mapping[str, object], dataset: Dataset, *, global_batch_size: int, precision: str
+    settings: Mapping[str, object],
+    dataset: Dataset,
+    *,
+    global_batch_size: int,
+    precision: str,
+    decoder: GpuDecoder | None,
 ) -> Fingerprint:
     """Return everything that decides what a run computes: equal fingerprints lead to equal bits."""
-    resolved = {"global_batch_size": global_batch_size, "precision": precision}
+    # Decoders differ in pixels.
+    decoding = {DECODER: "cpu" if decoder is None else asdict(decoder)}
+    resolved = {"global_batch_size": global_batch_size, "precision": precision, **decoding}
     versions = {library: metadata.version(library) for library in LIBRARIES}
     return dict(settings) | digests(dataset) | resolved | versions
 
@@ -27,6 +37,12 @@ def check_unchanged(before: Fingerprint, now: Fingerprint, *, run: Path) -> None
         if old != new:
             advice = "add name=NAME for a new run, or give the values it was started with"
             raise ValueError(f"{run} was started with {name}={old}, not {new}: {advice}")
+
+
+def recorded_decoder(before: Fingerprint) -> DecoderChoice:
+    """Return the decoder of a fingerprint."""
+    decoder = before.get(DECODER)
+    return DecoderChoice(GpuDecoder(**decoder) if isinstance(decoder, dict) else None, "as the run began")
 
 
 def digests(dataset: Dataset) -> dict[str, str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from data.loading.decoder import DecoderChoice
 from data.shards.dataset import Dataset, write_atomically
 from pipeline.build.settings import RunSettings
-from pipeline.runs.fingerprint import Fingerprint, check_unchanged, digests
+from pipeline.runs.fingerprint import Fingerprint, check_unchanged, digests, recorded_decoder
 from pipeline.runs.journal import Journal
 
 
@@ -39,6 +40,13 @@ class Run:
         """The checkpoint with the best evaluation, or the last one; None before the first."""
         path = self.checkpoints / "best.ckpt"
         return path if path.is_file() else self.last_checkpoint
+
+    @property
+    def decoder(self) -> DecoderChoice | None:
+        """The decoder of an unfinished run, None before its first checkpoint."""
+        if self.last_checkpoint is None or not self.fingerprint_file.is_file():
+            return None
+        return recorded_decoder(json.loads(self.fingerprint_file.read_text()))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

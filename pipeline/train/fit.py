@@ -58,8 +58,11 @@ def train(job: Job, trainer: pl.Trainer) -> None:
     Raises: ValueError, OSError for user errors; SystemExit(143) after SIGTERM, SystemExit(130) after Ctrl-C.
     """
     limit_epoch(trainer, job.data, num_epochs=job.module.recipe.epochs)
+    with config_keys_in_errors({"decoder": "data.decoder"}):
+        device, probes = trainer.strategy.root_device, is_main_process()
+        decoder = job.data.choose_decoder(device, before=job.run.decoder, probes=probes)
     with tracked(job, trainer):
-        print_facts(main_console(), run_header(job, trainer))
+        print_facts(main_console(), run_header(job, trainer, decoder=decoder))
         fit(job, trainer)
         checkpoint = next(one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
         score = checkpoint.best_model_score
@@ -101,6 +104,7 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[None]:
         job.data.dataset,
         global_batch_size=job.data.training_plan(0, trainer.world_size).global_batch_size,
         precision=str(trainer.precision),
+        decoder=job.data.gpu_decoder,
     )
     run.check(current)
     if not is_main_process():

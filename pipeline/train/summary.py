@@ -7,12 +7,13 @@ import pytorch_lightning as pl
 import torch
 
 from data.loading.datamodule import ShardData
+from data.loading.decoder import DecoderChoice
 from pipeline.cli.console import main_console
 from pipeline.runs.run import Run
 from pipeline.train.job import Job
 
 
-def run_header(job: Job, trainer: pl.Trainer) -> dict[str, str]:
+def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice) -> dict[str, str]:
     """Return the settings and places of a run by name."""
     dataset, settings = job.data.dataset, job.data.settings
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in dataset.splits.items())
@@ -22,11 +23,13 @@ def run_header(job: Job, trainer: pl.Trainer) -> dict[str, str]:
     accumulate = f" x {settings.accumulate} accumulated" if settings.accumulate > 1 else ""
     folder, last = job.run.folder, job.run.last_checkpoint
     image_size, link, command = job.data.training_crop.image_size, job.tracker.link, job.tracker.command
+    share = job.data.core_share(trainer.num_devices)
     return {
         "model": f"{job.settings.network}, {job.num_parameters:,} parameters",
         "data": f"{dataset.name}: {splits}, {len(dataset.classes)} classes, {image_size} pixels",
         "evaluation": evaluation_images(job.data) if job.data.evaluation_split else "none: no split val or test",
         "batch": f"{trainer.world_size} x {settings.batch_size}{accumulate} on {device_name}",
+        "decoding": f"{decoder}; {share.cores} threads a rank ({share.reason})",
         "precision": f"{trainer.precision}, channels_last",
         "steps": describe_steps(job, trainer),
         "folder": f"{folder} (continues from {last.name})" if last else str(folder),

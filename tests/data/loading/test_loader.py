@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import shutil
 import tarfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +18,19 @@ from PIL import Image, ImageOps
 from torchvision.transforms import functional as reference
 from torchvision.transforms.v2 import functional as v2
 
+from data.loading import loader as loader_module
 from data.loading.crops import EvaluationCrop, TrainingCrop
-from data.loading.graph import DecodeSettings, choose_resizer
-from data.loading.loader import Batch, Loader, TrainingLoader
-from data.loading.order import EvaluationPlan, TrainingPlan
+from data.loading.decoder import DecodeSettings, GpuDecoder
+from data.loading.graph import choose_resizer
+from data.loading.loader import Batch, EncodedBatch, Loader, TrainingLoader
+from data.loading.order import EvaluationPlan, Position, TrainingPlan
 from data.loading.storage import LocalShards
 from data.shards import sources
 from data.shards.dataset import Dataset
 from data.shards.images import UnreadableImage
 from data.shards.indexing import open_dataset
 from data.shards.pack import pack
-from tests.support.images import make_folder
+from tests.support.images import make_folder, make_jpeg
 from tests.support.paths import CIFAR
 
 
@@ -126,8 +131,10 @@ def test_a_training_image_equals_torchvisions_resized_crop(
 
 
 def test_torch_resizes_crops_without_margin_on_a_cpu() -> None:
-    cpu, gpu = (DecodeSettings((0, 0, 0), (1, 1, 1), device_id=device_id) for device_id in (None, 0))
+    cpu = DecodeSettings((0, 0, 0), (1, 1, 1))
+    gpu = replace(cpu, device_id=0, gpu_decoder=GpuDecoder())
     assert choose_resizer(cpu, TrainingCrop(32)) == "torch"
+    assert choose_resizer(replace(cpu, device_id=0, uploads=True), TrainingCrop(32)) == "torch"
     assert {choose_resizer(gpu, TrainingCrop(32)), choose_resizer(cpu, EvaluationCrop(32))} == {"dali"}
 
 
@@ -213,6 +220,65 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     name = index.keys([5])[0]
     with pytest.raises(UnreadableImage, match=name):
         list(training(dataset, batch_size=4))
+
+
+class FailingPipeline:
+    """DALI's pipeline, failing with a message once it has taken two batches."""
+
+    def __init__(self, message: str, source: Callable[[], object]) -> None:
+        self.message, self.source = message, source
+
+    def run(self) -> object:
+        self.source(), self.source()
+        raise RuntimeError(f"Critical error in pipeline:\nencountered:\n\n{self.message}")
+
+
+def failing(dataset: Dataset, message: str, monkeypatch: pytest.MonkeyPatch) -> TrainingLoader:
+    monkeypatch.setattr("data.loading.loader.build_pipeline", lambda source, **_: FailingPipeline(message, source))
+    return training(dataset, batch_size=4)
+
+
+def test_a_number_in_dalis_message_names_the_image(photographs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = failing(photographs, "Failed to decode sample #2 : ", monkeypatch)
+    sample = loader.plan.samples(0, 0)[2:3]  # the oldest batch in flight
+    with pytest.raises(UnreadableImage, match=re.escape(loader.index.keys(sample)[0])) as caught:
+        next(iter(loader))
+    assert "the CPU decodes it: data.decoder=cpu" in str(caught.value)
+
+
+def test_an_image_that_is_smaller_than_indexed_is_named(
+    photographs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = training(photographs, batch_size=4)
+    sample = int(loader.plan.samples(0, 1)[3])
+    read = loader._read
+
+    def with_a_small_image(position: Position) -> EncodedBatch:
+        batch = read(position)
+        small = np.frombuffer(make_jpeg(8, 8), np.uint8)
+        return batch._replace(images=[*batch.images[:3], small]) if position.step == 1 else batch
+
+    monkeypatch.setattr(loader, "_read", with_a_small_image)
+    with pytest.raises(UnreadableImage, match=re.escape(loader.index.keys([sample])[0])):
+        list(loader)
+
+
+@pytest.mark.parametrize("message", ["CUDA error: an illegal memory access", "nvImageCodec failure: '#8'"])
+def test_an_error_that_no_image_explains_stays_as_it_is(
+    photographs: Dataset, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    checked: list[object] = []
+    decode = loader_module.can_decode
+    monkeypatch.setattr(loader_module, "can_decode", lambda *one, **reach: checked.append(0) or decode(*one, **reach))
+    with pytest.raises(RuntimeError, match=re.escape(message)) as caught:
+        next(iter(failing(photographs, message, monkeypatch)))
+    assert type(caught.value) is RuntimeError
+    assert len(checked) == (8 if "nvImageCodec" in message else 0), "both batches in flight, or none"
+
+
+def test_memory_that_dali_lacks_is_not_blamed_on_images(photographs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA allocation failed"):
+        next(iter(failing(photographs, "CUDA allocation failed\nfor 1234 bytes", monkeypatch)))
 
 
 def test_a_tar_that_shrinks_is_named(tmp_path: Path, digits: Dataset) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.loading.decoder import DecoderChoice, GpuDecoder
 from data.shards.dataset import Dataset, Split
 from pipeline.build.settings import RunSettings
 from pipeline.cli.compose import CONF, compose
@@ -105,23 +106,40 @@ def test_the_journal_is_truncated_to_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_run_resumes_only_with_its_own_settings(tmp_path: Path) -> None:
-    def current(*words: str, global_batch_size: int = 64, precision: str = "32-true") -> Fingerprint:
-        deciding = settings_of(tmp_path, *words).in_fingerprint
-        return fingerprint(deciding, DATASET, global_batch_size=global_batch_size, precision=precision)
+    def current(
+        *words: str, global_batch_size: int = 64, precision: str = "32-true", decoder: GpuDecoder | None = None
+    ) -> Fingerprint:
+        deciding, size = settings_of(tmp_path, *words).in_fingerprint, global_batch_size
+        return fingerprint(deciding, DATASET, global_batch_size=size, precision=precision, decoder=decoder)
 
     run = open_run(settings_of(tmp_path, "name=mine"), DATASET)
     run.begin(current(), "")
     run.check(current("seed=1"))  # without a checkpoint it starts over
     torch.save({"global_step": 20}, run.checkpoints / "last.ckpt")
     # Other devices and other batches of the same sum are the same run.
-    for same in (("log_every=1",), ("data.batch_size=32", "recipe.accumulate=2"), ("trainer=ddp", "data.threads=3")):
+    for same in (
+        ("log_every=1",),
+        ("data.batch_size=32", "recipe.accumulate=2"),
+        ("trainer=ddp", "data.threads=3"),
+        ("data.decoder=cpu", "data.prefetch=3"),
+    ):
         run.check(current(*same))
     for name, other in (
         ("seed", current("seed=1")),
         ("recipe.optimizer.lr", current("recipe.optimizer.lr=0.2")),
         ("global_batch_size", current(global_batch_size=128)),
         ("precision", current(precision="bf16-mixed")),
+        ("data.decoder", current(decoder=GpuDecoder())),
         ("trainer.limit_train_batches", current("+trainer.limit_train_batches=3")),
     ):
         with pytest.raises(ValueError, match=f"mine was started with {name}="):
             run.check(other)
+
+
+@pytest.mark.parametrize("decoder", [None, GpuDecoder(), GpuDecoder(regions=False, hardware_load=0.0)])
+def test_a_run_keeps_its_decoder(tmp_path: Path, decoder: GpuDecoder | None) -> None:
+    run = open_run(settings_of(tmp_path, "name=mine"), DATASET)
+    run.begin(fingerprint({}, DATASET, global_batch_size=1, precision="32-true", decoder=decoder), "")
+    assert run.decoder is None, "without a checkpoint it starts over"
+    torch.save({"global_step": 20}, run.checkpoints / "last.ckpt")
+    assert run.decoder == DecoderChoice(decoder, "as the run began")

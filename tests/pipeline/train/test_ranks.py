@@ -10,7 +10,7 @@ import torch
 from mlflow import MlflowClient
 
 from data.loading.crops import EvaluationCrop
-from data.loading.graph import DecodeSettings
+from data.loading.decoder import DecodeSettings
 from data.loading.loader import Loader
 from data.loading.order import EvaluationPlan
 from data.loading.storage import LocalShards

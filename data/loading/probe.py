@@ -1,0 +1,121 @@
+"""Try GPU decoders on a batch of the data set, each in its own process, so that a crash is an answer.
+
+nvImageCodec 0.9 has crashed in region decoding on some GPUs (NVIDIA/nvImageCodec, issue 55).
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.loading.crops import CropPolicy
+from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder
+from data.loading.graph import as_torch, build_pipeline, choose_resizer
+
+COMMAND = (sys.executable, "-m", "data.loading.probe")
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 120  # for one try, in which DALI and CUDA start
+FANCY_REGIONS = (13, 2)  # the first nvJPEG that interpolates chroma in regions
+MAX_LEVELS = 3.0  # mean difference from the CPU's images, of 255
+
+
+class Probe(NamedTuple):
+    """A batch to decode: what the loader hands to the graph, and the settings of the graph."""
+
+    inputs: tuple[Any, ...]  # a list of encoded images, then the arrays of their crops
+    decode: DecodeSettings
+    crop: CropPolicy
+
+
+def choose_gpu_decoder(probe: Probe) -> DecoderChoice:
+    """Return the first GPU decoder that decodes the batch, or the CPU. `decode.gpu_decoder` is the first candidate."""
+    assert probe.decode.gpu_decoder is not None
+    version, failures = nvjpeg_version(), []
+    if version is None or version < FANCY_REGIONS:
+        found = "not installed as a package" if version is None else ".".join(map(str, version))
+        failures.append(f"regions need nvJPEG 13.2, which is {found}")
+    for decoder in candidates(probe.decode.gpu_decoder, nvjpeg=version):
+        failure = try_decoder(probe._replace(decode=replace(probe.decode, gpu_decoder=decoder)))
+        if failure is None:
+            return DecoderChoice(decoder, "; ".join(failures) or "it decoded a batch")
+        failures.append(f"{decoder}: {failure}")
+    return DecoderChoice(None, "; ".join(failures))
+
+
+def candidates(wanted: GpuDecoder, *, nvjpeg: tuple[int, ...] | None) -> Iterator[GpuDecoder]:
+    """Yield decoders in the order of their speed, those of regions only where nvJPEG interpolates chroma in them."""
+    scopes = [True, False] if nvjpeg is not None and nvjpeg >= FANCY_REGIONS else [False]
+    for regions in scopes:
+        yield replace(wanted, regions=regions)
+        if wanted.hardware_load > 0:
+            yield replace(wanted, regions=regions, hardware_load=0.0)
+
+
+def nvjpeg_version() -> tuple[int, ...] | None:
+    """Return the version of the installed nvJPEG, None if it did not come as a package."""
+    try:
+        return tuple(int(part) for part in metadata.version("nvidia-nvjpeg").split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def try_decoder(probe: Probe) -> str | None:
+    """Decode a batch in another process and compare it with the CPU's; return why that failed, None for success."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "probe"
+        path.write_bytes(pickle.dumps(probe))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+        try:
+            answer = subprocess.run(
+                [*COMMAND, str(path)], env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return f"no answer in {SECONDS} s"
+    if answer.returncode == 0:
+        return None
+    if answer.returncode < 0:
+        return f"killed by {signal.Signals(-answer.returncode).name}"
+    return ([line.strip() for line in answer.stderr.splitlines() if line.strip()] or ["no message"])[-1]
+
+
+def decoded_images(probe: Probe) -> Tensor:
+    """Decode the batch in this process: (N, H, W, 3) on the CPU. Raises: RuntimeError."""
+    inputs, decode, crop = probe
+    resizer, batch_size = choose_resizer(decode, crop), len(inputs[0])
+    pipeline = build_pipeline(lambda: inputs, decode=decode, crop=crop, batch_size=batch_size, resizer=resizer)
+    for _ in range(decode.prefetch + 1):  # later batches reuse what the first ones have allocated
+        (output,) = pipeline.run()
+    return as_torch(output).cpu()
+
+
+def dali_reason(error: RuntimeError) -> str:
+    """Return the line of DALI's message that says what happened."""
+    return str(error).rpartition("encountered:")[2].strip().partition("\n")[0].rstrip(" :")
+
+
+def main(arguments: Sequence[str]) -> str | None:
+    """Decode a saved probe; return why that failed, None for success."""
+    probe: Probe = pickle.loads(Path(arguments[0]).read_bytes())
+    on_cpu = replace(probe.decode, device_id=None, gpu_decoder=None)
+    try:
+        images, expected = decoded_images(probe), decoded_images(probe._replace(decode=on_cpu))
+    except RuntimeError as error:
+        return dali_reason(error)
+    scale = 1.0 if probe.decode.uploads else 255 * float(np.mean(probe.decode.std))
+    difference = scale * float(torch.mean(torch.abs(images.float() - expected.float())))
+    return None if difference <= MAX_LEVELS else f"its images differ by {difference:.0f} levels from the CPU's"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,138 @@
+"""The choice of a decoder: probes in other processes, what a machine has, and what a run began with."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.loading import probe
+from data.loading.crops import EvaluationCrop, TrainingCrop
+from data.loading.datamodule import LoaderSettings, ShardData
+from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder
+from data.loading.loader import TrainingLoader
+from data.loading.order import TrainingPlan
+from data.loading.probe import Probe, candidates, choose_gpu_decoder, try_decoder
+from data.loading.storage import LocalShards
+from data.shards.dataset import Dataset
+
+GPU = torch.device("cuda", 0)
+
+
+def probe_of(dataset: Dataset) -> Probe:
+    index, decode, crop = dataset.index("train"), DecodeSettings(dataset.mean, dataset.std), TrainingCrop(32)
+    plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=1_000_000, batch_size=4)
+    loader = TrainingLoader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=decode)
+    return Probe(loader.first_inputs(), decode, crop)
+
+
+def data_of(dataset: Dataset, **settings: object) -> ShardData:
+    crops = {"training_crop": TrainingCrop(32), "evaluation_crop": EvaluationCrop(32)}
+    return ShardData(dataset, settings=LoaderSettings(batch_size=4, **settings), **crops)
+
+
+def test_a_probe_decodes_a_batch_in_another_process(photographs: Dataset) -> None:
+    whole = probe_of(photographs)
+    assert try_decoder(whole) is None
+    images, *crops = whole.inputs
+    damaged = whole._replace(inputs=([*images[:2], images[2][:200], images[3]], *crops))
+    assert str(try_decoder(damaged)).startswith("nvImageCodec failure: ")
+
+
+@pytest.mark.parametrize(
+    ("program", "answer"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+        ("import sys; sys.exit('no such device')", "no such device"),
+        ("import time; time.sleep(60)", "no answer in 0.2 s"),
+    ],
+)
+def test_a_crash_is_an_answer(photographs: Dataset, monkeypatch: pytest.MonkeyPatch, program: str, answer: str) -> None:
+    monkeypatch.setattr(probe, "COMMAND", (sys.executable, "-c", program))
+    monkeypatch.setattr(probe, "SECONDS", 0.2 if "sleep" in program else 60)
+    assert try_decoder(probe_of(photographs)) == answer
+
+
+def test_images_unlike_the_cpus_are_refused(
+    photographs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = probe_of(photographs)
+    decoded = [probe.decoded_images(whole), probe.decoded_images(whole) + 1]
+    monkeypatch.setattr(probe, "decoded_images", lambda _: decoded.pop())
+    saved = tmp_path / "probe"
+    saved.write_bytes(probe.pickle.dumps(whole))
+    assert "levels from the CPU's" in str(probe.main([str(saved)]))
+
+
+def test_regions_need_an_nvjpeg_that_interpolates_chroma_in_them() -> None:
+    both = [GpuDecoder(), GpuDecoder(hardware_load=0.0)]
+    entire = [replace(one, regions=False) for one in both]
+    assert list(candidates(GpuDecoder(), nvjpeg=(13, 3))) == both + entire
+    assert list(candidates(GpuDecoder(), nvjpeg=(13, 1))) == list(candidates(GpuDecoder(), nvjpeg=None)) == entire
+    assert list(candidates(GpuDecoder(hardware_load=0.0), nvjpeg=(13, 2))) == [both[1], entire[1]]
+
+
+def test_the_first_decoder_that_works_is_chosen_and_the_others_are_explained(
+    photographs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = probe_of(photographs)
+    whole = whole._replace(decode=replace(whole.decode, gpu_decoder=GpuDecoder()))
+    answers = {GpuDecoder(): "killed by SIGSEGV", GpuDecoder(hardware_load=0.0): None}
+    monkeypatch.setattr(probe, "nvjpeg_version", lambda: (13, 3))
+    monkeypatch.setattr(probe, "try_decoder", lambda one: answers[one.decode.gpu_decoder])
+    crash = "GPU, regions, at most 65% by its hardware decoder: killed by SIGSEGV"
+    assert choose_gpu_decoder(whole) == (GpuDecoder(hardware_load=0.0), crash)
+    monkeypatch.setattr(probe, "nvjpeg_version", lambda: (13, 1))
+    monkeypatch.setattr(probe, "try_decoder", lambda one: "no device")
+    decoder, reason = choose_gpu_decoder(whole)
+    assert decoder is None
+    assert reason.startswith("regions need nvJPEG 13.2, which is 13.1; GPU, entire images")
+    assert reason.count("no device") == 2
+
+
+def test_without_a_gpu_the_cpu_decodes(photographs: Dataset) -> None:
+    cpu = torch.device("cpu")
+    assert data_of(photographs).choose_decoder(cpu, before=None, probes=True) == (None, "no GPU trains")
+    with pytest.raises(ValueError, match=r"^decoder=gpu needs a GPU that trains: use cpu or auto, or trainer=gpu$"):
+        data_of(photographs, decoder="gpu").choose_decoder(cpu, before=None, probes=True)
+    with pytest.raises(ValueError, match=r"^decoder=tpu is not one of auto, gpu, cpu$"):
+        data_of(photographs, decoder="tpu")
+    with pytest.raises(ValueError, match=r"^hw_decoder_load=1.5 must be a number from 0 to 1, or null for 0.65$"):
+        data_of(photographs, hw_decoder_load=1.5)
+
+
+def test_a_gpu_is_probed_once_and_a_run_keeps_the_choice(photographs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[Probe] = []
+    answer = DecoderChoice(GpuDecoder(regions=False), "it decoded a batch")
+
+    def remember(one: Probe) -> DecoderChoice:
+        probed.append(one)
+        return answer
+
+    monkeypatch.setattr("data.loading.datamodule.choose_gpu_decoder", remember)
+    data = data_of(photographs, hw_decoder_load=0.3)
+    assert data.choose_decoder(GPU, before=None, probes=True) == answer
+    assert data.gpu_decoder == answer.decoder
+    assert probed[0].decode.gpu_decoder == GpuDecoder(hardware_load=0.3)
+    assert len(probed[0].inputs[0]) == 4
+    assert data.choose_decoder(GPU, before=None, probes=False).decoder is None, "rank 0 tells the others"
+    for before in (DecoderChoice(None, "as the run began"), DecoderChoice(GpuDecoder(), "as the run began")):
+        assert data.choose_decoder(GPU, before=before, probes=True) == before
+    assert data_of(photographs, decoder="cpu").choose_decoder(GPU, before=answer, probes=True).decoder is None
+    assert len(probed) == 1
+    monkeypatch.setattr("data.loading.datamodule.choose_gpu_decoder", lambda _: DecoderChoice(None, "no device"))
+    with pytest.raises(ValueError, match=r"^decoder=gpu does not decode this data set \(no device\): use cpu$"):
+        data_of(photographs, decoder="gpu").choose_decoder(GPU, before=None, probes=True)
+
+
+def test_a_gpu_gets_uint8_crops_from_the_cpu_or_floats_from_its_own_decoder(photographs: Dataset) -> None:
+    data = data_of(photographs, threads=3, io_threads=8, prefetch=4)
+    crops = data._settings_on(GPU, num_devices=1)
+    assert (crops.device_id, crops.graph_device, crops.uploads) == (0, None, True)
+    assert (crops.threads, crops.io_threads, crops.prefetch) == (3, 8, 4)
+    data.gpu_decoder = GpuDecoder()
+    floats = data._settings_on(GPU, num_devices=1)
+    assert (floats.device_id, floats.graph_device, floats.uploads) == (0, 0, False)
