@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from models.layers import batch_norms, set_batch_norm, undecayed_parameters, zero_last_norms
@@ -30,8 +30,9 @@ class Classifier(pl.LightningModule):
         zero_last_norms(self.net)
         self.training_metrics = TrainingMetricAccumulator(self.top_k)
         self.evaluated_images = 0  # on all ranks, in the last evaluation
-        self.val_images = SumMetric().set_dtype(torch.float64)
-        self.val_loss = MeanMetric().set_dtype(torch.float64)
+        self._num_evaluated = 0  # on this rank, so far
+        # Its check for NaN would wait for the GPU at every batch; a NaN belongs into the mean.
+        self.val_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
         self.val_top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.val_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=self.top_k, validate_args=False)
 
@@ -58,7 +59,7 @@ class Classifier(pl.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> None:
         """Count the hits and losses of a batch. The loss is plain cross-entropy, so that recipes compare."""
         logits, losses = self._step(batch, cross_entropy)
-        self.val_images.update(len(losses))
+        self._num_evaluated += len(losses)
         self.val_loss.update(losses)
         self.val_top1.update(logits, batch[1])
         if self.top_k == 5:
@@ -66,12 +67,14 @@ class Classifier(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all ranks."""
-        self.evaluated_images = int(self.val_images.compute())
+        images = torch.tensor(self._num_evaluated, device=self.device)
+        self.evaluated_images = int(self.trainer.strategy.reduce(images, reduce_op="sum"))
+        self._num_evaluated = 0
         self.log("val/loss", self.val_loss.compute().to(torch.float32))
         self.log("val/top1", self.val_top1.compute())
         if self.top_k == 5:
             self.log("val/top5", self.val_top5.compute())
-        for metric in (self.val_images, self.val_loss, self.val_top1, self.val_top5):
+        for metric in (self.val_loss, self.val_top1, self.val_top5):
             metric.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

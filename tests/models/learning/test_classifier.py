@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from models.learning.classifier import Classifier
@@ -86,6 +88,39 @@ def test_evaluation_counts_as_a_loop_would() -> None:
     assert metrics["val/loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
     assert metrics["val/top1"] == pytest.approx((order[:, 0] == labels).float().mean().item())
     assert metrics["val/top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).float().mean().item())
+
+
+class Readings(TorchDispatchMode):
+    """Count the values that the host reads from tensors; on a GPU each reading waits for all work before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+# `one_hot`, which torchmetrics calls for the top 5, checks its input on a CPU, not on a GPU (torch's OneHot.cpp).
+@pytest.mark.parametrize(("num_classes", "allowed"), [(5, 0), (7, 2)])
+def test_a_batch_is_trained_on_and_evaluated_without_reading_a_value(num_classes: int, allowed: int) -> None:
+    module = Classifier(plain(num_classes=num_classes), num_classes=num_classes, recipe=make_recipe())
+    batch = next(iter(make_loader(8, 8, num_classes)))
+    with Readings() as readings:
+        module.training_step(batch, 0)
+        assert readings.count == 0
+        module.validation_step(batch, 0)
+        assert readings.count == allowed
+        assert batch[0].sum() > -1e9
+        assert readings.count == allowed + 1, "a reading counts"
+
+
+def test_a_loss_that_is_no_number_is_not_left_out_of_the_mean() -> None:
+    module = Classifier(plain(num_classes=7), num_classes=7, recipe=make_recipe())
+    loader = make_loader(16, 8)
+    loader.dataset.tensors[0][12] = torch.nan
+    assert math.isnan(make_trainer().validate(module, loader, verbose=False)[0]["val/loss"])
 
 
 def test_training_metrics_are_means_since_the_last_call() -> None:
