@@ -6,9 +6,9 @@ Memory is bytes of tensors, without the workspace of kernels and the allocator's
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from models.analysis.trace import FORWARD_ERRORS, Operation, TraceError, in_mode, stand_ins, storage_of
 from models.arguments import require
-
-OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # takes parameter groups
+from models.learning.recipe import OptimizerFactory
 
 
 class Precision(NamedTuple):

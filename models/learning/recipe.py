@@ -15,6 +15,8 @@ from torch import nn
 from models.arguments import ArgumentError, Part, require
 from models.learning.losses import Loss, cross_entropy
 
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # takes parameter groups
+
 
 class Schedule(Protocol):
     """From the optimizer step to a factor on the learning rate. Each has a `warmup_epochs`, which configs may set."""
@@ -53,7 +55,7 @@ class Recipe:
     """
 
     epochs: int
-    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    optimizer: OptimizerFactory
     schedule: Schedule
     accumulate: int = 1
     clip_norm: float | None = None

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
+from pytorch_lightning.strategies import DDPStrategy
 
 from models.learning.recipe import Recipe
 from pipeline.build.objects import build_object
@@ -45,6 +46,8 @@ def build_trainer(
     """
     options = config.trainer
     _check_options(options)
+    # All batches but the last of an evaluation have one shape, for which cuDNN may choose its fastest algorithms.
+    benchmark = options.get("benchmark", not options.get("deterministic"))
     user_plugins = build_object(config, "trainer.plugins", kind=list) if options.get("plugins") else []
     try:
         trainer = build_object(
@@ -57,10 +60,16 @@ def build_trainer(
             callbacks=list(callbacks),
             default_root_dir=str(folder),
             plugins=[*user_plugins, *plugins],
+            benchmark=benchmark,
             **FIXED,
         )
     except MisconfigurationException as error:
-        raise ValueError(f"trainer: {error} trainer=auto uses what the machine has") from error
+        raise ValueError(f"trainer: {error} {no_gpu_reason()}trainer=auto uses what the machine has") from error
+    if isinstance(trainer.strategy, DDPStrategy):
+        # Gradients live in the buffers that are reduced. Ranks need no common batch-norm statistics before an
+        # evaluation, for which the Classifier broadcasts them.
+        for name, value in (("gradient_as_bucket_view", True), ("broadcast_buffers", False)):
+            trainer.strategy._ddp_kwargs.setdefault(name, value)
     if trainer.world_size > 1 and trainer.strategy.launcher is not None and {"-m", "--multirun"} & set(sys.argv):
         raise ValueError("each process that Lightning starts would repeat the sweep: use one device, or torchrun")
     return trainer
@@ -79,6 +88,15 @@ def choose_precision(precision: str, accelerator: str) -> str:
         return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
     capabilities = torch.cpu.get_capabilities()
     return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
+
+
+def no_gpu_reason() -> str:
+    """Return why torch has no GPU, such as a driver that is too old for its CUDA; nothing where it has one."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    except (RuntimeError, AssertionError) as error:
+        return f"{str(error).partition('. ')[0]}: "
+    return ""
 
 
 def _check_options(options: DictConfig) -> None:

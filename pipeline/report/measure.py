@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from models.analysis.cost import OptimizerFactory, training_memory
+from models.analysis.cost import training_memory
 from models.analysis.effective_field import effective_field, field_warnings
 from models.analysis.fresh_norms import estimated_norms, is_fresh
 from models.analysis.gradient_extent import compare_with_gradient
 from models.analysis.intervals import UnknownReceptiveField
 from models.analysis.report import FACTS, LAYER_COLUMNS, Report
 from models.analysis.summary import BATCH, summarize
+from models.learning.recipe import OptimizerFactory
 from pipeline.pages.report_page import render_comparison, render_report
 from pipeline.report.sample_images import SampleImages, to_network_input
 

@@ -19,6 +19,7 @@ from pipeline.runs.fingerprint import fingerprint
 from pipeline.train.job import Job
 from pipeline.train.progress import ProgressCallback
 from pipeline.train.seeding import SeedEachBatch
+from pipeline.train.stopping import StopTogether
 from pipeline.train.summary import print_missing, run_header, run_result
 
 # The shell's exit codes for SIGTERM and Ctrl-C; schedulers tell a preempted job from a finished one by the first.
@@ -34,7 +35,7 @@ def prepare_process(seed: int) -> None:
 
 
 def own_callbacks(job: Job) -> list[pl.Callback]:
-    """Build the callbacks of every training: seeding, progress, checkpoints."""
+    """Build the callbacks of every training: seeding, progress, checkpoints, a common end after a signal."""
 
     def record(values: Mapping[str, float], step: int) -> None:
         job.run.journal.record(values, step)
@@ -43,7 +44,8 @@ def own_callbacks(job: Job) -> list[pl.Callback]:
     log_every, num_epochs = job.settings.log_every, job.module.recipe.epochs
     progress = ProgressCallback(main_console(), record, data=job.data, log_every=log_every, num_epochs=num_epochs)
     monitor = "val/top1" if job.data.num_evaluation_images else None
-    return [SeedEachBatch(job.settings.seed), progress, BestCheckpoint(job.run.checkpoints, monitor=monitor)]
+    checkpoint = BestCheckpoint(job.run.checkpoints, monitor=monitor)
+    return [SeedEachBatch(job.settings.seed), progress, checkpoint, StopTogether()]
 
 
 def own_plugins() -> list[object]:
@@ -139,6 +141,6 @@ def fit(job: Job, trainer: pl.Trainer) -> None:
         raise SystemExit(TERMINATED if isinstance(error, SIGTERMException) else INTERRUPTED) from error
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"a batch of {job.data.settings.batch_size} images does not fit into the GPU's memory: "
+            f"a batch of {job.data.settings.batch_size} images does not fit into the GPU's memory, with DALI's pools: "
             "lower data.batch_size, and raise recipe.accumulate by the same factor to keep the global batch"
         ) from error

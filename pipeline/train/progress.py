@@ -144,6 +144,11 @@ class ProgressCallback(pl.Callback):
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return the peak memory allocated on a GPU, or the resident memory of this process on a CPU, in GiB."""
-    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-    return float(used) / 2**30
+    """Return the memory in use on a GPU, or the resident memory of this process on a CPU, in GiB.
+
+    That of a GPU counts everything on it: torch's, DALI's pools, libraries and other processes.
+    """
+    if device.type != "cuda":
+        return float(psutil.Process().memory_info().rss) / 2**30
+    free, total = torch.cuda.mem_get_info(device)
+    return float(total - free) / 2**30

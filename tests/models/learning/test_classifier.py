@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from models.learning.classifier import Classifier
+from models.learning.classifier import Classifier, fused_on
 from models.learning.families import ResidualClassifier
 from models.learning.losses import cross_entropy
 from models.learning.metrics import UNSUMMED_STEPS, TrainingMetrics
@@ -153,3 +153,15 @@ def test_the_net_is_trained_in_channels_last_memory() -> None:
     kernels = [layer.weight for layer in module.net.modules() if isinstance(layer, nn.Conv2d)]
     assert len(kernels) == 3
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+
+
+def test_optimizers_are_fused_on_a_gpu_where_they_can_be() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    sgd, rmsprop = partial(torch.optim.SGD, lr=0.1), partial(torch.optim.RMSprop, lr=0.1)
+    fused = fused_on(gpu, sgd)
+    assert isinstance(fused, partial)
+    assert fused.keywords == {"lr": 0.1, "fused": True}
+    assert fused([{"params": [nn.Parameter(torch.zeros(2))]}]).defaults["fused"] is True
+    chosen = partial(torch.optim.AdamW, foreach=True)
+    for device, factory in ((cpu, sgd), (gpu, rmsprop), (gpu, chosen)):
+        assert fused_on(device, factory) is factory

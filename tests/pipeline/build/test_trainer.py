@@ -1,11 +1,15 @@
-"""The Trainer's precision."""
+"""The Trainer's options."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.build.trainer import choose_precision
+from pipeline.build.network import build_recipe
+from pipeline.build.trainer import build_trainer, choose_precision, no_gpu_reason
+from pipeline.cli.compose import compose
 
 
 def test_precision_auto_is_what_the_device_multiplies_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +25,30 @@ def test_precision_auto_is_what_the_device_multiplies_fastest(monkeypatch: pytes
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda value=capability: value)
         assert choose_precision("auto", "auto") == expected
     assert choose_precision("16-mixed", "auto") == "16-mixed"
+
+
+def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update it.")
+
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    assert no_gpu_reason() == "The NVIDIA driver on your system is too old (found version 11040): "
+
+
+def test_ranks_share_gradients_and_no_buffers(tmp_path: Path) -> None:
+    config = compose("train", ["+model=resnet", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"])
+    parts = {"callbacks": [], "plugins": [], "folder": tmp_path}
+    trainer = build_trainer(config, build_recipe(config), **parts)
+    assert trainer.strategy._ddp_kwargs == {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+
+
+@pytest.mark.parametrize(("words", "benchmark"), [((), True), (("+trainer.deterministic=true",), False)])
+def test_cudnn_may_choose_its_algorithms_unless_bits_must_repeat(
+    tmp_path: Path, words: tuple[str, ...], benchmark: bool
+) -> None:
+    config = compose("train", ["+model=resnet", "trainer=cpu", *words])
+    before = torch.backends.cudnn.benchmark
+    build_trainer(config, build_recipe(config), callbacks=[], plugins=[], folder=tmp_path)
+    chosen, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, before
+    torch.use_deterministic_algorithms(False)
+    assert chosen is benchmark
