@@ -48,8 +48,11 @@ class RunSettings:
         self.name = None if config.name is None else str(config.name)
         self.seed: int = config.seed
         self.log_every: int = config.log_every
+        self.compile: bool | str | None = config.trainer.get("compile")
         self.parameters = flatten(config) | {"weights.sha256": weights_sha256}
-        deciding = {key: _without_location(key, value) for key, value in self.parameters.items()}
+        # Without unset values, so that a new option does not change the names of runs that do not use it.
+        given = {key: value for key, value in self.parameters.items() if value is not None}
+        deciding = {key: _without_location(key, value) for key, value in given.items()}
         self.in_name = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_NAME)}
         self.in_fingerprint = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_FINGERPRINT)}
         resolved = {"model": {"num_classes": num_classes}, "weights": {"sha256": weights_sha256}}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies import DDPStrategy
 
 from models.learning.recipe import Recipe
@@ -44,14 +44,17 @@ def build_trainer(
     Raises: ValueError for unknown or reserved options, devices that the machine does not have, or a sweep over several
     processes.
     """
-    options = config.trainer
-    _check_options(options)
+    _check_options(config.trainer)
+    # `compile` is ours: Lightning's Trainer has no such option.
+    plain = OmegaConf.to_container(config.trainer, resolve=True)
+    assert isinstance(plain, dict)
+    options = OmegaConf.create({name: value for name, value in plain.items() if name != "compile"})
     # All batches but the last of an evaluation have one shape, for which cuDNN may choose its fastest algorithms.
     benchmark = options.get("benchmark", not options.get("deterministic"))
     user_plugins = build_object(config, "trainer.plugins", kind=list) if options.get("plugins") else []
     try:
         trainer = build_object(
-            config,
+            OmegaConf.create({"trainer": options}),
             "trainer",
             kind=pl.Trainer,
             precision=choose_precision(options.precision, options.accelerator),
@@ -102,7 +105,7 @@ def no_gpu_reason() -> str:
 def _check_options(options: DictConfig) -> None:
     known = inspect.signature(pl.Trainer).parameters
     for name in map(str, options):
-        if name == "_target_":
+        if name in ("_target_", "compile"):
             continue
         if name not in known:
             raise ValueError(f"there is no trainer.{name}{nearest(name, known)}")

@@ -16,6 +16,7 @@ from pipeline.cli.console import is_main_process, main_console, print_facts
 from pipeline.cli.errors import config_keys_in_errors
 from pipeline.runs.checkpoint import AtomicCheckpointIO, BestCheckpoint, saved_step
 from pipeline.runs.fingerprint import fingerprint
+from pipeline.train.compiling import CompileNetwork
 from pipeline.train.job import Job
 from pipeline.train.progress import ProgressCallback
 from pipeline.train.seeding import SeedEachBatch
@@ -45,7 +46,9 @@ def own_callbacks(job: Job) -> list[pl.Callback]:
     progress = ProgressCallback(main_console(), record, data=job.data, log_every=log_every, num_epochs=num_epochs)
     monitor = "val/top1" if job.data.num_evaluation_images else None
     checkpoint = BestCheckpoint(job.run.checkpoints, monitor=monitor)
-    return [SeedEachBatch(job.settings.seed), progress, checkpoint, StopTogether()]
+    with config_keys_in_errors({"compile": "trainer.compile"}):
+        compiling = [CompileNetwork(job.settings.compile, main_console())] if job.settings.compile else []
+    return [SeedEachBatch(job.settings.seed), progress, checkpoint, StopTogether(), *compiling]
 
 
 def own_plugins() -> list[object]:
