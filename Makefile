@@ -12,10 +12,10 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint ui browser lock clean
+.PHONY: help demo test test-all lint gpu-check ui browser lock clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST) | awk '{printf "  %s %-8s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST) | awk '{printf "  %s %-9s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
 
 demo: .venv/ready  ## train a ResNet on real digits, in 3 minutes on two cores
 	$(BIN)/python -m pipeline.train +model=resnet
@@ -30,6 +30,10 @@ lint: .venv/ready  ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+DEVICE ?= cuda
+gpu-check: .venv/ready  ## prove what is claimed on a GPU, in 10 minutes; DEVICE=cpu runs what has a meaning there
+	$(BIN)/python -m benchmarks.gpu --device $(DEVICE)
 
 ui: .venv/ready  ## open the MLflow dashboard on http://127.0.0.1:5000/?workflowType=machine_learning
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

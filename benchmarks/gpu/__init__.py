@@ -1,0 +1,1 @@
+"""Checks of the path of the images on a GPU."""

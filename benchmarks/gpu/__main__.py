@@ -1,0 +1,43 @@
+"""Prove or disprove what this project claims on a GPU: `make gpu-check`, in ten minutes on an H100.
+
+Each check runs in its own process with a limit, prints a line of JSON, and the table at the end is for
+`benchmarks/README.md`. The exit code is 1 where a claim is false. `--device cpu` runs what has a meaning there.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from benchmarks.gpu import correctness, speed
+from benchmarks.gpu.checks import run_apart, run_here, table
+
+CHECKS = {check.name: check for check in (*correctness.CHECKS, *speed.CHECKS)}
+
+
+def main() -> int:
+    """Run all checks, or those that are named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--only", nargs="+", metavar="CHECK", choices=CHECKS, help=f"of {', '.join(CHECKS)}")
+    parser.add_argument("--one", choices=CHECKS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("error: there is no GPU: make gpu-check DEVICE=cpu runs what has a meaning on a CPU", file=sys.stderr)
+        return 1
+    if arguments.one:
+        run_here(CHECKS[arguments.one], torch.device(arguments.device, 0))
+        return 0
+    chosen = [CHECKS[name] for name in arguments.only or CHECKS]
+    results = []
+    for check in chosen:
+        if arguments.device == "cuda" or check.on_cpu:
+            results.append(run_apart(check, arguments.device))
+            print(results[-1].to_json(), flush=True)
+    name = torch.cuda.get_device_name() if arguments.device == "cuda" else "a CPU"
+    print(f"\nOn {name}, torch {torch.__version__}:\n\n{table(results)}")
+    return int(any(result.holds is False for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The form of a check: a claim, a limit, and a function that finds figures and whether the claim holds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a check found; `holds` is None where there is nothing to demand."""
+
+    holds: bool | None
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class Check:
+    """A claim about a device, with the seconds after which its process is killed."""
+
+    name: str
+    claim: str
+    seconds: int
+    run: Callable[[torch.device], Answer]
+    on_cpu: bool = True  # whether it has a meaning on a CPU
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer of a check's process, or how the process ended without one."""
+
+    check: str
+    claim: str
+    holds: bool | None
+    seconds: float
+    figures: Figures
+    error: str | None = None
+
+    def to_json(self) -> str:
+        """The result as one line."""
+        return json.dumps(vars(self), default=str)
+
+
+def run_here(check: Check, device: torch.device) -> None:
+    """Run a check in this process and print its answer as one line of JSON, the last line of its output."""
+    answer = check.run(device)
+    print(json.dumps({"holds": answer.holds, "figures": answer.figures}, default=str), flush=True)
+
+
+def run_apart(check: Check, device: str) -> Result:
+    """Run a check in another process; a crash or a hang is a result."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--one", check.name]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        output, errors = process.communicate(timeout=check.seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return Result(check.name, check.claim, False, check.seconds, {}, f"no answer in {check.seconds} s")
+    seconds = round(time.perf_counter() - start, 1)
+    if process.returncode != 0:
+        lines = [line for line in errors.splitlines() if line.strip()] or ["no message"]
+        killed = signal.Signals(-process.returncode).name if process.returncode < 0 else f"exit {process.returncode}"
+        return Result(check.name, check.claim, False, seconds, {}, f"{killed}: {lines[-1].strip()}")
+    answer = json.loads(output.splitlines()[-1])
+    return Result(check.name, check.claim, answer["holds"], seconds, answer["figures"])
+
+
+def table(results: Iterable[Result]) -> str:
+    """The results for people, a line each, as a table in Markdown."""
+    words = {True: "yes", False: "**no**", None: "measured"}
+    lines = ["| check | holds | seconds | claim | found |", "|---|---|--:|---|---|"]
+    for one in results:
+        found = one.error or "; ".join(f"{name} {value}" for name, value in one.figures.items())
+        lines.append(f"| {one.check} | {words[one.holds]} | {one.seconds:.0f} | {one.claim} | {found} |")
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""Batches and loaders for a device, with its first sound decoder."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from benchmarks.gpu import samples
+from data.loading.crops import EvaluationCrop, TrainingCrop
+from data.loading.decoder import DecodeSettings, GpuDecoder
+from data.loading.loader import TrainingLoader
+from data.loading.order import TrainingPlan
+from data.loading.probe import Probe, choose_gpu_decoder
+from data.loading.storage import LocalShards
+from data.shards.dataset import Dataset
+from data.shards.images import oriented_size
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP = TrainingCrop(64)
+
+
+def probe_of(
+    images: list[bytes],
+    device: torch.device,
+    *,
+    decoder: GpuDecoder | None,
+    crop: TrainingCrop | EvaluationCrop = CROP,
+) -> Probe:
+    """A batch of these images with their crops, for one decoder."""
+    device_id = device.index or 0 if device.type == "cuda" else None
+    decode = DecodeSettings(MEAN, STD, device_id=device_id, gpu_decoder=decoder)
+    sizes = np.array([oriented_size(one) for one in images], np.int64)
+    crops = crop.crops(sizes, np.arange(len(images)), seed=0, epoch=0)
+    arrays = [array for array in crops if array is not None]
+    return Probe(([np.frombuffer(one, np.uint8) for one in images], *arrays), decode, crop)
+
+
+def settings_of(dataset: Dataset, device: torch.device, *, on_cpu: bool = False, **options: int) -> DecodeSettings:
+    """The settings of the first sound decoder of a GPU, or of the CPU."""
+    if device.type == "cpu":
+        return DecodeSettings(dataset.mean, dataset.std, **options)
+    decode = DecodeSettings(dataset.mean, dataset.std, device_id=device.index or 0, **options)
+    if on_cpu:
+        return replace(decode, uploads=True)
+    probe = probe_of(samples.jpegs(32), device, decoder=GpuDecoder())
+    decoder = choose_gpu_decoder(probe).decoder
+    return replace(decode, gpu_decoder=decoder, uploads=decoder is None)
+
+
+def training_loader(dataset: Dataset, device: torch.device, *, batch_size: int, **options: int) -> TrainingLoader:
+    """The loader of a training on a device."""
+    index, decode = dataset.index("train"), settings_of(dataset, device, **options)
+    plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=4_000_000, batch_size=batch_size)
+    crop = TrainingCrop(224)
+    return TrainingLoader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=decode)
