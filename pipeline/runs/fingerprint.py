@@ -22,7 +22,10 @@ def fingerprint(
     precision: str,
     decoder: GpuDecoder | None,
 ) -> Fingerprint:
-    """Return everything that decides what a run computes: equal fingerprints lead to equal bits."""
+    """Return everything that decides what a run computes.
+
+    Equal fingerprints lead to equal bits on a CPU, and on GPUs of one kind with `trainer.deterministic`.
+    """
     # Decoders differ in pixels.
     decoding = {DECODER: "cpu" if decoder is None else asdict(decoder)}
     resolved = {"global_batch_size": global_batch_size, "precision": precision, **decoding}

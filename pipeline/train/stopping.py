@@ -7,7 +7,6 @@ from types import FrameType
 import pytorch_lightning as pl
 import torch
 import torch.distributed
-from torch import Tensor
 
 SECONDS_BETWEEN_READINGS = 0.5
 
@@ -71,7 +70,7 @@ class _Reduction:
     def __init__(self, is_signalled: bool, seconds: float, *, device: torch.device) -> None:
         values = torch.tensor([float(is_signalled), seconds], dtype=torch.float64).to(device, non_blocking=True)
         self._work = torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, async_op=True)
-        self._values: Tensor = values
+        self._reduced, self._values = values, values  # the first lives until the second has been copied from it
         self._copied: torch.cuda.Event | None = None
         if device.type == "cuda":
             # On another stream: a copy on that of the training would wait for the batches queued there.

@@ -7,6 +7,7 @@ import itertools
 import re
 import shutil
 import tarfile
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -279,6 +280,36 @@ def test_an_error_that_no_image_explains_stays_as_it_is(
 def test_memory_that_dali_lacks_is_not_blamed_on_images(photographs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(torch.OutOfMemoryError, match="CUDA allocation failed"):
         next(iter(failing(photographs, "CUDA allocation failed\nfor 1234 bytes", monkeypatch)))
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 4])
+def test_as_many_batches_are_decoded_at_once_as_configured(photographs: Dataset, prefetch: int) -> None:
+    loader = training(photographs, batch_size=4)
+    loader.decode = replace(loader.decode, prefetch=prefetch)
+    next(iter(loader))
+    assert len(loader._decoding) == prefetch - 1, "the first one is in use"
+
+
+def test_as_many_threads_read_as_configured(photographs: Dataset) -> None:
+    threads = 7  # more than the default
+    together = threading.Barrier(threads)
+
+    class Patient(LocalShards):
+        """Storage whose first reads return only when all threads are reading."""
+
+        def read(self, file: str, into: np.ndarray, *, offset: int) -> None:
+            if not together.broken and together.n_waiting + len(passed) < threads:
+                together.wait(timeout=30)
+                passed.append(offset)
+            super().read(file, into, offset=offset)
+
+    passed: list[int] = []
+    index = photographs.index("train")
+    decode = DecodeSettings(photographs.mean, photographs.std, io_threads=threads, readahead=threads)
+    plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=1_000_000, batch_size=1)
+    crop = TrainingCrop(32)
+    next(iter(TrainingLoader(index, Patient(photographs.root), plan=plan, crop=crop, decode=decode)))
+    assert len(passed) == threads
 
 
 def test_a_tar_that_shrinks_is_named(tmp_path: Path, digits: Dataset) -> None:
