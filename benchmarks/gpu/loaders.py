@@ -1,6 +1,7 @@
 """Batches and loaders for a device, with its first sound decoder."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -35,19 +36,28 @@ def probe_of(
     return Probe(([np.frombuffer(one, np.uint8) for one in images], *arrays), decode, crop)
 
 
-def settings_of(dataset: Dataset, device: torch.device, *, on_cpu: bool = False, **options: int) -> DecodeSettings:
-    """The settings of the first sound decoder of a GPU, or of the CPU."""
+@lru_cache
+def sound_decoder(device: torch.device) -> GpuDecoder | None:
+    """The first GPU decoder that works, None for the CPU."""
+    return choose_gpu_decoder(probe_of(samples.jpegs(32), device, decoder=GpuDecoder())).decoder
+
+
+def settings_of(
+    dataset: Dataset, device: torch.device, *, on_cpu: bool = False, load: float | None = None, **options: int
+) -> DecodeSettings:
+    """The settings of the first sound decoder of a GPU, with this load of its hardware decoder, or of the CPU."""
     if device.type == "cpu":
         return DecodeSettings(dataset.mean, dataset.std, **options)
     decode = DecodeSettings(dataset.mean, dataset.std, device_id=device.index or 0, **options)
     if on_cpu:
         return replace(decode, uploads=True)
-    probe = probe_of(samples.jpegs(32), device, decoder=GpuDecoder())
-    decoder = choose_gpu_decoder(probe).decoder
+    decoder = sound_decoder(device)
+    if decoder is not None and load is not None:
+        decoder = replace(decoder, hardware_load=load)
     return replace(decode, gpu_decoder=decoder, uploads=decoder is None)
 
 
-def training_loader(dataset: Dataset, device: torch.device, *, batch_size: int, **options: int) -> TrainingLoader:
+def training_loader(dataset: Dataset, device: torch.device, *, batch_size: int, **options: float) -> TrainingLoader:
     """The loader of a training on a device."""
     index, decode = dataset.index("train"), settings_of(dataset, device, **options)
     plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=4_000_000, batch_size=batch_size)

@@ -27,6 +27,7 @@ from models.residual import resnet
 AIM_OF_FIXED = 0.97  # of the rate with one batch that stays on the GPU
 AIM_OF_TIMM = 1.3  # times the rate of timm's loop with as many cores
 CORES = (4, 8, 16)
+LOADS = (0.0, 0.65, 0.9, 1.0)  # of the hardware decoder
 
 
 class Rate(NamedTuple):
@@ -52,6 +53,10 @@ def loader(device: torch.device) -> Answer:
             batches = _endless(training_loader(dataset, device, batch_size=batch_size, **options))
             rate = _rate(partial(next, batches), batch_size, steps=steps, device=device)
             figures[f"{'CPU' if on_cpu else 'GPU'}, {threads} threads, depth {prefetch}"] = str(rate)
+        for load in LOADS if is_gpu else ():
+            batches = _endless(training_loader(dataset, device, batch_size=batch_size, threads=8, load=load))
+            rate = _rate(partial(next, batches), batch_size, steps=steps, device=device)
+            figures[f"GPU, 8 threads, {load:.0%} by its hardware decoder"] = str(rate)
     return Answer(None, figures)
 
 
@@ -75,6 +80,11 @@ def training(device: torch.device) -> Answer:
                 shares.append(rate.images_per_second / reference.images_per_second)
                 name = f"batch {size}, {'CPU' if on_cpu else 'GPU'} decodes, {threads} threads"
                 figures[name] = f"{rate}, {shares[-1]:.3f} of fixed"
+            batches = _endless(training_loader(dataset, device, batch_size=size, threads=8 if is_gpu else 2))
+            rate = _rate(partial(_read_and_step, step, batches), size, steps=steps, device=device)
+            figures[f"batch {size}, with a value read before each step"] = str(
+                rate
+            )  # as Lightning does on several ranks
     return Answer(max(shares) >= AIM_OF_FIXED if is_gpu else None, figures)
 
 
@@ -241,6 +251,11 @@ def _repeat(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
 
 
 def _next_step(step: Callable[[Batch], Tensor], batches: Iterator[Batch]) -> Tensor:
+    return step(next(batches))
+
+
+def _read_and_step(step: Callable[[Batch], Tensor], batches: Iterator[Batch]) -> Tensor:
+    torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu").item()
     return step(next(batches))
 
 
