@@ -29,7 +29,7 @@ def probe_of(
 ) -> Probe:
     """A batch of these images with their crops, for one decoder."""
     device_id = device.index or 0 if device.type == "cuda" else None
-    decode = DecodeSettings(MEAN, STD, device_id=device_id, gpu_decoder=decoder)
+    decode = DecodeSettings(MEAN, STD, device_id=device_id, gpu_decoder=decoder, crops_only=device.type == "cuda")
     sizes = np.array([oriented_size(one) for one in images], np.int64)
     crops = crop.crops(sizes, np.arange(len(images)), seed=0, epoch=0)
     arrays = [array for array in crops if array is not None]
@@ -48,13 +48,13 @@ def settings_of(
     """The settings of the first sound decoder of a GPU, with this load of its hardware decoder, or of the CPU."""
     if device.type == "cpu":
         return DecodeSettings(dataset.mean, dataset.std, **options)
-    decode = DecodeSettings(dataset.mean, dataset.std, device_id=device.index or 0, **options)
+    decode = DecodeSettings(dataset.mean, dataset.std, device_id=device.index or 0, crops_only=True, **options)
     if on_cpu:
-        return replace(decode, uploads=True)
+        return decode
     decoder = sound_decoder(device)
     if decoder is not None and load is not None:
         decoder = replace(decoder, hardware_load=load)
-    return replace(decode, gpu_decoder=decoder, uploads=decoder is None)
+    return replace(decode, gpu_decoder=decoder)
 
 
 def training_loader(dataset: Dataset, device: torch.device, *, batch_size: int, **options: float) -> TrainingLoader:

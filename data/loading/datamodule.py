@@ -106,7 +106,9 @@ class ShardData(pl.LightningDataModule):
             require(wanted != "gpu", "needs a GPU that trains: use cpu or auto, or trainer=gpu", decoder=wanted)
             choice = DecoderChoice(None, "no GPU trains")
         elif before is not None and (wanted == "auto" or (wanted == "gpu" and before.decoder is not None)):
-            choice = before
+            load, choice = self.settings.hw_decoder_load, before
+            if before.decoder is not None and load is not None:  # another one than before is refused by the run
+                choice = before._replace(decoder=replace(before.decoder, hardware_load=load))
         elif wanted != "cpu" and probes:
             choice = choose_gpu_decoder(self._probe(device))
             works = wanted == "auto" or choice.decoder is not None
@@ -151,7 +153,7 @@ class ShardData(pl.LightningDataModule):
             self.dataset.std,
             device_id=device.index or 0 if device.type == "cuda" else None,
             gpu_decoder=self.gpu_decoder,
-            uploads=device.type == "cuda" and self.gpu_decoder is None,
+            crops_only=device.type == "cuda",
             threads=self.core_share(num_devices).cores,
             io_threads=self.settings.io_threads,
             readahead=self.settings.readahead,
@@ -162,7 +164,7 @@ class ShardData(pl.LightningDataModule):
         """The first training batch, for a GPU's decoder."""
         load, default = self.settings.hw_decoder_load, GpuDecoder()
         decoder = default if load is None else replace(default, hardware_load=load)
-        decode = replace(self._settings_on(device, num_devices=1), gpu_decoder=decoder, uploads=False)
+        decode = replace(self._settings_on(device, num_devices=1), gpu_decoder=decoder)
         index, crop, plan = self.training_index, self.training_crop, self.training_plan(0, 1)
         loader = TrainingLoader(index, self._storage, plan=plan, crop=crop, decode=decode, seed=self.settings.seed)
         return Probe(loader.first_inputs(), decode, crop)

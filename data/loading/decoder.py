@@ -27,14 +27,14 @@ class DecodeSettings:
     """How batches are read and decoded; `mean` and `std` are fractions of 255.
 
     `device_id` is the GPU that uses the batches, None for the CPU; without a `gpu_decoder` the CPU decodes for either.
-    With `uploads`, the graph returns uint8 crops, which `transfer.py` normalises on the device.
+    With `crops_only` the graph returns uint8 crops, which `transfer.py` normalises on the device.
     """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     device_id: int | None = None
     gpu_decoder: GpuDecoder | None = None
-    uploads: bool = False
+    crops_only: bool = False
     threads: int = 2  # of DALI, on the CPU
     io_threads: int = 4  # that read shards
     readahead: int = 4  # batches that are read before they are needed

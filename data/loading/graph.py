@@ -33,8 +33,8 @@ def build_pipeline(
 ) -> Pipeline:
     """Build the graph: decode a rectangle, resize the crop in it, mirror, normalise to float32 (N, H, W, 3).
 
-    With `decode.uploads` it ends at the mirror, with uint8. `source` returns a list of encoded images, then the arrays
-    of their `CropWindows`.
+    With `decode.crops_only` it ends at the mirror, with uint8. `source` returns a list of encoded images, then the
+    arrays of their `CropWindows`.
     """
     # exec_dynamic: the other executor overwrites batches that are still referenced.
     with Pipeline(
@@ -55,7 +55,7 @@ def build_pipeline(
             size, linear = [crop.image_size] * 2, types.DALIInterpType.INTERP_LINEAR
             part = dict(zip(("roi_start", "roi_end"), region, strict=False))  # empty without a margin
             resized = fn.resize(decoded, size=size, interp_type=linear, antialias=True, **part)
-        if decode.uploads:
+        if decode.crops_only:
             pipeline.set_outputs(fn.flip(resized, horizontal=mirror))
         else:
             pipeline.set_outputs(_normalize(resized, mirror, decode=decode))

@@ -26,7 +26,7 @@ from data.shards.images import UnreadableImage
 NAMED = 3  # damaged images in an error
 # DALI's messages about images; only the first one names one, by its number in the batch.
 UNDECODED = re.compile(r"Failed to decode sample #(\d+)|nvImageCodec failure|cropping window|out of bounds")
-OUT_OF_MEMORY = "CUDA allocation failed"
+OUT_OF_MEMORY = re.compile(r"CUDA allocation failed|Can't allocate \d+ bytes on device")
 
 
 class Batch(NamedTuple):
@@ -107,7 +107,7 @@ class Loader:
         self._batches = self._read_ahead(self.position)
         decode, crop, batch_size = self.decode, self.crop, self.plan.largest_batch
         resizer = choose_resizer(decode, crop)
-        if decode.uploads:
+        if decode.crops_only:
             device = torch.device("cpu" if decode.device_id is None else f"cuda:{decode.device_id}")
             self._transfer = Transfer(device, mean=decode.mean, std=decode.std)
         self._pipeline = build_pipeline(self._encoded, decode=decode, crop=crop, batch_size=batch_size, resizer=resizer)
@@ -174,7 +174,7 @@ class Loader:
 
         DALI loses the entire batch, and names an image at most by its number. Raises: OutOfMemoryError.
         """
-        if OUT_OF_MEMORY in str(error):
+        if OUT_OF_MEMORY.search(str(error)):
             raise torch.OutOfMemoryError(str(error)) from error
         message = UNDECODED.search(str(error))
         if message is None:
@@ -183,7 +183,8 @@ class Loader:
         damaged = [sample for batch in self._decoding for sample in _damaged_samples(batch, numbers)]
         reason = "changed after packing or indexing: pack again, or remove the index"
         if not damaged and message[1] is not None:  # the batch that failed is the oldest in flight
-            damaged, reason = self._decoding[0].samples[numbers].tolist(), "the CPU decodes it: data.decoder=cpu"
+            damaged = self._decoding[0].samples[numbers].tolist()
+            reason = "the CPU decodes it: decoder=cpu, in a new run"
         if damaged:
             more = f" and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
             names = ", ".join(self.index.keys(damaged[:NAMED])) + more

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str]) -> str | None:
         images, expected = decoded_images(probe), decoded_images(probe._replace(decode=on_cpu))
     except RuntimeError as error:
         return dali_reason(error)
-    scale = 1.0 if probe.decode.uploads else 255 * float(np.mean(probe.decode.std))
+    scale = 1.0 if probe.decode.crops_only else 255 * float(np.mean(probe.decode.std))
     difference = scale * float(torch.mean(torch.abs(images.float() - expected.float())))
     return None if difference <= MAX_LEVELS else f"its images differ by {difference:.0f} levels from the CPU's"
 

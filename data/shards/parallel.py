@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -38,17 +39,20 @@ class CoreShare(NamedTuple):
 
 
 def share_of_cores(local_ranks: int) -> CoreShare:
-    """Return this rank's share of the usable cores, which are divided by the ranks on the machine if they share them.
+    """Return this rank's share of the usable cores, which are divided by the ranks that share them.
 
-    Slurm's binding has divided them already, by mask or by `SLURM_CPUS_PER_TASK`.
+    Those are the ranks on the machine; where Slurm has given each of its tasks its own cores, by a mask or by
+    `SLURM_CPUS_PER_TASK`, those of one task: one under srun, several where torchrun or Lightning starts them in it.
     """
-    cores, per_task = available_cores(), os.environ.get("SLURM_CPUS_PER_TASK")
+    cores, reason, ranks = available_cores(), "", local_ranks
+    tasks = int((re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")) or ["1"])[0])
+    per_task = os.environ.get("SLURM_CPUS_PER_TASK")
     if "SLURM_PROCID" in os.environ and per_task is not None:
-        return CoreShare(min(cores, int(per_task)), f"SLURM_CPUS_PER_TASK={per_task}")
-    if local_ranks > 1 and os.environ.get("SLURM_CPU_BIND_TYPE", "none").startswith(BINDING):
-        return CoreShare(cores, f"bound to {cores} cores by Slurm")
-    reason = f"{cores} cores for {local_ranks} ranks" if local_ranks > 1 else f"{cores} cores"
-    return CoreShare(max(1, cores // local_ranks), reason)
+        cores, reason, ranks = min(cores, int(per_task)), f" (SLURM_CPUS_PER_TASK={per_task})", local_ranks // tasks
+    elif os.environ.get("SLURM_CPU_BIND_TYPE", "none").startswith(BINDING):
+        reason, ranks = " (bound by Slurm)", local_ranks // tasks
+    shared = f" for {ranks} ranks" if ranks > 1 else ""
+    return CoreShare(max(1, cores // max(1, ranks)), f"{cores} cores{shared}{reason}")
 
 
 def map_tasks(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from models.arguments import require
 from models.layers import batch_norms, set_batch_norm, undecayed_parameters, zero_last_norms
 from models.learning.losses import Loss, cross_entropy
 from models.learning.metrics import TrainingMetricAccumulator
@@ -113,9 +114,13 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the recipe's optimizer over both groups, and its schedule by optimizer step."""
         decayed, free = self.weight_decay_groups()
-        clips_scaled = self.recipe.clip_norm is not None and self.trainer.precision == "16-mixed"
-        factory = self.recipe.optimizer if clips_scaled else fused_on(self.device, self.recipe.optimizer)
+        clips = self.recipe.clip_norm is not None
+        factory = self.recipe.optimizer if clips else fused_on(self.device, self.recipe.optimizer)
         optimizer = factory([{"params": decayed}, {"params": free, "weight_decay": 0.0}])
+        # In mixed precision Lightning refuses to clip gradients for every optimizer that could unscale them itself.
+        if clips and str(self.trainer.precision).endswith("mixed"):
+            fits = not getattr(optimizer, "_step_supports_amp_scaling", False)
+            require(fits, "does not go with a fused optimizer in mixed precision", clip_norm=self.recipe.clip_norm)
         num_steps = int(self.trainer.estimated_stepping_batches)
         schedule, steps_per_epoch = self.recipe.schedule, num_steps // self.recipe.epochs
         scheduler = torch.optim.lr_scheduler.LambdaLR(

@@ -67,7 +67,7 @@ def build_trainer(
             **FIXED,
         )
     except MisconfigurationException as error:
-        raise ValueError(f"trainer: {error} {no_gpu_reason()}trainer=auto uses what the machine has") from error
+        raise ValueError(f"trainer: {error}{no_gpu_reason()} trainer=auto uses what the machine has") from error
     if isinstance(trainer.strategy, DDPStrategy):
         # Gradients live in the buffers that are reduced. Ranks need no common batch-norm statistics before an
         # evaluation, for which the Classifier broadcasts them.
@@ -98,7 +98,7 @@ def no_gpu_reason() -> str:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     except (RuntimeError, AssertionError) as error:
-        return f"{str(error).partition('. ')[0]}: "
+        return f" ({str(error).partition('. ')[0]})"
     return ""
 
 

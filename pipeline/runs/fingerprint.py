@@ -35,11 +35,13 @@ def fingerprint(
 
 def check_unchanged(before: Fingerprint, now: Fingerprint, *, run: Path) -> None:
     """Raise ValueError, naming the first difference, unless both fingerprints are equal as JSON."""
+    before = {DECODER: "cpu", **before}  # runs from before there was a choice
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), json.loads(json.dumps(now.get(name)))
         if old != new:
             advice = "add name=NAME for a new run, or give the values it was started with"
-            raise ValueError(f"{run} was started with {name}={old}, not {new}: {advice}")
+            words = [f"gpu {one}" if isinstance(one, dict) and name == DECODER else one for one in (old, new)]
+            raise ValueError(f"{run} was started with {name}={words[0]}, not {words[1]}: {advice}")
 
 
 def recorded_decoder(before: Fingerprint) -> DecoderChoice:

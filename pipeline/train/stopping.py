@@ -25,11 +25,14 @@ class StopTogether(pl.Callback):
         self._interval, self._batches = 1, 0  # batches between a start and its reading; since the last start
         self._pending: _Reduction | None = None
         self._since = 0.0
+        self._stream: torch.cuda.Stream | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Replace Lightning's flag and its signal handler."""
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replace Lightning's flag, and its reaction to SIGTERM before it registers that."""
         if trainer.world_size == 1:
             return
+        if pl_module.device.type == "cuda":
+            self._stream = torch.cuda.Stream(pl_module.device)  # type: ignore[no-untyped-call]  # torch's
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         launcher = trainer.strategy.launcher
 
@@ -38,7 +41,10 @@ class StopTogether(pl.Callback):
                 launcher.kill(signal.Signals(number))  # processes that this one has started
             self._is_signalled = True
 
-        signal.signal(signal.SIGTERM, remember)
+        trainer._signal_connector._sigterm_notifier_fn = remember  # type: ignore[method-assign, assignment]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
         self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: object) -> None:
@@ -55,7 +61,8 @@ class StopTogether(pl.Callback):
         if self._pending is None:
             now = time.perf_counter()
             seconds, self._since = (now - self._since) / self._batches, now
-            self._pending, self._batches = _Reduction(self._is_signalled, seconds, device=pl_module.device), 0
+            self._pending = _Reduction(self._is_signalled, seconds, device=pl_module.device, stream=self._stream)
+            self._batches = 0
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait for the reduction in flight."""
@@ -67,14 +74,16 @@ class StopTogether(pl.Callback):
 class _Reduction:
     """The maximum over all ranks of a flag and of the seconds of a batch, computed beside the training."""
 
-    def __init__(self, is_signalled: bool, seconds: float, *, device: torch.device) -> None:
+    def __init__(
+        self, is_signalled: bool, seconds: float, *, device: torch.device, stream: torch.cuda.Stream | None
+    ) -> None:
         values = torch.tensor([float(is_signalled), seconds], dtype=torch.float64).to(device, non_blocking=True)
         self._work = torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, async_op=True)
         self._reduced, self._values = values, values  # the first lives until the second has been copied from it
         self._copied: torch.cuda.Event | None = None
-        if device.type == "cuda":
+        if stream is not None:
             # On another stream: a copy on that of the training would wait for the batches queued there.
-            with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]  # torch's
+            with torch.cuda.stream(stream):
                 self._work.wait()
                 self._values = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
                 self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's

@@ -135,7 +135,7 @@ def test_torch_resizes_crops_without_margin_on_a_cpu() -> None:
     cpu = DecodeSettings((0, 0, 0), (1, 1, 1))
     gpu = replace(cpu, device_id=0, gpu_decoder=GpuDecoder())
     assert choose_resizer(cpu, TrainingCrop(32)) == "torch"
-    assert choose_resizer(replace(cpu, device_id=0, uploads=True), TrainingCrop(32)) == "torch"
+    assert choose_resizer(replace(cpu, device_id=0, crops_only=True), TrainingCrop(32)) == "torch"
     assert {choose_resizer(gpu, TrainingCrop(32)), choose_resizer(cpu, EvaluationCrop(32))} == {"dali"}
 
 
@@ -244,7 +244,7 @@ def test_a_number_in_dalis_message_names_the_image(photographs: Dataset, monkeyp
     sample = loader.plan.samples(0, 0)[2:3]  # the oldest batch in flight
     with pytest.raises(UnreadableImage, match=re.escape(loader.index.keys(sample)[0])) as caught:
         next(iter(loader))
-    assert "the CPU decodes it: data.decoder=cpu" in str(caught.value)
+    assert "the CPU decodes it: decoder=cpu, in a new run" in str(caught.value)
 
 
 def test_an_image_that_is_smaller_than_indexed_is_named(

@@ -120,7 +120,9 @@ def test_a_gpu_is_probed_once_and_a_run_keeps_the_choice(photographs: Dataset, m
     assert len(probed[0].inputs[0]) == 4
     assert data.choose_decoder(GPU, before=None, probes=False).decoder is None, "rank 0 tells the others"
     for before in (DecoderChoice(None, "as the run began"), DecoderChoice(GpuDecoder(), "as the run began")):
-        assert data.choose_decoder(GPU, before=before, probes=True) == before
+        assert data_of(photographs).choose_decoder(GPU, before=before, probes=True) == before
+    other = data.choose_decoder(GPU, before=DecoderChoice(GpuDecoder(), "as the run began"), probes=True)
+    assert other.decoder == GpuDecoder(hardware_load=0.3), "which the run refuses"
     assert data_of(photographs, decoder="cpu").choose_decoder(GPU, before=answer, probes=True).decoder is None
     assert len(probed) == 1
     monkeypatch.setattr("data.loading.datamodule.choose_gpu_decoder", lambda _: DecoderChoice(None, "no device"))
@@ -128,11 +130,11 @@ def test_a_gpu_is_probed_once_and_a_run_keeps_the_choice(photographs: Dataset, m
         data_of(photographs, decoder="gpu").choose_decoder(GPU, before=None, probes=True)
 
 
-def test_a_gpu_gets_uint8_crops_from_the_cpu_or_floats_from_its_own_decoder(photographs: Dataset) -> None:
+def test_a_gpu_gets_uint8_crops_from_either_decoder(photographs: Dataset) -> None:
     data = data_of(photographs, threads=3, io_threads=8, prefetch=4)
     crops = data._settings_on(GPU, num_devices=1)
-    assert (crops.device_id, crops.graph_device, crops.uploads) == (0, None, True)
+    assert (crops.device_id, crops.graph_device, crops.crops_only) == (0, None, True)
     assert (crops.threads, crops.io_threads, crops.prefetch) == (3, 8, 4)
     data.gpu_decoder = GpuDecoder()
     floats = data._settings_on(GPU, num_devices=1)
-    assert (floats.device_id, floats.graph_device, floats.uploads) == (0, 0, False)
+    assert (floats.device_id, floats.graph_device, floats.crops_only) == (0, 0, True)

@@ -36,10 +36,13 @@ def test_a_quota_counts_where_it_is_smaller(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("sixteen_cores")
 def test_cores_that_slurm_has_divided_are_not_divided_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2)")
     monkeypatch.setenv("SLURM_CPU_BIND_TYPE", "mask_cpu:")
-    assert share_of_cores(4) == (16, "bound to 16 cores by Slurm")
+    assert share_of_cores(4) == (16, "16 cores (bound by Slurm)")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
-    assert share_of_cores(4) == (8, "SLURM_CPUS_PER_TASK=8")
-    monkeypatch.delenv("SLURM_PROCID")  # a batch script without srun: torchrun starts the ranks
+    assert share_of_cores(4) == (8, "8 cores (SLURM_CPUS_PER_TASK=8)")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1")  # one task, in which torchrun starts the ranks
+    assert share_of_cores(4) == (2, "8 cores for 4 ranks (SLURM_CPUS_PER_TASK=8)")
     monkeypatch.setenv("SLURM_CPU_BIND_TYPE", "none")
+    monkeypatch.delenv("SLURM_PROCID")  # a batch script without srun: torchrun starts the ranks
     assert share_of_cores(4) == (4, "16 cores for 4 ranks")

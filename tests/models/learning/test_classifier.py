@@ -165,3 +165,10 @@ def test_optimizers_are_fused_on_a_gpu_where_they_can_be() -> None:
     chosen = partial(torch.optim.AdamW, foreach=True)
     for device, factory in ((cpu, sgd), (gpu, rmsprop), (gpu, chosen)):
         assert fused_on(device, factory) is factory
+
+
+def test_a_fused_optimizer_is_refused_where_lightning_cannot_clip() -> None:
+    fused = partial(torch.optim.AdamW, lr=0.1, fused=True)
+    module = Classifier(plain(num_classes=7), num_classes=7, recipe=make_recipe(optimizer=fused, clip_norm=1.0))
+    with pytest.raises(ValueError, match=r"^clip_norm=1.0 does not go with a fused optimizer in mixed precision$"):
+        make_trainer(max_steps=1, precision="bf16-mixed", gradient_clip_val=1.0).fit(module, make_loader(8, 4))
