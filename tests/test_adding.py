@@ -192,7 +192,7 @@ SHORT = ("recipe.epochs=1", "+trainer.limit_train_batches=2", "+trainer.limit_va
 
 def copy_project(folder: Path) -> Path:
     """Copy what git would check out."""
-    for name in ("conf", "data", "models", "pipeline", "tests"):
+    for name in ("benchmarks", "conf", "data", "models", "pipeline", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "requirements.lock"):
         shutil.copy(ROOT / name, folder)
