@@ -262,7 +262,7 @@ def _damage(loader: Loader, bad: bytes) -> None:
         images = [*batch.images[:2], np.frombuffer(bad, np.uint8), *batch.images[3:]]
         return batch._replace(images=images) if position.step == 1 else batch
 
-    loader._read = with_damage  # type: ignore[method-assign]
+    loader._read = with_damage
 
 
 def memory(device: torch.device) -> Answer:

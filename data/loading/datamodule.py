@@ -103,7 +103,7 @@ class ShardData(pl.LightningDataModule):
         wanted = self.settings.decoder
         choice = DecoderChoice(None, "as configured")
         if device.type != "cuda":
-            require(wanted != "gpu", "needs a GPU that trains: use cpu or auto, or trainer=gpu", decoder=wanted)
+            require(wanted != "gpu", "needs a GPU that trains: use cpu or auto", decoder=wanted)
             choice = DecoderChoice(None, "no GPU trains")
         elif before is not None and (wanted == "auto" or (wanted == "gpu" and before.decoder is not None)):
             load, choice = self.settings.hw_decoder_load, before

@@ -27,6 +27,11 @@ class SkippedSample(NamedTuple):
 
     name: str
     reason: str
+    lacks_label_field: bool = False  # another `label_field` may read it
+
+
+class MissingLabelField(ValueError):
+    """The .json of a sample lacks the label field."""
 
 
 class TarTask(NamedTuple):
@@ -75,7 +80,8 @@ def read_shard(root: Path, task: TarTask, *, label_field: str, size_of: SizeOf) 
             try:
                 shard.rows.append(_read_row(stream, key, files=files, label_field=label_field, size_of=size_of))
             except ValueError as error:
-                shard.skipped.append(SkippedSample(f"{path}: {key}", str(error)))
+                lacks_label_field = isinstance(error, MissingLabelField)
+                shard.skipped.append(SkippedSample(f"{path}: {key}", str(error), lacks_label_field))
         reason = "a second file of this name: the first is used"
         shard.skipped += [SkippedSample(f"{path}: {name}", reason) for name in repeated]
         for row in shard.rows[: task.statistics_images]:
@@ -125,7 +131,7 @@ def _json_label(text: bytes, label_field: str) -> str:
     fields = json.loads(text)
     if not isinstance(fields, dict) or label_field not in fields:
         content = ", ".join(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise ValueError(f"its .json has no field {label_field}: {content}")
+        raise MissingLabelField(f"its .json has no field {label_field}: {content}")
     label = fields[label_field]
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise ValueError(f"its label {json.dumps(label)} is neither an integer nor a name")

@@ -46,7 +46,7 @@ class Classifier(pl.LightningModule):
         self.training_metrics = TrainingMetricAccumulator(self.top_k)
         self.evaluated_images = 0  # on all ranks, in the last evaluation
         self._num_evaluated = 0  # on this rank, so far
-        # Its check for NaN would wait for the GPU at every batch; a NaN belongs into the mean.
+        # Its check for NaN would wait for the GPU at every batch; a mean with a NaN is NaN.
         self.val_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
         self.val_top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.val_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=self.top_k, validate_args=False)

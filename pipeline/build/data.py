@@ -62,8 +62,8 @@ class DataConfig:
             command = f"python -m pipeline.pack source=folder source.root={root} name=NAME"
             raise ValueError(f"{error} (to pack class folders: {command})") from error
         print_skipped(Console(), skipped)
-        if skipped:
-            Console().print(f"labels in .json files: data.label_field={self.label_field}", highlight=False)
+        if any(sample.lacks_label_field for sample in skipped):
+            Console().print("data.label_field=NAME reads labels from another field of .json files", highlight=False)
         return dataset
 
 

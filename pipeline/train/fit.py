@@ -136,7 +136,8 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[None]:
 def fit(job: Job, trainer: pl.Trainer) -> None:
     """Run Lightning's fit from the run's last checkpoint, and turn its ends into exit codes and user errors."""
     try:
-        trainer.fit(job.module, datamodule=job.data, ckpt_path=job.run.last_checkpoint, weights_only=True)
+        with config_keys_in_errors({"clip_norm": "recipe.clip_norm"}):
+            trainer.fit(job.module, datamodule=job.data, ckpt_path=job.run.last_checkpoint, weights_only=True)
     except SystemExit as error:  # raised by Lightning after a signal
         last = job.run.last_checkpoint
         resume = f"continues after step {saved_step(last)}" if last is not None else "restarts from step 0"

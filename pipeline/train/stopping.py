@@ -3,6 +3,7 @@
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -32,8 +33,9 @@ class StopTogether(pl.Callback):
         if trainer.world_size == 1:
             return
         if pl_module.device.type == "cuda":
-            self._stream = torch.cuda.Stream(pl_module.device)  # type: ignore[no-untyped-call]  # torch's
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            self._stream = torch.cuda.Stream(pl_module.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        epoch_loop: Any = trainer.fit_loop.epoch_loop  # whose methods are replaced
+        epoch_loop._broadcast_sigterm_tensor = lambda: None
         launcher = trainer.strategy.launcher
 
         def remember(number: int, frame: FrameType | None) -> None:
@@ -41,7 +43,8 @@ class StopTogether(pl.Callback):
                 launcher.kill(signal.Signals(number))  # processes that this one has started
             self._is_signalled = True
 
-        trainer._signal_connector._sigterm_notifier_fn = remember  # type: ignore[method-assign, assignment]
+        connector: Any = trainer._signal_connector
+        connector._sigterm_notifier_fn = remember
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -86,7 +89,7 @@ class _Reduction:
             with torch.cuda.stream(stream):
                 self._work.wait()
                 self._values = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
-                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 self._copied.record()
 
     def read(self) -> tuple[bool, float]:

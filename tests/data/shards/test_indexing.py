@@ -187,6 +187,7 @@ def test_unusable_samples_are_skipped_and_named(tmp_path: Path) -> None:
     assert "truncated" in reasons["cut"]
     assert reasons["none"] == "its label null is neither an integer nor a name"
     assert "no field label" in reasons["other"]
+    assert [sample.name.rpartition(": ")[2] for sample in skipped if sample.lacks_label_field] == ["other"]
     assert "neither a .cls nor a .json" in reasons["nameless"]
 
 

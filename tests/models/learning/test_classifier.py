@@ -10,9 +10,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.gpu.speed import Readings
 from models.learning.classifier import Classifier, fused_on
 from models.learning.families import ResidualClassifier
 from models.learning.losses import cross_entropy
@@ -88,18 +88,6 @@ def test_evaluation_counts_as_a_loop_would() -> None:
     assert metrics["val/loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
     assert metrics["val/top1"] == pytest.approx((order[:, 0] == labels).float().mean().item())
     assert metrics["val/top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).float().mean().item())
-
-
-class Readings(TorchDispatchMode):
-    """Count the values that the host reads from tensors; on a GPU each reading waits for all work before it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return function(*args, **(kwargs or {}))
 
 
 # `one_hot`, which torchmetrics calls for the top 5, checks its input on a CPU, not on a GPU (torch's OneHot.cpp).

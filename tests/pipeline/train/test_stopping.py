@@ -1,4 +1,4 @@
-"""Several ranks stop at the same step, whichever of them gets the signal."""
+"""Several ranks end together, whichever of them gets the signal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_rank_stops_both_at_the_same_step(with_digits: Path, rank: int) -> None:
+def test_a_signal_to_one_rank_ends_both(with_digits: Path, rank: int) -> None:
     words = ("+model=lenet", *TWO_RANKS, "tracking=none", "name=two", "recipe.epochs=400", "data.batch_size=32")
     command = [sys.executable, "-m", "pipeline.train", *words, "log_every=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
