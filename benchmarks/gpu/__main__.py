@@ -5,14 +5,17 @@ Each check runs in its own process with a limit, prints a line of JSON, and the 
 """
 
 import argparse
+import json
 import sys
 
 import torch
 
-from benchmarks.gpu import correctness, speed
+from benchmarks.gpu import cifar10, correctness, decoding, speed, waits
 from benchmarks.gpu.checks import run_apart, run_here, table
+from benchmarks.gpu.loaders import sound_decoder
 
-CHECKS = {check.name: check for check in (*correctness.CHECKS, *speed.CHECKS)}
+MODULES = (decoding, correctness, waits, speed, cifar10)
+CHECKS = {check.name: check for module in MODULES for check in module.CHECKS}
 
 
 def main() -> int:
@@ -29,6 +32,8 @@ def main() -> int:
         run_here(CHECKS[arguments.one], torch.device(arguments.device, 0))
         return 0
     chosen = [CHECKS[name] for name in arguments.only or CHECKS]
+    if arguments.device == "cuda":
+        print(json.dumps({"decoder": str(sound_decoder(torch.device("cuda", 0)) or "CPU")}), flush=True)
     results = []
     for check in chosen:
         if arguments.device == "cuda" or check.on_cpu:

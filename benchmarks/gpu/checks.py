@@ -73,6 +73,7 @@ def run_apart(check: Check, device: str) -> Result:
         return Result(check.name, check.claim, False, check.seconds, {}, f"no answer in {check.seconds} s")
     seconds = round(time.perf_counter() - start, 1)
     if process.returncode != 0:
+        print(errors, file=sys.stderr, flush=True)
         lines = [line for line in errors.splitlines() if line.strip()] or ["no message"]
         killed = signal.Signals(-process.returncode).name if process.returncode < 0 else f"exit {process.returncode}"
         return Result(check.name, check.claim, False, seconds, {}, f"{killed}: {lines[-1].strip()}")

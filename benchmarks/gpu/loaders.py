@@ -1,5 +1,7 @@
 """Batches and loaders for a device, with its first sound decoder."""
 
+import json
+import os
 from dataclasses import replace
 from functools import lru_cache
 
@@ -18,6 +20,7 @@ from data.shards.images import oriented_size
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP = TrainingCrop(64)
+KNOWN = "GPU_CHECK_DECODER"
 
 
 def probe_of(
@@ -38,8 +41,12 @@ def probe_of(
 
 @lru_cache
 def sound_decoder(device: torch.device) -> GpuDecoder | None:
-    """The first GPU decoder that works, None for the CPU."""
-    return choose_gpu_decoder(probe_of(samples.jpegs(32), device, decoder=GpuDecoder())).decoder
+    """The first GPU decoder that works, None for the CPU; the processes of the checks inherit the first answer."""
+    if KNOWN not in os.environ:
+        choice = choose_gpu_decoder(probe_of(samples.jpegs(32), device, decoder=GpuDecoder()))
+        os.environ[KNOWN] = json.dumps(None if choice.decoder is None else vars(choice.decoder))
+    known = json.loads(os.environ[KNOWN])
+    return None if known is None else GpuDecoder(**known)
 
 
 def settings_of(
@@ -57,9 +64,17 @@ def settings_of(
     return replace(decode, gpu_decoder=decoder)
 
 
-def training_loader(dataset: Dataset, device: torch.device, *, batch_size: int, **options: float) -> TrainingLoader:
+def training_loader(
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    batch_size: int,
+    on_cpu: bool = False,
+    load: float | None = None,
+    **options: int,
+) -> TrainingLoader:
     """The loader of a training on a device."""
-    index, decode = dataset.index("train"), settings_of(dataset, device, **options)
+    index, decode = dataset.index("train"), settings_of(dataset, device, on_cpu=on_cpu, load=load, **options)
     plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=4_000_000, batch_size=batch_size)
     crop = TrainingCrop(224)
     return TrainingLoader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=decode)

@@ -17,6 +17,7 @@ JPEG = {
     "JPEG 4:2:0": {"subsampling": 2},
     "JPEG progressive": {"subsampling": 2, "progressive": True},
 }
+DIFFERENT, QUALITY = 200, 97
 ADOBE = b"\xff\xee"  # the marker without which the colours of CMYK are ambiguous
 
 
@@ -45,6 +46,7 @@ def groups() -> dict[str, list[bytes]]:
     made["JPEG EXIF"] = [encode(images[0], "JPEG", quality=90, exif=_orientation(value)) for value in range(1, 9)]
     cmyk = [encode(one.convert("CMYK"), "JPEG", quality=90) for one in images]
     made["JPEG CMYK"], made["JPEG CMYK, no Adobe"] = cmyk, [_without_adobe(one) for one in cmyk]
+    made["JPEG YCCK"] = [_as_ycck(one) for one in cmyk]
     for mode in ("RGB", "L", "P", "RGBA"):
         made[f"PNG {mode}"] = [encode(one.convert(mode), "PNG") for one in images]
     made["WebP lossy"] = [encode(one, "WEBP", quality=90) for one in images]
@@ -53,8 +55,10 @@ def groups() -> dict[str, list[bytes]]:
 
 
 def jpegs(count: int, *, height: int = 375, width: int = 500) -> list[bytes]:
-    """JPEGs of the size of ImageNet's."""
-    return [encode(photograph(height, width, seed=number), "JPEG", quality=90) for number in range(count)]
+    """JPEGs of the size of ImageNet's, 110 KB each; after DIFFERENT ones they repeat."""
+    different = min(count, DIFFERENT)
+    made = [encode(photograph(height, width, seed=number), "JPEG", quality=QUALITY) for number in range(different)]
+    return [made[number % different] for number in range(count)]
 
 
 def make_dataset(folder: Path, count: int, *, num_classes: int = 10, height: int = 375, width: int = 500) -> Dataset:
@@ -71,6 +75,12 @@ def _orientation(value: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = value
     return exif.tobytes()
+
+
+def _as_ycck(encoded: bytes) -> bytes:
+    """A CMYK image whose Adobe marker declares YCCK: other colours, in a valid file."""
+    transform = encoded.index(ADOBE) + 15
+    return encoded[:transform] + b"\x02" + encoded[transform + 1 :]
 
 
 def _without_adobe(encoded: bytes) -> bytes:

@@ -1,1 +1,5 @@
 """From an index to batches on a device."""
+
+from data.loading.nvjpeg import load_packaged
+
+load_packaged()

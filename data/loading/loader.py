@@ -24,6 +24,7 @@ from data.shards.dataset import Index
 from data.shards.images import UnreadableImage
 
 NAMED = 3  # damaged images in an error
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 # DALI's messages about images; only the first one names one, by its number in the batch.
 UNDECODED = re.compile(r"Failed to decode sample #(\d+)|nvImageCodec failure|cropping window|out of bounds")
 OUT_OF_MEMORY = re.compile(r"CUDA allocation failed|Can't allocate \d+ bytes on device")
@@ -145,7 +146,12 @@ class Loader:
             self._storage.read(self.index.split.shards[shard].file, image, offset=offset)
         sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)  # (N, 2)
         crops = self.crop.crops(sizes, samples, seed=self._seed, epoch=position.epoch)
-        return EncodedBatch(buffer, images, crops, rows.label.astype(np.int64), samples)
+        batch = EncodedBatch(buffer, images, crops, rows.label.astype(np.int64), samples)
+        if self.decode.gpu_decoder is not None:
+            unfinished = [number for number, image in enumerate(images) if _is_unfinished(image)]
+            if damaged := _damaged_samples(batch, unfinished):
+                raise self._unreadable(damaged, "it ends early")
+        return batch
 
     def _free_buffer(self, size: int) -> NDArray[np.uint8]:
         try:
@@ -179,23 +185,34 @@ class Loader:
         message = UNDECODED.search(str(error))
         if message is None:
             return
-        numbers = slice(None) if message[1] is None else slice(int(message[1]), int(message[1]) + 1)
+        numbers = None if message[1] is None else [int(message[1])]
         damaged = [sample for batch in self._decoding for sample in _damaged_samples(batch, numbers)]
         reason = "changed after packing or indexing: pack again, or remove the index"
-        if not damaged and message[1] is not None:  # the batch that failed is the oldest in flight
+        if not damaged and numbers is not None:  # the batch that failed is the oldest in flight
             damaged = self._decoding[0].samples[numbers].tolist()
             reason = "the CPU decodes it: decoder=cpu, in a new run"
         if damaged:
-            more = f" and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
-            names = ", ".join(self.index.keys(damaged[:NAMED])) + more
-            raise UnreadableImage(f"cannot be decoded: {names} ({reason})") from error
+            raise self._unreadable(damaged, reason) from error
+
+    def _unreadable(self, damaged: list[int], reason: str) -> UnreadableImage:
+        more = f" and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
+        names = ", ".join(self.index.keys(damaged[:NAMED])) + more
+        return UnreadableImage(f"cannot be decoded: {names} ({reason})")
 
 
-def _damaged_samples(batch: EncodedBatch, numbers: slice) -> list[int]:
-    """Return the samples with these numbers in a batch that a CPU cannot decode to the end of their crop."""
-    reaches = (batch.crops.anchor + batch.crops.shape)[numbers].tolist()
-    samples = zip(batch.samples[numbers].tolist(), batch.images[numbers], reaches, strict=True)
-    return [sample for sample, image, (height, width) in samples if not can_decode(image, reach=(height, width))]
+def _is_unfinished(image: NDArray[np.uint8]) -> bool:
+    """Whether a JPEG lacks its end marker, of which a GPU says nothing: it leaves the missing part grey."""
+    return image[:2].tobytes() == JPEG_START and image[-2:].tobytes() != JPEG_END
+
+
+def _damaged_samples(batch: EncodedBatch, numbers: list[int] | None) -> list[int]:
+    """Return the samples with these numbers in a batch, or all, that a CPU cannot decode to the end of their crop."""
+    reaches = (batch.crops.anchor + batch.crops.shape).tolist()
+    return [
+        int(batch.samples[number])
+        for number in (range(len(batch.images)) if numbers is None else numbers)
+        if not can_decode(batch.images[number], reach=tuple(reaches[number]))
+    ]
 
 
 class TrainingLoader(Loader):

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from data.loading.crops import CropPolicy
 from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder
 from data.loading.graph import as_torch, build_pipeline, choose_resizer
+from data.loading.nvjpeg import loaded_nvjpeg
 
 COMMAND = (sys.executable, "-m", "data.loading.probe")
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,9 +41,10 @@ class Probe(NamedTuple):
 def choose_gpu_decoder(probe: Probe) -> DecoderChoice:
     """Return the first GPU decoder that decodes the batch, or the CPU. `decode.gpu_decoder` is the first candidate."""
     assert probe.decode.gpu_decoder is not None
-    version, failures = nvjpeg_version(), []
+    nvjpeg, failures = loaded_nvjpeg(), []
+    version = None if nvjpeg is None else nvjpeg[0]
     if version is None or version < FANCY_REGIONS:
-        found = "not installed as a package" if version is None else ".".join(map(str, version))
+        found = "not installed" if nvjpeg is None else f"{'.'.join(map(str, nvjpeg[0]))} in {nvjpeg[1]}"
         failures.append(f"regions need nvJPEG 13.2, which is {found}")
     for decoder in candidates(probe.decode.gpu_decoder, nvjpeg=version):
         failure = try_decoder(probe._replace(decode=replace(probe.decode, gpu_decoder=decoder)))
@@ -62,20 +63,14 @@ def candidates(wanted: GpuDecoder, *, nvjpeg: tuple[int, ...] | None) -> Iterato
             yield replace(wanted, regions=regions, hardware_load=0.0)
 
 
-def nvjpeg_version() -> tuple[int, ...] | None:
-    """Return the version of the installed nvJPEG, None if it did not come as a package."""
-    try:
-        return tuple(int(part) for part in metadata.version("nvidia-nvjpeg").split(".")[:2])
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def try_decoder(probe: Probe) -> str | None:
-    """Decode a batch in another process and compare it with the CPU's; return why that failed, None for success."""
+def try_decoder(*probes: Probe) -> str | None:
+    """Decode batches in another process and compare them with the CPU's; return why that failed, None for success."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe"
-        path.write_bytes(pickle.dumps(probe))
+        path.write_bytes(pickle.dumps(probes))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+        if nvjpeg := loaded_nvjpeg():
+            environment["LD_PRELOAD"] = " ".join(filter(None, (nvjpeg[1], os.environ.get("LD_PRELOAD"))))
         try:
             answer = subprocess.run(
                 [*COMMAND, str(path)], env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
@@ -105,8 +100,12 @@ def dali_reason(error: RuntimeError) -> str:
 
 
 def main(arguments: Sequence[str]) -> str | None:
-    """Decode a saved probe; return why that failed, None for success."""
-    probe: Probe = pickle.loads(Path(arguments[0]).read_bytes())
+    """Decode saved probes; return why that failed, None for success."""
+    probes: tuple[Probe, ...] = pickle.loads(Path(arguments[0]).read_bytes())
+    return next(filter(None, map(_failure, probes)), None)
+
+
+def _failure(probe: Probe) -> str | None:
     on_cpu = replace(probe.decode, device_id=None, gpu_decoder=None)
     try:
         images, expected = decoded_images(probe), decoded_images(probe._replace(decode=on_cpu))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchvision.transforms import functional as reference
 from torchvision.transforms.v2 import functional as v2
@@ -27,7 +28,7 @@ from data.loading.loader import Batch, EncodedBatch, Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, Position, TrainingPlan
 from data.loading.storage import LocalShards
 from data.shards import sources
-from data.shards.dataset import Dataset
+from data.shards.dataset import Dataset, Rows
 from data.shards.images import UnreadableImage
 from data.shards.indexing import open_dataset
 from data.shards.pack import pack
@@ -221,6 +222,30 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     name = index.keys([5])[0]
     with pytest.raises(UnreadableImage, match=name):
         list(training(dataset, batch_size=4))
+
+
+def shorten(rows: Rows, which: NDArray[np.bool_]) -> Rows:
+    """The rows of an index whose tar has only half of some images."""
+    return rows._replace(size=np.where(which, rows.size // 2, rows.size))
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_a_jpeg_that_a_gpu_would_complete_with_grey_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cut: bool
+) -> None:
+    images = make_folder(tmp_path / "images")
+    path = next(images.rglob("*.jpg"))
+    path.write_bytes(path.read_bytes() + bytes(100))  # complete, although it does not end with its end marker
+    dataset = pack(sources.folder(images, "three", val_fraction=0.0, seed=0), tmp_path / "packed").dataset
+    monkeypatch.setattr("data.loading.loader.build_pipeline", lambda source, **_: FailingPipeline("on the GPU", source))
+    loader = training(dataset, batch_size=len(dataset.index("train")))
+    loader.decode = replace(loader.decode, gpu_decoder=GpuDecoder())
+    if is_cut:
+        rows = loader.index.rows
+        monkeypatch.setattr(loader.index, "rows", lambda samples: shorten(rows(samples), samples == 5))
+    name = f"cannot be decoded: {loader.index.keys([5])[0]} (it ends early)"
+    with pytest.raises(UnreadableImage if is_cut else RuntimeError, match=re.escape(name) if is_cut else "on the GPU"):
+        next(iter(loader))
 
 
 class FailingPipeline:

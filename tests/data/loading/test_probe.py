@@ -36,10 +36,10 @@ def data_of(dataset: Dataset, **settings: object) -> ShardData:
 
 def test_a_probe_decodes_a_batch_in_another_process(photographs: Dataset) -> None:
     whole = probe_of(photographs)
-    assert try_decoder(whole) is None
+    assert try_decoder(whole, whole) is None
     images, *crops = whole.inputs
     damaged = whole._replace(inputs=([*images[:2], images[2][:200], images[3]], *crops))
-    assert str(try_decoder(damaged)).startswith("nvImageCodec failure: ")
+    assert str(try_decoder(whole, damaged)).startswith("nvImageCodec failure: ")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_images_unlike_the_cpus_are_refused(
     decoded = [probe.decoded_images(whole), probe.decoded_images(whole) + 1]
     monkeypatch.setattr(probe, "decoded_images", lambda _: decoded.pop())
     saved = tmp_path / "probe"
-    saved.write_bytes(probe.pickle.dumps(whole))
+    saved.write_bytes(probe.pickle.dumps([whole]))
     assert "levels from the CPU's" in str(probe.main([str(saved)]))
 
 
@@ -81,15 +81,15 @@ def test_the_first_decoder_that_works_is_chosen_and_the_others_are_explained(
     whole = probe_of(photographs)
     whole = whole._replace(decode=replace(whole.decode, gpu_decoder=GpuDecoder()))
     answers = {GpuDecoder(): "killed by SIGSEGV", GpuDecoder(hardware_load=0.0): None}
-    monkeypatch.setattr(probe, "nvjpeg_version", lambda: (13, 3))
+    monkeypatch.setattr(probe, "loaded_nvjpeg", lambda: ((13, 3, 2), "FILE"))
     monkeypatch.setattr(probe, "try_decoder", lambda one: answers[one.decode.gpu_decoder])
     crash = "GPU, regions, at most 65% by its hardware decoder: killed by SIGSEGV"
     assert choose_gpu_decoder(whole) == (GpuDecoder(hardware_load=0.0), crash)
-    monkeypatch.setattr(probe, "nvjpeg_version", lambda: (13, 1))
+    monkeypatch.setattr(probe, "loaded_nvjpeg", lambda: ((13, 0, 1), "FILE"))
     monkeypatch.setattr(probe, "try_decoder", lambda one: "no device")
     decoder, reason = choose_gpu_decoder(whole)
     assert decoder is None
-    assert reason.startswith("regions need nvJPEG 13.2, which is 13.1; GPU, entire images")
+    assert reason.startswith("regions need nvJPEG 13.2, which is 13.0.1 in FILE; GPU, entire images")
     assert reason.count("no device") == 2
 
 

@@ -1,0 +1,45 @@
+"""The nvJPEG that decodes: of several in a process, nvImageCodec takes the first that was loaded.
+
+torchvision brings an nvJPEG 13.0 with the same soname, and Lightning imports torchvision. That one cannot interpolate
+chroma in regions: nvImageCodec then decodes on the CPU without a word.
+"""
+
+import ctypes
+from importlib.util import find_spec
+from pathlib import Path
+
+SONAME = "libnvjpeg.so.13"
+MAPS = Path("/proc/self/maps")
+
+
+def load_packaged() -> None:
+    """Load the nvJPEG of the package `nvidia-nvjpeg`, where it is installed; call it before torchvision is imported."""
+    spec = find_spec("nvidia")
+    for folder in (spec.submodule_search_locations if spec is not None else None) or ():
+        path = Path(folder) / "cu13" / "lib" / SONAME
+        if path.is_file():
+            ctypes.CDLL(str(path))
+            return
+
+
+def loaded_nvjpeg() -> tuple[tuple[int, ...], str] | None:
+    """Return the version and the path of the library that nvImageCodec gets in this process, None without one."""
+    try:
+        library = ctypes.CDLL(SONAME)
+    except OSError:
+        return None
+    number = ctypes.c_int()
+    version = []
+    for part in range(3):
+        library.nvjpegGetProperty(part, ctypes.byref(number))
+        version.append(number.value)
+    address = ctypes.cast(library.nvjpegGetProperty, ctypes.c_void_p).value or 0
+    return tuple(version), _path_at(address)
+
+
+def _path_at(address: int) -> str:
+    for line in MAPS.read_text().splitlines():
+        start, end = (int(one, 16) for one in line.split()[0].split("-"))
+        if start <= address < end:
+            return line.split(maxsplit=5)[-1]
+    return ""
