@@ -7,13 +7,16 @@ Each check runs in its own process with a limit, prints a line of JSON, and the 
 import argparse
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from benchmarks.gpu import cifar10, correctness, decoding, speed, waits
-from benchmarks.gpu.checks import run_apart, run_here, table
+from benchmarks.gpu.checks import Check, Result, run_apart, run_here, table
 from benchmarks.gpu.loaders import sound_decoder
+from data.shards.parallel import available_cores
 
+CORES_EACH = 4  # of each check of those that run at the same time
 MODULES = (decoding, correctness, waits, speed, cifar10)
 CHECKS = {check.name: check for module in MODULES for check in module.CHECKS}
 
@@ -34,11 +37,16 @@ def main() -> int:
     chosen = [CHECKS[name] for name in arguments.only or CHECKS]
     if arguments.device == "cuda":
         print(json.dumps({"decoder": str(sound_decoder(torch.device("cuda", 0)) or "CPU")}), flush=True)
-    results = []
-    for check in chosen:
-        if arguments.device == "cuda" or check.on_cpu:
-            results.append(run_apart(check, arguments.device))
-            print(results[-1].to_json(), flush=True)
+    chosen = [check for check in chosen if arguments.device == "cuda" or check.on_cpu]
+
+    def run(check: Check) -> Result:
+        result = run_apart(check, arguments.device)
+        print(result.to_json(), flush=True)
+        return result
+
+    with ThreadPoolExecutor(max(1, available_cores() // CORES_EACH)) as threads:
+        results = list(threads.map(run, [check for check in chosen if not check.alone]))
+    results += [run(check) for check in chosen if check.alone]
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "a CPU"
     print(f"\nOn {name}, torch {torch.__version__}:\n\n{table(results)}")
     return int(any(result.holds is False for result in results))

@@ -34,6 +34,7 @@ class Check:
     seconds: int
     run: Callable[[torch.device], Answer]
     on_cpu: bool = True  # whether it has a meaning on a CPU
+    alone: bool = False  # whether it measures time or memory, so that no other may run beside it
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ class Result:
         return json.dumps(vars(self), default=str)
 
 
+class Found(dict[str, object]):
+    """Figures that are printed as they are found, so that a check that is stopped has said what it knew."""
+
+    def __setitem__(self, name: str, value: object) -> None:
+        super().__setitem__(name, value)
+        print(json.dumps({"found": {name: value}}, default=str), flush=True)
+
+
 def run_here(check: Check, device: torch.device) -> None:
     """Run a check in this process and print its answer as one line of JSON, the last line of its output."""
     answer = check.run(device)
@@ -61,7 +70,7 @@ def run_here(check: Check, device: torch.device) -> None:
 def run_apart(check: Check, device: str) -> Result:
     """Run a check in another process; a crash or a hang is a result."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--one", check.name]
-    start = time.perf_counter()
+    start, holds, error = time.perf_counter(), None, None
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -69,16 +78,21 @@ def run_apart(check: Check, device: str) -> Result:
         output, errors = process.communicate(timeout=check.seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return Result(check.name, check.claim, False, check.seconds, {}, f"no answer in {check.seconds} s")
+        output, errors = process.communicate()
+        error = f"no answer in {check.seconds} s"
     seconds = round(time.perf_counter() - start, 1)
-    if process.returncode != 0:
+    if error is None and process.returncode != 0:
         print(errors, file=sys.stderr, flush=True)
         lines = [line for line in errors.splitlines() if line.strip()] or ["no message"]
         killed = signal.Signals(-process.returncode).name if process.returncode < 0 else f"exit {process.returncode}"
-        return Result(check.name, check.claim, False, seconds, {}, f"{killed}: {lines[-1].strip()}")
-    answer = json.loads(output.splitlines()[-1])
-    return Result(check.name, check.claim, answer["holds"], seconds, answer["figures"])
+        error = f"{killed}: {lines[-1].strip()}"
+    figures: dict[str, object] = {}
+    for line in output.splitlines():
+        if line.startswith('{"'):
+            answer = json.loads(line)
+            figures |= answer.get("found") or answer["figures"]
+            holds = answer.get("holds")
+    return Result(check.name, check.claim, False if error else holds, seconds, figures, error)
 
 
 def table(results: Iterable[Result]) -> str:
@@ -86,6 +100,6 @@ def table(results: Iterable[Result]) -> str:
     words = {True: "yes", False: "**no**", None: "measured"}
     lines = ["| check | holds | seconds | claim | found |", "|---|---|--:|---|---|"]
     for one in results:
-        found = one.error or "; ".join(f"{name} {value}" for name, value in one.figures.items())
+        found = "; ".join([*filter(None, [one.error]), *(f"{name} {value}" for name, value in one.figures.items())])
         lines.append(f"| {one.check} | {words[one.holds]} | {one.seconds:.0f} | {one.claim} | {found} |")
     return "\n".join(lines)

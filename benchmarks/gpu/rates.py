@@ -16,7 +16,7 @@ from torch.nn import functional
 from data.loading.loader import Batch
 from models.residual import resnet
 
-ROUNDS = 3
+ROUNDS, SECONDS = 3, 1.0  # turns of each way, and how long they last
 
 
 class Way(NamedTuple):
@@ -47,39 +47,38 @@ class Rate(NamedTuple):
         return str(self) if self is other else f"{self}, {self.share_of(other):.3f} of fixed"
 
 
-def interleaved(
-    ways: Mapping[str, Way], batch_size: int, *, steps: int, device: torch.device, ready: int = 4
-) -> dict[str, Rate]:
+def interleaved(ways: Mapping[str, Way], batch_size: int, *, device: torch.device, ready: int = 4) -> dict[str, Rate]:
     """Measure all ways by turns, so that a drift of the clocks meets all of them.
 
     Before each turn so many steps are not counted, for which a way has batches `ready` from the time that it waited.
     """
     for way in ways.values():
-        _timed(way, ready, device=device)
-    rounds = [
-        {name: _timed(way, steps, device=device, ready=ready) for name, way in ways.items()} for _ in range(ROUNDS)
-    ]
+        with bound_to(way.cores):
+            way.step(), way.step()  # cuDNN chooses its algorithms
+    rounds = [{name: _turn(way, ready, device=device) for name, way in ways.items()} for _ in range(ROUNDS)]
     rates = {}
     for name in ways:
-        seconds, cpu, watts = zip(*(one[name] for one in rounds), strict=True)
+        steps, seconds, cpu, watts = zip(*(one[name] for one in rounds), strict=True)
         known = [one for one in watts if one is not None]
         power = statistics.median(known) if known else None
-        rates[name] = Rate([steps * batch_size / one for one in seconds], sum(cpu) / sum(seconds), power)
+        each = [number * batch_size / time for number, time in zip(steps, seconds, strict=True)]
+        rates[name] = Rate(each, sum(cpu) / sum(seconds), power)
     return rates
 
 
-def _timed(way: Way, steps: int, *, device: torch.device, ready: int = 0) -> tuple[float, float, float | None]:
-    """Seconds, seconds of the CPU, and watts at the end."""
+def _turn(way: Way, ready: int, *, device: torch.device) -> tuple[int, float, float, float | None]:
+    """Steps, seconds, seconds of the CPU, and watts at the end."""
     with bound_to(way.cores):
-        for _ in range(ready):
+        for _ in range(ready if device.type == "cuda" else 1):
             way.step()
         wait(device)
-        start, cpu = time.perf_counter(), _cpu_seconds()
-        for _ in range(steps):
+        start, cpu, steps = time.perf_counter(), _cpu_seconds(), 0
+        while steps < 2 or time.perf_counter() - start < SECONDS:
             way.step()
+            steps += 1
         watts = _watts(device)
         wait(device)
-        return time.perf_counter() - start, _cpu_seconds() - cpu, watts
+        return steps, time.perf_counter() - start, _cpu_seconds() - cpu, watts
 
 
 @contextmanager

@@ -97,7 +97,8 @@ class ShardData(pl.LightningDataModule):
         """Decide where images are decoded for a device, and why.
 
         `before` is the choice with which the run began, None for a new run. A new run tries the GPU's decoder on one
-        batch if `probes`; otherwise the choice comes from rank 0 in `setup`.
+        batch if `probes`; otherwise the choice comes from rank 0 in `setup`. If it must be the GPU's, every rank tries
+        it, so that all fail together.
         Raises: ValueError for a GPU decoder without a GPU, or one that fails.
         """
         wanted = self.settings.decoder
@@ -109,7 +110,7 @@ class ShardData(pl.LightningDataModule):
             load, choice = self.settings.hw_decoder_load, before
             if before.decoder is not None and load is not None:  # another one than before is refused by the run
                 choice = before._replace(decoder=replace(before.decoder, hardware_load=load))
-        elif wanted != "cpu" and probes:
+        elif wanted == "gpu" or (wanted == "auto" and probes):
             choice = choose_gpu_decoder(self._probe(device))
             works = wanted == "auto" or choice.decoder is not None
             require(works, f"does not decode this data set ({choice.reason}): use cpu", decoder=wanted)

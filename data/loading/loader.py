@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,7 +112,10 @@ class Loader:
         if decode.crops_only:
             device = torch.device("cpu" if decode.device_id is None else f"cuda:{decode.device_id}")
             self._transfer = Transfer(device, mean=decode.mean, std=decode.std)
-        self._pipeline = build_pipeline(self._encoded, decode=decode, crop=crop, batch_size=batch_size, resizer=resizer)
+        with _memory_errors():
+            self._pipeline = build_pipeline(
+                self._encoded, decode=decode, crop=crop, batch_size=batch_size, resizer=resizer
+            )
 
     def first_inputs(self) -> tuple[Any, ...]:
         """Return what DALI is handed for the first batch, without a change of the position."""
@@ -164,7 +168,10 @@ class Loader:
         assert self._pipeline is not None
         pipeline, self._pipeline = self._pipeline, None  # after any error the next iteration builds a new one
         try:
-            (output,) = pipeline.run()
+            with _memory_errors():
+                (output,) = pipeline.run()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self._raise_damaged(error)
             raise
@@ -178,10 +185,8 @@ class Loader:
     def _raise_damaged(self, error: RuntimeError) -> None:
         """Raise UnreadableImage naming the images in flight that the CPU cannot decode, if the error is about images.
 
-        DALI loses the entire batch, and names an image at most by its number. Raises: OutOfMemoryError.
+        DALI loses the entire batch, and names an image at most by its number.
         """
-        if OUT_OF_MEMORY.search(str(error)):
-            raise torch.OutOfMemoryError(str(error)) from error
         message = UNDECODED.search(str(error))
         if message is None:
             return
@@ -198,6 +203,17 @@ class Loader:
         more = f" and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
         names = ", ".join(self.index.keys(damaged[:NAMED])) + more
         return UnreadableImage(f"cannot be decoded: {names} ({reason})")
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn DALI's error about the GPU's memory into torch's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if OUT_OF_MEMORY.search(str(error)):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
 
 
 def _is_unfinished(image: NDArray[np.uint8]) -> bool:

@@ -307,6 +307,17 @@ def test_memory_that_dali_lacks_is_not_blamed_on_images(photographs: Dataset, mo
         next(iter(failing(photographs, "CUDA allocation failed\nfor 1234 bytes", monkeypatch)))
 
 
+def test_a_graph_without_memory_to_be_built_is_out_of_memory(
+    photographs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(source: object, **settings: object) -> None:
+        raise RuntimeError("Can't allocate 1234 bytes on device 0.")
+
+    monkeypatch.setattr("data.loading.loader.build_pipeline", build)
+    with pytest.raises(torch.OutOfMemoryError, match="Can't allocate 1234 bytes"):
+        next(iter(training(photographs)))
+
+
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
 def test_as_many_batches_are_decoded_at_once_as_configured(photographs: Dataset, prefetch: int) -> None:
     loader = training(photographs, batch_size=4)

@@ -126,8 +126,9 @@ def test_a_gpu_is_probed_once_and_a_run_keeps_the_choice(photographs: Dataset, m
     assert data_of(photographs, decoder="cpu").choose_decoder(GPU, before=answer, probes=True).decoder is None
     assert len(probed) == 1
     monkeypatch.setattr("data.loading.datamodule.choose_gpu_decoder", lambda _: DecoderChoice(None, "no device"))
-    with pytest.raises(ValueError, match=r"^decoder=gpu does not decode this data set \(no device\): use cpu$"):
-        data_of(photographs, decoder="gpu").choose_decoder(GPU, before=None, probes=True)
+    for probes in (True, False):  # all ranks fail together
+        with pytest.raises(ValueError, match=r"^decoder=gpu does not decode this data set \(no device\): use cpu$"):
+            data_of(photographs, decoder="gpu").choose_decoder(GPU, before=None, probes=probes)
 
 
 def test_a_gpu_gets_uint8_crops_from_either_decoder(photographs: Dataset) -> None:
