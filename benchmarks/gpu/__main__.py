@@ -13,8 +13,9 @@ import torch
 
 from benchmarks.gpu import cifar10, correctness, decoding, speed, waits
 from benchmarks.gpu.checks import Check, Result, run_apart, run_here, table
-from benchmarks.gpu.loaders import sound_decoder
+from benchmarks.gpu.loaders import find_decoder
 from data.shards.parallel import available_cores
+from pipeline.build.trainer import no_gpu_reason
 
 CORES_EACH = 4  # of each check of those that run at the same time
 MODULES = (decoding, correctness, waits, speed, cifar10)
@@ -29,14 +30,15 @@ def main() -> int:
     parser.add_argument("--one", choices=CHECKS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("error: there is no GPU: make gpu-check DEVICE=cpu runs what has a meaning on a CPU", file=sys.stderr)
+        advice = "make gpu-check DEVICE=cpu runs what has a meaning on a CPU"
+        print(f"error: there is no GPU{no_gpu_reason()}: {advice}", file=sys.stderr)
         return 1
     if arguments.one:
         run_here(CHECKS[arguments.one], torch.device(arguments.device, 0))
         return 0
     chosen = [CHECKS[name] for name in arguments.only or CHECKS]
     if arguments.device == "cuda":
-        print(json.dumps({"decoder": str(sound_decoder(torch.device("cuda", 0)) or "CPU")}), flush=True)
+        print(json.dumps({"decoder": str(find_decoder(torch.device("cuda", 0)) or "CPU")}), flush=True)
     chosen = [check for check in chosen if arguments.device == "cuda" or check.on_cpu]
 
     def run(check: Check) -> Result:

@@ -1,7 +1,6 @@
 """The form of a check: a claim, a limit, and a function that finds figures and whether the claim holds."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 Figures = Mapping[str, Any]
+FIGURE, ANSWER = "figure ", "answer "  # how the lines begin that a check prints for the program
 
 
 @dataclass(frozen=True)
@@ -53,31 +54,30 @@ class Result:
         return json.dumps(vars(self), default=str)
 
 
-class Found(dict[str, object]):
-    """Figures that are printed as they are found, so that a check that is stopped has said what it knew."""
+class PrintedFigures(dict[str, object]):
+    """Figures that are printed as they become known, so that a check that is stopped has said them."""
 
     def __setitem__(self, name: str, value: object) -> None:
         super().__setitem__(name, value)
-        print(json.dumps({"found": {name: value}}, default=str), flush=True)
+        print(FIGURE + json.dumps({name: value}, default=str), flush=True)
 
 
 def run_here(check: Check, device: torch.device) -> None:
-    """Run a check in this process and print its answer as one line of JSON, the last line of its output."""
+    """Run a check in this process and print its answer."""
     answer = check.run(device)
-    print(json.dumps({"holds": answer.holds, "figures": answer.figures}, default=str), flush=True)
+    print(ANSWER + json.dumps({"holds": answer.holds, "figures": answer.figures}, default=str), flush=True)
 
 
 def run_apart(check: Check, device: str) -> Result:
     """Run a check in another process; a crash or a hang is a result."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--one", check.name]
-    start, holds, error = time.perf_counter(), None, None
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    start, error = time.perf_counter(), None
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         output, errors = process.communicate(timeout=check.seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            one.kill()
         output, errors = process.communicate()
         error = f"no answer in {check.seconds} s"
     seconds = round(time.perf_counter() - start, 1)
@@ -88,11 +88,13 @@ def run_apart(check: Check, device: str) -> Result:
         error = f"{killed}: {lines[-1].strip()}"
     figures: dict[str, object] = {}
     for line in output.splitlines():
-        if line.startswith('{"'):
-            answer = json.loads(line)
-            figures |= answer.get("found") or answer["figures"]
-            holds = answer.get("holds")
-    return Result(check.name, check.claim, False if error else holds, seconds, figures, error)
+        if line.startswith(FIGURE):
+            figures |= json.loads(line.removeprefix(FIGURE))
+    answers = [json.loads(line.removeprefix(ANSWER)) for line in output.splitlines() if line.startswith(ANSWER)]
+    if not answers:
+        return Result(check.name, check.claim, False, seconds, figures, error or "it ended without an answer")
+    (answer,) = answers
+    return Result(check.name, check.claim, False if error else answer["holds"], seconds, answer["figures"], error)
 
 
 def table(results: Iterable[Result]) -> str:

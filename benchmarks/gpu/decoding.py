@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as v2
 
 from benchmarks.gpu import samples
 from benchmarks.gpu.checks import ROOT, Answer, Check
-from benchmarks.gpu.loaders import MEAN, STD, probe_of, sound_decoder, training_loader
+from benchmarks.gpu.loaders import MEAN, STD, find_decoder, make_probe, training_loader
 from data.draws import Samples
 from data.loading import graph
 from data.loading.crops import EvaluationCrop, TrainingCrop
@@ -49,7 +49,7 @@ LOSSLESS = ("PNG", "WebP lossless")
 MAX_MEAN, MAX_TAIL = 1.0, 12.0  # levels: mean and 99.9th percentile of the difference between two JPEG decoders
 
 
-def versions(device: torch.device) -> Answer:
+def check_versions(device: torch.device) -> Answer:
     """C0: what is installed, and whether nvImageCodec finds nvJPEG."""
     figures: dict[str, object] = {"Python": platform.python_version()}
     for package in PACKAGES:
@@ -74,7 +74,7 @@ def versions(device: torch.device) -> Answer:
     return Answer(loads, figures | {"exit code": answer.returncode})
 
 
-def regions(device: torch.device) -> Answer:
+def check_regions(device: torch.device) -> Answer:
     """C1: which settings decode random crops of random batches without a crash."""
     mixed = [one for name, made in samples.groups().items() if name.startswith(("JPEG 4", "JPEG g")) for one in made]
     mixes = {"4:2:0": samples.jpegs(16, height=150, width=200), "mixed": mixed}
@@ -101,7 +101,7 @@ def _failed_batches(
     decoder: GpuDecoder | None, batches: Mapping[str, list[bytes]], *, device: torch.device
 ) -> dict[str, str]:
     """Why a decoder fails, by batch: all in one process, and if that fails each in its own."""
-    probes = {name: probe_of(batch, device, decoder=decoder) for name, batch in batches.items()}
+    probes = {name: make_probe(batch, device, decoder=decoder) for name, batch in batches.items()}
     together = try_decoder(*probes.values())
     if together is None:
         return {}
@@ -109,9 +109,9 @@ def _failed_batches(
     return {name: failure for name, failure in failures.items() if failure} or {"all in one process": together}
 
 
-def decoders(device: torch.device) -> Answer:
+def check_decoders(device: torch.device) -> Answer:
     """C2: this device's decoder against the CPU's, by kind of image; on a CPU, regions against entire images."""
-    decoder = sound_decoder(device) if device.type == "cuda" else None
+    decoder = find_decoder(device) if device.type == "cuda" else None
     figures: dict[str, object] = {"decoder": str(decoder or "CPU")}
     groups = samples.groups()
     ways = {"": decoder}
@@ -181,7 +181,7 @@ def _decoded(
     device_id = None if decoder is None else 0
     with Pipeline(batch_size=len(batch), num_threads=2, device_id=device_id, exec_dynamic=True) as pipeline:
         encoded, anchor, shape = fn.external_source(source=lambda: (inputs, anchors, shapes), num_outputs=3, batch=True)
-        pipeline.set_outputs(graph._decode(encoded, (anchor, shape), decoder=decoder))
+        pipeline.set_outputs(graph.decode_crops(encoded, (anchor, shape), decoder=decoder))
     outputs = [pipeline.run()[0] for _ in range(2)]
     on_cpu = outputs if decoder is None else [one.as_cpu() for one in outputs]
     first, second = ([np.asarray(one.at(number)) for number in range(len(batch))] for one in on_cpu)
@@ -204,14 +204,14 @@ def decode_some(decoder: GpuDecoder) -> None:
     _decoded(samples.jpegs(4, height=100, width=100), np.zeros((4, 2), np.int32), shapes, decoder=decoder)
 
 
-def graphs(device: torch.device) -> Answer:
+def check_graphs(device: torch.device) -> Answer:
     """C3: batches of PNGs against torchvision, those of an evaluation on a GPU against the CPU's graph."""
     images = [samples.encode(samples.photograph(120, 160, seed=number), "PNG") for number in range(5)]
-    decoder = sound_decoder(device) if device.type == "cuda" else None
+    decoder = find_decoder(device) if device.type == "cuda" else None
     inside: dict[str, float] = {}
     figures: dict[str, object] = {}
     for crop in (TrainingCrop(64), EvaluationCrop(64)):
-        probe = probe_of(images, device, decoder=decoder, crop=crop)
+        probe = make_probe(images, device, decoder=decoder, crop=crop)
         if isinstance(crop, TrainingCrop):
             _, anchors, shapes, mirrors = probe.inputs
             crops = zip(images, anchors, shapes, mirrors, strict=True)
@@ -248,7 +248,7 @@ def _pixels(image: bytes) -> Tensor:
     return decode_image(torch.frombuffer(bytearray(image), dtype=torch.uint8), ImageReadMode.RGB)  # (3, H, W)
 
 
-def damage(device: torch.device) -> Answer:
+def check_damage(device: torch.device) -> Answer:
     """C5: damaged files are named, or decode without an error where the decoder cannot know."""
     figures, holds = {}, True
     for name, change in DAMAGES.items():
@@ -256,8 +256,8 @@ def damage(device: torch.device) -> Answer:
             dataset = samples.make_dataset(Path(folder), 40, height=150, width=200)
             loader = training_loader(dataset, device, batch_size=8)
             sample, start = int(loader.plan.samples(0, 1)[2]), time.perf_counter()
-            if change is None:
-                _cut(loader, sample)
+            if isinstance(change, float):
+                _cut(loader, sample, change)
             else:
                 _rewrite(dataset, sample, change)
             try:
@@ -288,46 +288,49 @@ def _rewrite(dataset: Dataset, sample: int, change: Callable[[Bytes], None]) -> 
         shard.write(encoded.tobytes())
 
 
-def _cut(loader: TrainingLoader, sample: int) -> None:
+def _cut(loader: TrainingLoader, sample: int, share: float) -> None:
     """Let the index say that a shard has only a part of an image."""
     rows_of = loader.index.rows
 
     def rows(samples: Samples) -> Rows:
         rows = rows_of(samples)
-        return rows._replace(size=np.where(samples == sample, rows.size * 6 // 10, rows.size))
+        return rows._replace(size=np.where(samples == sample, (rows.size * share).astype(rows.size.dtype), rows.size))
 
     loader.index.rows = rows
 
 
-DAMAGES: dict[str, Callable[[Bytes], None] | None] = {
-    "cut at 60 %": None,
+DAMAGES: dict[str, Callable[[Bytes], None] | float] = {  # a change of the bytes, or the share that is left
+    "cut at 60 %": 0.6,
+    "empty": 0.0,
     "50 flipped bits": _flip,
     "zeroed header": lambda encoded: encoded[:40].fill(0),
     "all zeros": lambda encoded: encoded.fill(0),
 }
 
 
-def memory(device: torch.device) -> Answer:
+def check_memory(device: torch.device) -> Answer:
     """C5: memory that DALI lacks is blamed on memory."""
     with tempfile.TemporaryDirectory() as folder:
         loader = training_loader(samples.make_dataset(Path(folder), 600), device, batch_size=512)
         free, _ = torch.cuda.mem_get_info(device)
         ballast = torch.empty(free - FREE, dtype=torch.uint8, device=device)
+        left, _ = torch.cuda.mem_get_info(device)
+        answer, by_dali = "it fitted", False
         try:
             next(iter(loader))
-            answer = "it fitted"
         except RuntimeError as error:
-            answer = type(error).__name__
+            answer, by_dali = type(error).__name__, error.__cause__ is not None
     decoder = loader.decode.gpu_decoder
-    holds = answer == "OutOfMemoryError" if decoder is not None and len(ballast) else None
-    return Answer(holds, {"answer": answer, "decoder": str(decoder or "CPU")})
+    figures = {"answer": answer, "by DALI": by_dali, "MB that were left": left >> 20, "decoder": str(decoder or "CPU")}
+    is_full = len(ballast) > 0 and left <= FREE
+    return Answer(answer == "OutOfMemoryError" if decoder is not None and is_full else None, figures)
 
 
 CHECKS = (
-    Check("versions", "nvImageCodec loads nvJPEG", 120, versions),
-    Check("regions", "a setting decodes crops of every batch", 180, regions),
-    Check("decoders", "the device's decoder gives the CPU's pixels", 120, decoders),
-    Check("graphs", "the graph gives torchvision's images", 60, graphs),
-    Check("damage", "damaged files are named", 120, damage),
-    Check("memory", "out of memory is blamed on memory", 60, memory, on_cpu=False, alone=True),
+    Check("versions", "nvImageCodec loads nvJPEG", 120, check_versions),
+    Check("regions", "a setting decodes crops of every batch", 300, check_regions),
+    Check("decoders", "the device's decoder gives the CPU's pixels", 120, check_decoders),
+    Check("graphs", "the graph gives torchvision's images", 60, check_graphs),
+    Check("damage", "damaged files are named", 120, check_damage),
+    Check("memory", "out of memory is blamed on memory", 60, check_memory, on_cpu=False, alone=True),
 )

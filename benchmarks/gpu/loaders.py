@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +22,10 @@ from data.shards.images import oriented_size
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP = TrainingCrop(64)
-KNOWN = "GPU_CHECK_DECODER"
+DECODER_VARIABLE = "GPU_CHECK_DECODER"
 
 
-def probe_of(
+def make_probe(
     images: list[bytes],
     device: torch.device,
     *,
@@ -40,28 +42,29 @@ def probe_of(
 
 
 @lru_cache
-def sound_decoder(device: torch.device) -> GpuDecoder | None:
+def find_decoder(device: torch.device) -> GpuDecoder | None:
     """The first GPU decoder that works, None for the CPU; the processes of the checks inherit the first answer."""
-    if KNOWN not in os.environ:
-        choice = choose_gpu_decoder(probe_of(samples.jpegs(32), device, decoder=GpuDecoder()))
-        os.environ[KNOWN] = json.dumps(None if choice.decoder is None else vars(choice.decoder))
-    known = json.loads(os.environ[KNOWN])
+    if DECODER_VARIABLE not in os.environ:
+        choice = choose_gpu_decoder(make_probe(samples.jpegs(32), device, decoder=GpuDecoder()))
+        os.environ[DECODER_VARIABLE] = json.dumps(None if choice.decoder is None else vars(choice.decoder))
+    known = json.loads(os.environ[DECODER_VARIABLE])
     return None if known is None else GpuDecoder(**known)
 
 
-def settings_of(
-    dataset: Dataset, device: torch.device, *, on_cpu: bool = False, load: float | None = None, **options: int
+def make_settings(
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    on_cpu: bool = False,
+    change: Mapping[str, Any] | None = None,
+    **options: int,
 ) -> DecodeSettings:
-    """The settings of the first sound decoder of a GPU, with this load of its hardware decoder, or of the CPU."""
+    """The settings of the first sound decoder of a GPU, with values changed, or of the CPU."""
     if device.type == "cpu":
         return DecodeSettings(dataset.mean, dataset.std, **options)
     decode = DecodeSettings(dataset.mean, dataset.std, device_id=device.index or 0, crops_only=True, **options)
-    if on_cpu:
-        return decode
-    decoder = sound_decoder(device)
-    if decoder is not None and load is not None:
-        decoder = replace(decoder, hardware_load=load)
-    return replace(decode, gpu_decoder=decoder)
+    decoder = None if on_cpu else find_decoder(device)
+    return decode if decoder is None else replace(decode, gpu_decoder=replace(decoder, **(change or {})))
 
 
 def training_loader(
@@ -70,11 +73,11 @@ def training_loader(
     *,
     batch_size: int,
     on_cpu: bool = False,
-    load: float | None = None,
+    change: Mapping[str, Any] | None = None,
     **options: int,
 ) -> TrainingLoader:
     """The loader of a training on a device."""
-    index, decode = dataset.index("train"), settings_of(dataset, device, on_cpu=on_cpu, load=load, **options)
+    index, decode = dataset.index("train"), make_settings(dataset, device, on_cpu=on_cpu, change=change, **options)
     plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=4_000_000, batch_size=batch_size)
     crop = TrainingCrop(224)
     return TrainingLoader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=decode)

@@ -1,4 +1,4 @@
-"""How rates are measured: by turns, bound to a number of cores, with the CPU time and the power that they take."""
+"""How rates are measured: interleaved, bound to a number of cores, with the CPU time and the power that they take."""
 
 import os
 import statistics
@@ -19,7 +19,7 @@ from models.residual import resnet
 ROUNDS, SECONDS = 3, 1.0  # turns of each way, and how long they last
 
 
-class Way(NamedTuple):
+class Contender(NamedTuple):
     """A way to do the same work: a step, and the cores that it may use."""
 
     step: Callable[[], object]
@@ -47,14 +47,17 @@ class Rate(NamedTuple):
         return str(self) if self is other else f"{self}, {self.share_of(other):.3f} of fixed"
 
 
-def interleaved(ways: Mapping[str, Way], batch_size: int, *, device: torch.device, ready: int = 4) -> dict[str, Rate]:
-    """Measure all ways by turns, so that a drift of the clocks meets all of them.
+def interleaved(
+    ways: Mapping[str, Contender], batch_size: int, *, device: torch.device, ready: int = 4
+) -> dict[str, Rate]:
+    """Measure all ways in turn, so that a drift of the clocks meets all of them.
 
     Before each turn so many steps are not counted, for which a way has batches `ready` from the time that it waited.
     """
     for way in ways.values():
         with bound_to(way.cores):
-            way.step(), way.step()  # cuDNN chooses its algorithms
+            for _ in range(2):  # cuDNN chooses its algorithms
+                way.step()
     rounds = [{name: _turn(way, ready, device=device) for name, way in ways.items()} for _ in range(ROUNDS)]
     rates = {}
     for name in ways:
@@ -66,7 +69,7 @@ def interleaved(ways: Mapping[str, Way], batch_size: int, *, device: torch.devic
     return rates
 
 
-def _turn(way: Way, ready: int, *, device: torch.device) -> tuple[int, float, float, float | None]:
+def _turn(way: Contender, ready: int, *, device: torch.device) -> tuple[int, float, float, float | None]:
     """Steps, seconds, seconds of the CPU, and watts at the end."""
     with bound_to(way.cores):
         for _ in range(ready if device.type == "cuda" else 1):

@@ -97,8 +97,8 @@ class ShardData(pl.LightningDataModule):
         """Decide where images are decoded for a device, and why.
 
         `before` is the choice with which the run began, None for a new run. A new run tries the GPU's decoder on one
-        batch if `probes`; otherwise the choice comes from rank 0 in `setup`. If it must be the GPU's, every rank tries
-        it, so that all fail together.
+        batch if `probes`; otherwise the choice comes from rank 0 in `setup`. If it must be the GPU's, every rank of a
+        new run tries it, so that all fail together.
         Raises: ValueError for a GPU decoder without a GPU, or one that fails.
         """
         wanted = self.settings.decoder
@@ -108,7 +108,8 @@ class ShardData(pl.LightningDataModule):
             choice = DecoderChoice(None, "no GPU trains")
         elif before is not None and (wanted == "auto" or (wanted == "gpu" and before.decoder is not None)):
             load, choice = self.settings.hw_decoder_load, before
-            if before.decoder is not None and load is not None:  # another one than before is refused by the run
+            # Another one than before is refused by the run; 0 is what the probe falls back to.
+            if before.decoder is not None and load is not None and before.decoder.hardware_load > 0:
                 choice = before._replace(decoder=replace(before.decoder, hardware_load=load))
         elif wanted == "gpu" or (wanted == "auto" and probes):
             choice = choose_gpu_decoder(self._probe(device))

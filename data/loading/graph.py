@@ -47,7 +47,7 @@ def build_pipeline(
         encoded, anchor, shape, mirror, *region = fn.external_source(
             source=source, num_outputs=6 if crop.has_margin else 4, batch=True, no_copy=True
         )
-        decoded = _decode(encoded, (anchor, shape), decoder=decode.gpu_decoder)
+        decoded = decode_crops(encoded, (anchor, shape), decoder=decode.gpu_decoder)
         if resizer == "torch":
             resize = _TorchResize(batch_size, crop.image_size)
             resized = fn.python_function(decoded, function=resize, batch_processing=True, output_layouts="HWC")
@@ -63,26 +63,17 @@ def build_pipeline(
     return pipeline
 
 
-def _decode(encoded: DataNode, rectangle: tuple[DataNode, DataNode], *, decoder: GpuDecoder | None) -> DataNode:
+def decode_crops(encoded: DataNode, rectangle: tuple[DataNode, DataNode], *, decoder: GpuDecoder | None) -> DataNode:
+    """Decode the rectangle, anchor and shape, of each image: uint8 (h, w, 3) on the CPU or the GPU."""
     rgb = types.DALIImageType.RGB
     if decoder is None:
         return fn.decoders.image_slice(encoded, *rectangle, axis_names="HW", device="cpu", output_type=rgb)
     # "mixed" leaves PNG and WebP to the CPU. Without fancy upsampling it repeats chroma, tens of levels off at edges.
     load, fancy = decoder.hardware_load, decoder.fancy_upsampling
-    if not decoder.regions:
-        entire = fn.decoders.image(
-            encoded, device="mixed", output_type=rgb, hw_decoder_load=load, jpeg_fancy_upsampling=fancy
-        )
-        return fn.slice(entire, *rectangle, axis_names="HW")
-    return fn.decoders.image_slice(
-        encoded,
-        *rectangle,
-        axis_names="HW",
-        device="mixed",
-        output_type=rgb,
-        hw_decoder_load=load,
-        jpeg_fancy_upsampling=fancy,
-    )
+    options = {"device": "mixed", "output_type": rgb, "hw_decoder_load": load, "jpeg_fancy_upsampling": fancy}
+    if decoder.regions:
+        return fn.decoders.image_slice(encoded, *rectangle, axis_names="HW", **options)
+    return fn.slice(fn.decoders.image(encoded, **options), *rectangle, axis_names="HW")
 
 
 def _normalize(images: DataNode, mirror: DataNode, *, decode: DecodeSettings) -> DataNode:

@@ -25,7 +25,8 @@ from data.shards.dataset import Index
 from data.shards.images import UnreadableImage
 
 NAMED = 3  # damaged images in an error
-JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+JPEG_START, JPEG_END, JPEG_TAIL = b"\xff\xd8", b"\xff\xd9", 512
+SCARCE_MEMORY = 256 * 2**20  # bytes that are free on a GPU, with which a decoder may have failed for want of more
 # DALI's messages about images; only the first one names one, by its number in the batch.
 UNDECODED = re.compile(r"Failed to decode sample #(\d+)|nvImageCodec failure|cropping window|out of bounds")
 OUT_OF_MEMORY = re.compile(r"CUDA allocation failed|Can't allocate \d+ bytes on device")
@@ -61,9 +62,9 @@ class Loader:
     decoded. `position` is that of the next batch, `wait_seconds` the time that the caller has waited for batches.
 
     Threads; the callback `_encoded` runs on the caller's thread, inside `pipeline.run`:
-        caller's thread   position, _pipeline; pops _decoding, appends to _buffers
+        caller's thread   position, _pipeline, _transfer; pops _decoding, appends to _buffers
         DALI callback     advances _batches, which submits reads; appends to _decoding
-        reader threads    run `_read`: pop _buffers, share index and storage
+        reader threads    run `_read`: pop _buffers, share index and storage, add to _complete
         DALI's threads    read the buffers of the batches in _decoding
     """
 
@@ -81,6 +82,7 @@ class Loader:
         self._batches: Iterator[EncodedBatch] = iter(())
         self._pipeline: Pipeline | None = None  # its next batch is that at `position`
         self._transfer: Transfer | None = None
+        self._complete: set[int] = set()  # samples that look unfinished, but decode
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -109,10 +111,10 @@ class Loader:
         self._batches = self._read_ahead(self.position)
         decode, crop, batch_size = self.decode, self.crop, self.plan.largest_batch
         resizer = choose_resizer(decode, crop)
-        if decode.crops_only:
+        if decode.crops_only and self._transfer is None:
             device = torch.device("cpu" if decode.device_id is None else f"cuda:{decode.device_id}")
             self._transfer = Transfer(device, mean=decode.mean, std=decode.std)
-        with _memory_errors():
+        with self._explained_errors():
             self._pipeline = build_pipeline(
                 self._encoded, decode=decode, crop=crop, batch_size=batch_size, resizer=resizer
             )
@@ -152,9 +154,7 @@ class Loader:
         crops = self.crop.crops(sizes, samples, seed=self._seed, epoch=position.epoch)
         batch = EncodedBatch(buffer, images, crops, rows.label.astype(np.int64), samples)
         if self.decode.gpu_decoder is not None:
-            unfinished = [number for number, image in enumerate(images) if _is_unfinished(image)]
-            if damaged := _damaged_samples(batch, unfinished):
-                raise self._unreadable(damaged, "it ends early")
+            self._check_ends(batch)
         return batch
 
     def _free_buffer(self, size: int) -> NDArray[np.uint8]:
@@ -167,14 +167,8 @@ class Loader:
     def _decode_next(self) -> Batch:
         assert self._pipeline is not None
         pipeline, self._pipeline = self._pipeline, None  # after any error the next iteration builds a new one
-        try:
-            with _memory_errors():
-                (output,) = pipeline.run()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self._raise_damaged(error)
-            raise
+        with self._explained_errors():
+            (output,) = pipeline.run()
         self._pipeline = pipeline
         encoded = self._decoding.popleft()
         self._buffers.append(encoded.buffer)
@@ -182,22 +176,48 @@ class Loader:
         images = self._transfer(decoded) if self._transfer else decoded.permute(0, 3, 1, 2)  # (N, 3, H, W), no copy
         return Batch(images, torch.from_numpy(encoded.labels), torch.from_numpy(encoded.samples))
 
-    def _raise_damaged(self, error: RuntimeError) -> None:
-        """Raise UnreadableImage naming the images in flight that the CPU cannot decode, if the error is about images.
+    def _check_ends(self, batch: EncodedBatch) -> None:
+        """Raise UnreadableImage naming JPEGs without an end, of which a GPU says nothing: it leaves the rest grey."""
+        unfinished = [number for number, image in enumerate(batch.images) if _is_unfinished(image)]
+        unknown = [number for number in unfinished if int(batch.samples[number]) not in self._complete]
+        if damaged := _damaged_samples(batch, unknown):
+            raise self._unreadable(damaged, "it ends early")
+        self._complete.update(batch.samples[unknown].tolist())
 
-        DALI loses the entire batch, and names an image at most by its number.
+    @contextmanager
+    def _explained_errors(self) -> Iterator[None]:
+        """Turn an error of DALI's about memory or about images in flight into one that says so.
+
+        Raises: OutOfMemoryError; UnreadableImage naming the images that the CPU cannot decode either.
         """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+                raise torch.OutOfMemoryError(str(error)) from error
+            self._raise_damaged(error)
+            raise
+
+    def _raise_damaged(self, error: RuntimeError) -> None:
+        """DALI loses the entire batch, the oldest in flight, and names an image at most by its number."""
         message = UNDECODED.search(str(error))
-        if message is None:
+        if message is None or not self._decoding:
             return
         numbers = None if message[1] is None else [int(message[1])]
-        damaged = [sample for batch in self._decoding for sample in _damaged_samples(batch, numbers)]
+        failed = [self._decoding[0]] if numbers else self._decoding
+        damaged = [sample for batch in failed for sample in _damaged_samples(batch, numbers)]
         reason = "changed after packing or indexing: pack again, or remove the index"
-        if not damaged and numbers is not None:  # the batch that failed is the oldest in flight
+        if not damaged and numbers:
+            if self._lacks_memory():
+                raise torch.OutOfMemoryError(str(error)) from error
             damaged = self._decoding[0].samples[numbers].tolist()
-            reason = "the CPU decodes it: decoder=cpu, in a new run"
+            reason = "the CPU decodes it: data.decoder=cpu name=NAME, a new run"
         if damaged:
             raise self._unreadable(damaged, reason) from error
+
+    def _lacks_memory(self) -> bool:
+        device = self.decode.graph_device
+        return device is not None and torch.cuda.mem_get_info(device)[0] < SCARCE_MEMORY
 
     def _unreadable(self, damaged: list[int], reason: str) -> UnreadableImage:
         more = f" and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
@@ -205,20 +225,9 @@ class Loader:
         return UnreadableImage(f"cannot be decoded: {names} ({reason})")
 
 
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Turn DALI's error about the GPU's memory into torch's."""
-    try:
-        yield
-    except RuntimeError as error:
-        if OUT_OF_MEMORY.search(str(error)):
-            raise torch.OutOfMemoryError(str(error)) from error
-        raise
-
-
 def _is_unfinished(image: NDArray[np.uint8]) -> bool:
-    """Whether a JPEG lacks its end marker, of which a GPU says nothing: it leaves the missing part grey."""
-    return image[:2].tobytes() == JPEG_START and image[-2:].tobytes() != JPEG_END
+    """Whether a JPEG lacks its end marker, apart from a few bytes behind it; within its data there is none."""
+    return image[:2].tobytes() == JPEG_START and JPEG_END not in image[-JPEG_TAIL:].tobytes()
 
 
 def _damaged_samples(batch: EncodedBatch, numbers: list[int] | None) -> list[int]:

@@ -5,6 +5,7 @@ chroma in regions: nvImageCodec then decodes on the CPU without a word.
 """
 
 import ctypes
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def load_packaged() -> None:
     for folder in (spec.submodule_search_locations if spec is not None else None) or ():
         path = Path(folder) / "cu13" / "lib" / SONAME
         if path.is_file():
-            ctypes.CDLL(str(path))
+            with suppress(OSError):  # `loaded_nvjpeg` says which one there is instead
+                ctypes.CDLL(str(path))
             return
 
 

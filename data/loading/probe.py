@@ -41,11 +41,12 @@ class Probe(NamedTuple):
 def choose_gpu_decoder(probe: Probe) -> DecoderChoice:
     """Return the first GPU decoder that decodes the batch, or the CPU. `decode.gpu_decoder` is the first candidate."""
     assert probe.decode.gpu_decoder is not None
-    nvjpeg, failures = loaded_nvjpeg(), []
-    version = None if nvjpeg is None else nvjpeg[0]
-    if version is None or version < FANCY_REGIONS:
-        found = "not installed" if nvjpeg is None else f"{'.'.join(map(str, nvjpeg[0]))} in {nvjpeg[1]}"
-        failures.append(f"regions need nvJPEG 13.2, which is {found}")
+    nvjpeg = loaded_nvjpeg()
+    if nvjpeg is None:  # DALI would decode on the CPU without a word
+        return DecoderChoice(None, "nvJPEG is not installed: pip install nvidia-nvjpeg")
+    (version, path), failures = nvjpeg, []
+    if version < FANCY_REGIONS:
+        failures.append(f"regions need nvJPEG 13.2, which is {'.'.join(map(str, version))} in {path}")
     for decoder in candidates(probe.decode.gpu_decoder, nvjpeg=version):
         failure = try_decoder(probe._replace(decode=replace(probe.decode, gpu_decoder=decoder)))
         if failure is None:
@@ -54,9 +55,9 @@ def choose_gpu_decoder(probe: Probe) -> DecoderChoice:
     return DecoderChoice(None, "; ".join(failures))
 
 
-def candidates(wanted: GpuDecoder, *, nvjpeg: tuple[int, ...] | None) -> Iterator[GpuDecoder]:
+def candidates(wanted: GpuDecoder, *, nvjpeg: tuple[int, ...]) -> Iterator[GpuDecoder]:
     """Yield decoders in the order of their speed, those of regions only where nvJPEG interpolates chroma in them."""
-    scopes = [True, False] if nvjpeg is not None and nvjpeg >= FANCY_REGIONS else [False]
+    scopes = [True, False] if nvjpeg >= FANCY_REGIONS else [False]
     for regions in scopes:
         yield replace(wanted, regions=regions)
         if wanted.hardware_load > 0:
@@ -96,7 +97,7 @@ def decoded_images(probe: Probe) -> Tensor:
 
 def dali_reason(error: RuntimeError) -> str:
     """Return the line of DALI's message that says what happened."""
-    return str(error).rpartition("encountered:")[2].strip().partition("\n")[0].rstrip(" :")
+    return str(error).rpartition("encountered:")[2].strip().partition("\n")[0].rstrip(" :") or "no message"
 
 
 def main(arguments: Sequence[str]) -> str | None:

@@ -46,7 +46,7 @@ class Transfer:
     def _hold(self, crops: Tensor) -> None:
         """Keep crops until the work that has been queued so far is done; let go of those whose work is."""
         read = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        read.record()
+        read.record(torch.cuda.current_stream(self._device))
         self._held.append((crops, read))
         while len(self._held) > MAX_HELD or (self._held and _is_done(self._held[0][1])):
             self._held.pop(0)[1].synchronize()

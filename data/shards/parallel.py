@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2, as mounted inside a container
 SECONDS_BETWEEN_LINES = 10.0
-BINDING = ("mask", "map", "rank", "ldom")  # Slurm's kinds of binding that give each task its own cores
+BINDING = re.compile("(mask|map|rank)(?!_ldom)")  # Slurm's kinds of binding that give each task its own cores
 
 
 def available_cores() -> int:
@@ -49,7 +49,7 @@ def share_of_cores(local_ranks: int) -> CoreShare:
     per_task = os.environ.get("SLURM_CPUS_PER_TASK")
     if "SLURM_PROCID" in os.environ and per_task is not None:
         cores, reason, ranks = min(cores, int(per_task)), f" (SLURM_CPUS_PER_TASK={per_task})", local_ranks // tasks
-    elif os.environ.get("SLURM_CPU_BIND_TYPE", "none").startswith(BINDING):
+    elif BINDING.match(os.environ.get("SLURM_CPU_BIND_TYPE", "none")):
         reason, ranks = " (bound by Slurm)", local_ranks // tasks
     shared = f" for {ranks} ranks" if ranks > 1 else ""
     return CoreShare(max(1, cores // max(1, ranks)), f"{cores} cores{shared}{reason}")

@@ -66,7 +66,8 @@ class Classifier(pl.LightningModule):
         return losses.mean()
 
     def on_validation_start(self) -> None:
-        """Give every rank the batch-norm statistics of rank 0, which the checkpoint holds."""
+        """Begin to count, and give every rank the batch-norm statistics of rank 0, which the checkpoint holds."""
+        self._num_evaluated = 0
         if self.trainer.world_size > 1:
             for buffer in self.net.buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -84,7 +85,6 @@ class Classifier(pl.LightningModule):
         """Log the metrics over all ranks."""
         images = torch.tensor(self._num_evaluated, device=self.device)
         self.evaluated_images = int(self.trainer.strategy.reduce(images, reduce_op="sum"))
-        self._num_evaluated = 0
         self.log("val/loss", self.val_loss.compute().to(torch.float32))
         self.log("val/top1", self.val_top1.compute())
         if self.top_k == 5:
@@ -114,11 +114,11 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the recipe's optimizer over both groups, and its schedule by optimizer step."""
         decayed, free = self.weight_decay_groups()
-        clips = self.recipe.clip_norm is not None
-        factory = self.recipe.optimizer if clips else fused_on(self.device, self.recipe.optimizer)
+        clips_mixed = self.recipe.clip_norm is not None and str(self.trainer.precision).endswith("mixed")
+        factory = self.recipe.optimizer if clips_mixed else fused_on(self.device, self.recipe.optimizer)
         optimizer = factory([{"params": decayed}, {"params": free, "weight_decay": 0.0}])
         # In mixed precision Lightning refuses to clip gradients for every optimizer that could unscale them itself.
-        if clips and str(self.trainer.precision).endswith("mixed"):
+        if clips_mixed:
             fits = not getattr(optimizer, "_step_supports_amp_scaling", False)
             require(fits, "does not go with a fused optimizer in mixed precision", clip_norm=self.recipe.clip_norm)
         num_steps = int(self.trainer.estimated_stepping_batches)

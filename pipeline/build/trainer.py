@@ -49,7 +49,7 @@ def build_trainer(
     plain = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(plain, dict)
     options = OmegaConf.create({name: value for name, value in plain.items() if name != "compile"})
-    # All batches but the last of an evaluation have one shape, for which cuDNN may choose its fastest algorithms.
+    # Batches have one shape in a training and at most two in an evaluation: cuDNN may choose its fastest algorithms.
     benchmark = options.get("benchmark", not options.get("deterministic"))
     user_plugins = build_object(config, "trainer.plugins", kind=list) if options.get("plugins") else []
     try:

@@ -7,10 +7,12 @@ from importlib import metadata
 from pathlib import Path
 
 from data.loading.decoder import DecoderChoice, GpuDecoder
+from data.loading.nvjpeg import loaded_nvjpeg
 from data.shards.dataset import Dataset
 
 Fingerprint = Mapping[str, object]  # settings, digests and versions by name
 LIBRARIES = ("torch", "nvidia-dali-cuda130")
+CODECS = "nvidia-nvimgcodec-cu13"
 DECODER = "data.decoder"
 
 
@@ -26,10 +28,14 @@ def fingerprint(
 
     Equal fingerprints lead to equal bits on a CPU, and on GPUs of one kind with `trainer.deterministic`.
     """
-    # Decoders differ in pixels.
+    # Decoders differ in pixels, and so do their versions.
     decoding = {DECODER: "cpu" if decoder is None else asdict(decoder)}
     resolved = {"global_batch_size": global_batch_size, "precision": precision, **decoding}
     versions = {library: metadata.version(library) for library in LIBRARIES}
+    if decoder is not None:
+        nvjpeg = loaded_nvjpeg()
+        versions["nvJPEG"] = "none" if nvjpeg is None else ".".join(map(str, nvjpeg[0]))
+        versions[CODECS] = metadata.version(CODECS)
     return dict(settings) | digests(dataset) | resolved | versions
 
 

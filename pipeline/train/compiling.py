@@ -20,7 +20,8 @@ class CompileNetwork(pl.Callback):
     def __init__(self, mode: bool | str, console: Console) -> None:
         require(mode is True or mode in MODES, f"is not true or one of {', '.join(MODES)}", compile=mode)
         self.mode, self.console = "default" if mode is True else str(mode), console
-        self._began, self._is_timed = 0.0, False
+        self._began: float | None = None
+        self._is_timed = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compile the network; torch does the work when the first batch arrives."""
@@ -31,12 +32,12 @@ class CompileNetwork(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Start the clock at the first batch."""
-        if not self._is_timed:
+        if self._began is None:
             self._began = time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: object) -> None:
         """Print the time of the first forward and backward, which are compiled in it."""
-        if not self._is_timed:
+        if not self._is_timed and self._began is not None:
             seconds = time.perf_counter() - self._began
             self.console.print(f"compiled    in {seconds:.0f} s, with the first batch", highlight=False)
             self._is_timed = True

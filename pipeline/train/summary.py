@@ -8,6 +8,7 @@ import torch
 
 from data.loading.datamodule import ShardData
 from data.loading.decoder import DecoderChoice
+from pipeline.build.trainer import no_gpu_reason
 from pipeline.cli.console import main_console
 from pipeline.runs.run import Run
 from pipeline.train.job import Job
@@ -19,7 +20,8 @@ def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice) -> dict
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in dataset.splits.items())
     device = trainer.strategy.root_device
     is_gpu = device.type == "cuda"
-    device_name = torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
+    on_cpu = f"CPU, {torch.get_num_threads()} threads{unusable_gpu()}"
+    device_name = torch.cuda.get_device_name(device) if is_gpu else on_cpu
     accumulate = f" x {settings.accumulate} accumulated" if settings.accumulate > 1 else ""
     folder, last = job.run.folder, job.run.last_checkpoint
     image_size, link, command = job.data.training_crop.image_size, job.tracker.link, job.tracker.command
@@ -35,6 +37,12 @@ def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice) -> dict
         "folder": f"{folder} (continues from {last.name})" if last else str(folder),
         "dashboard": f"{link}{f' ({command})' if command else ''}" if link else "none",
     }
+
+
+def unusable_gpu() -> str:
+    """Return why torch cannot use the GPU of this machine, nothing where it can or where there is none."""
+    reason = "" if torch.cuda.is_available() else no_gpu_reason()
+    return reason if "driver" in reason and "no NVIDIA driver" not in reason else ""
 
 
 def describe_steps(job: Job, trainer: pl.Trainer) -> str:

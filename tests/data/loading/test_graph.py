@@ -21,7 +21,7 @@ def test_a_gpu_decoder_interpolates_chroma_as_the_cpu_does(
     calls: list[tuple[str, dict[str, Any]]] = []
     for owner, name in ((graph.fn.decoders, "image_slice"), (graph.fn.decoders, "image"), (graph.fn, "slice")):
         monkeypatch.setattr(owner, name, lambda *inputs, name=name, **options: calls.append((name, options)))
-    graph._decode("encoded", ("anchor", "shape"), decoder=decoder)
+    graph.decode_crops("encoded", ("anchor", "shape"), decoder=decoder)
     assert [name for name, _ in calls] == names
     options = calls[0][1]
     assert options["device"] == "mixed"

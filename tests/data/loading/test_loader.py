@@ -264,12 +264,40 @@ def failing(dataset: Dataset, message: str, monkeypatch: pytest.MonkeyPatch) -> 
     return training(dataset, batch_size=4)
 
 
+def test_the_last_image_of_the_larger_of_two_batches_is_named(tmp_path: Path) -> None:
+    images = make_folder(tmp_path / "images")
+    dataset = pack(sources.folder(images, "three", val_fraction=0.0, seed=0), tmp_path / "packed").dataset
+    index = dataset.index("train")
+    count = len(index) if len(index) % 2 else len(index) - 1
+    plan = EvaluationPlan(count, (count + 1) // 2)
+    assert [len(plan.samples(0, step)) for step in range(2)] == [count // 2, count // 2 + 1]
+    decode = DecodeSettings(dataset.mean, dataset.std)
+    loader = Loader(index, LocalShards(dataset.root), plan=plan, crop=EvaluationCrop(32), decode=decode)
+    last = plan.samples(0, 1)[-1:]
+    rows = index.rows(last)
+    with (dataset.root / index.split.shards[int(rows.shard[0])].file).open("r+b") as shard:
+        shard.seek(int(rows.offset[0]) + 2)
+        shard.write(bytes(int(rows.size[0]) - 2))
+    with pytest.raises(UnreadableImage, match=re.escape(index.keys(last)[0])):
+        list(loader)
+
+
 def test_a_number_in_dalis_message_names_the_image(photographs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = failing(photographs, "Failed to decode sample #2 : ", monkeypatch)
     sample = loader.plan.samples(0, 0)[2:3]  # the oldest batch in flight
     with pytest.raises(UnreadableImage, match=re.escape(loader.index.keys(sample)[0])) as caught:
         next(iter(loader))
-    assert "the CPU decodes it: decoder=cpu, in a new run" in str(caught.value)
+    assert "the CPU decodes it: data.decoder=cpu name=NAME, a new run" in str(caught.value)
+
+
+def test_an_image_without_memory_to_decode_it_is_not_blamed(
+    photographs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = failing(photographs, "Failed to decode sample #2 : ", monkeypatch)
+    loader.decode = replace(loader.decode, device_id=0, gpu_decoder=GpuDecoder())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * 2**20, 2**36))
+    with pytest.raises(torch.OutOfMemoryError):
+        next(iter(loader))
 
 
 def test_an_image_that_is_smaller_than_indexed_is_named(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_regions_need_an_nvjpeg_that_interpolates_chroma_in_them() -> None:
     both = [GpuDecoder(), GpuDecoder(hardware_load=0.0)]
     entire = [replace(one, regions=False) for one in both]
     assert list(candidates(GpuDecoder(), nvjpeg=(13, 3))) == both + entire
-    assert list(candidates(GpuDecoder(), nvjpeg=(13, 1))) == list(candidates(GpuDecoder(), nvjpeg=None)) == entire
+    assert list(candidates(GpuDecoder(), nvjpeg=(13, 1))) == entire
     assert list(candidates(GpuDecoder(hardware_load=0.0), nvjpeg=(13, 2))) == [both[1], entire[1]]
 
 
@@ -91,6 +92,8 @@ def test_the_first_decoder_that_works_is_chosen_and_the_others_are_explained(
     assert decoder is None
     assert reason.startswith("regions need nvJPEG 13.2, which is 13.0.1 in FILE; GPU, entire images")
     assert reason.count("no device") == 2
+    monkeypatch.setattr(probe, "loaded_nvjpeg", lambda: None)
+    assert choose_gpu_decoder(whole) == (None, "nvJPEG is not installed: pip install nvidia-nvjpeg")
 
 
 def test_without_a_gpu_the_cpu_decodes(photographs: Dataset) -> None:
@@ -129,6 +132,20 @@ def test_a_gpu_is_probed_once_and_a_run_keeps_the_choice(photographs: Dataset, m
     for probes in (True, False):  # all ranks fail together
         with pytest.raises(ValueError, match=r"^decoder=gpu does not decode this data set \(no device\): use cpu$"):
             data_of(photographs, decoder="gpu").choose_decoder(GPU, before=None, probes=probes)
+
+
+def test_a_run_whose_probe_fell_back_resumes_with_the_same_load(photographs: Dataset) -> None:
+    data = data_of(photographs, hw_decoder_load=0.9)
+    fallback = DecoderChoice(GpuDecoder(hardware_load=0.0), "as the run began")
+    assert data.choose_decoder(GPU, before=fallback, probes=True) == fallback
+
+
+def test_every_rank_gets_the_decoder_of_rank_0(photographs: Dataset) -> None:
+    data = data_of(photographs)
+    strategy = SimpleNamespace(broadcast=lambda mine: (mine, GpuDecoder())[1])
+    data.trainer = SimpleNamespace(world_size=2, strategy=strategy)
+    data.setup("fit")
+    assert data.gpu_decoder == GpuDecoder()
 
 
 def test_a_gpu_gets_uint8_crops_from_either_decoder(photographs: Dataset) -> None:

@@ -59,7 +59,7 @@ class FakeEvent:
         self.is_done, self.was_waited_for = False, False
         self.made.append(self)
 
-    def record(self) -> None: ...
+    def record(self, stream: object) -> None: ...
 
     def query(self) -> bool:
         return self.is_done
@@ -71,6 +71,7 @@ class FakeEvent:
 def test_crops_of_a_gpu_are_held_until_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeEvent, "made", [])
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     transfer = Transfer(torch.device("cpu"), mean=(0.0,) * 3, std=(1.0,) * 3)
     crops = [torch.zeros(1) for _ in range(6)]
     alive = [weakref.ref(one) for one in crops]

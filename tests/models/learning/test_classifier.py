@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.gpu.speed import Readings
+from benchmarks.gpu.waits import Readings
 from models.learning.classifier import Classifier, fused_on
 from models.learning.families import ResidualClassifier
 from models.learning.losses import cross_entropy

@@ -143,3 +143,17 @@ def test_a_run_keeps_its_decoder(tmp_path: Path, decoder: GpuDecoder | None) -> 
     assert run.decoder is None, "without a checkpoint it starts over"
     torch.save({"global_step": 20}, run.checkpoints / "last.ckpt")
     assert run.decoder == DecoderChoice(decoder, "as the run began")
+
+
+def test_another_nvjpeg_is_another_run_where_it_decodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def current(version: tuple[int, ...], decoder: GpuDecoder | None) -> Fingerprint:
+        monkeypatch.setattr("pipeline.runs.fingerprint.loaded_nvjpeg", lambda: (version, "FILE"))
+        return fingerprint({}, DATASET, global_batch_size=1, precision="32-true", decoder=decoder)
+
+    run = open_run(settings_of(tmp_path, "name=mine"), DATASET)
+    run.begin(current((13, 3, 2), GpuDecoder()), "")
+    torch.save({"global_step": 20}, run.checkpoints / "last.ckpt")
+    run.check(current((13, 3, 2), GpuDecoder()))
+    with pytest.raises(ValueError, match=r"mine was started with nvJPEG=13\.3\.2, not 13\.0\.1"):
+        run.check(current((13, 0, 1), GpuDecoder()))
+    assert current((13, 3, 2), None) == current((13, 0, 1), None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from pipeline.train.compiling import CompileNetwork
 from tests.support.commands import Typed, journal
 
 
@@ -26,6 +29,17 @@ def test_a_compiled_network_trains_the_same(train: Typed, with_digits: Path) -> 
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (eager, compiled)
     ]
     assert states[0].keys() == states[1].keys()
+
+
+def test_the_clock_runs_from_the_first_batch_to_the_first_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO())
+    compiling, clock = CompileNetwork(True, console), iter([10.0, 15.0])
+    monkeypatch.setattr("pipeline.train.compiling.time.perf_counter", lambda: next(clock))
+    for number in range(4):  # an accumulated batch
+        compiling.on_train_batch_start(None, None, None, number)
+    compiling.on_before_optimizer_step(None, None)
+    compiling.on_before_optimizer_step(None, None)
+    assert console.file.getvalue() == "compiled    in 5 s, with the first batch\n"
 
 
 def test_a_mode_that_torch_does_not_have_is_refused(train: Typed, with_digits: Path) -> None:
