@@ -93,7 +93,7 @@ def test_the_readme_shows_numbers_first_and_a_command_soon() -> None:
     lines = README.splitlines()
     assert len(lines) < 200
     assert any(line.startswith("| loader") for line in lines[:15])
-    assert any("GPU yet" in line for line in lines[:18])
+    assert any("On a GPU" in line for line in lines[:18])
     assert "make demo" in "\n".join(lines[:25])
 
 
