@@ -1,4 +1,4 @@
-"""Prove or disprove what this project claims on a GPU: `make gpu-check`, in ten minutes on an H100.
+"""Prove or disprove what this project claims on a GPU: `make gpu-check`, in about ten minutes on an H100.
 
 Each check runs in its own process with a limit, prints a line of JSON, and the table at the end is for
 `benchmarks/README.md`. The exit code is 1 where a claim is false. `--device cpu` runs what has a meaning there.
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from benchmarks.gpu import cifar10, correctness, decoding, speed, waits
-from benchmarks.gpu.checks import Check, Result, run_apart, run_here, table
+from benchmarks.gpu.checks import Check, Result, run_apart, run_here, summary, table
 from benchmarks.gpu.loaders import find_decoder
 from data.shards.parallel import available_cores
 from pipeline.build.trainer import no_gpu_reason
@@ -24,11 +24,13 @@ CHECKS = {check.name: check for module in MODULES for check in module.CHECKS}
 
 def main() -> int:
     """Run all checks, or those that are named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, formatter_class=shape)
+    parser.add_argument("--device", choices=["cuda", "gpu", "cpu"], default="cuda")
     parser.add_argument("--only", nargs="+", metavar="CHECK", choices=CHECKS, help=f"of {', '.join(CHECKS)}")
     parser.add_argument("--one", choices=CHECKS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.device = "cpu" if arguments.device == "cpu" else "cuda"
     if arguments.device == "cuda" and not torch.cuda.is_available():
         advice = "make gpu-check DEVICE=cpu runs what has a meaning on a CPU"
         print(f"error: there is no GPU{no_gpu_reason()}: {advice}", file=sys.stderr)
@@ -39,7 +41,10 @@ def main() -> int:
     chosen = [CHECKS[name] for name in arguments.only or CHECKS]
     if arguments.device == "cuda":
         print(json.dumps({"decoder": str(find_decoder(torch.device("cuda", 0)) or "CPU")}), flush=True)
-    chosen = [check for check in chosen if arguments.device == "cuda" or check.on_cpu]
+    unfit = [check.name for check in chosen if arguments.device == "cpu" and not check.on_cpu]
+    if unfit:
+        print(f"not on a CPU: {', '.join(unfit)}", file=sys.stderr)
+    chosen = [check for check in chosen if check.name not in unfit]
 
     def run(check: Check) -> Result:
         result = run_apart(check, arguments.device)
@@ -50,7 +55,7 @@ def main() -> int:
         results = list(threads.map(run, [check for check in chosen if not check.alone]))
     results += [run(check) for check in chosen if check.alone]
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "a CPU"
-    print(f"\nOn {name}, torch {torch.__version__}:\n\n{table(results)}")
+    print(f"\nOn {name}, torch {torch.__version__}:\n\n{table(results)}\n\n{summary(results)}")
     return int(any(result.holds is False for result in results))
 
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,3 +105,11 @@ def table(results: Iterable[Result]) -> str:
         found = "; ".join([*filter(None, [one.error]), *(f"{name} {value}" for name, value in one.figures.items())])
         lines.append(f"| {one.check} | {words[one.holds]} | {one.seconds:.0f} | {one.claim} | {found} |")
     return "\n".join(lines)
+
+
+def summary(results: Sequence[Result]) -> str:
+    """How many claims hold, and the names of those that do not."""
+    failed = [one.check for one in results if one.holds is False]
+    held, measured = (sum(one.holds is value for one in results) for value in (True, None))
+    refuted = f"{len(failed)} do not: {', '.join(failed)}" if failed else "none is refuted"
+    return f"{held} of {len(results)} claims hold, {refuted}; {measured} were measured without a verdict."

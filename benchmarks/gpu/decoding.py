@@ -55,7 +55,7 @@ def check_versions(device: torch.device) -> Answer:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             figures[package] = metadata.version(package)
-    figures["nvJPEG"] = nvjpeg = loaded_nvjpeg()
+    nvjpeg, figures["nvJPEG"] = loaded_nvjpeg(), _version()
     if device.type == "cpu":
         return Answer(None, figures)
     properties = torch.cuda.get_device_properties(device)
@@ -72,6 +72,11 @@ def check_versions(device: torch.device) -> Answer:
     loads = answer.returncode == 0 and bool(log) and not any("Failed to load" in line for line in log)
     loads &= nvjpeg is not None and nvjpeg[0] >= FANCY_REGIONS
     return Answer(loads, figures | {"exit code": answer.returncode})
+
+
+def _version() -> str:
+    nvjpeg = loaded_nvjpeg()
+    return "none" if nvjpeg is None else ".".join(map(str, nvjpeg[0]))
 
 
 def check_regions(device: torch.device) -> Answer:
@@ -94,7 +99,7 @@ def check_regions(device: torch.device) -> Answer:
         name = "CPU" if decoder is None else f"{decoder}, fancy upsampling {decoder.fancy_upsampling}"
         sound += [] if found else [name]
         failed |= {name: found} if found else {}
-    return Answer(bool(sound), {"sound": sound, "failed": failed, "nvJPEG": loaded_nvjpeg()})
+    return Answer(bool(sound), {"sound": ", ".join(sound), "failed": failed or "none", "nvJPEG": _version()})
 
 
 def _failed_batches(

@@ -35,8 +35,9 @@ class Rate(NamedTuple):
 
     def __str__(self) -> str:
         power = "" if self.watts is None else f", {self.watts:.0f} W"
-        each = 1e6 * self.cores / statistics.median(self.rounds)
-        return f"{statistics.median(self.rounds):,.0f}/s, {self.cores:.1f} cores busy ({each:.0f} us an image){power}"
+        rate = statistics.median(self.rounds)
+        each = f"{1e6 * self.cores / rate:.0f} us an image"
+        return f"{rate:,.{0 if rate >= 100 else 1}f}/s, {self.cores:.1f} cores busy ({each}){power}"
 
     def share_of(self, other: "Rate") -> float:
         """The median over the rounds of the ratio to another rate."""
@@ -44,7 +45,7 @@ class Rate(NamedTuple):
 
     def beside(self, other: "Rate") -> str:
         """The rate, and its share of another one."""
-        return str(self) if self is other else f"{self}, {self.share_of(other):.3f} of fixed"
+        return str(self) if self is other else f"{self}, {self.share_of(other):.3f} of fixed (median of rounds)"
 
 
 def interleaved(

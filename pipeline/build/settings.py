@@ -4,6 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from data.shards.dataset import Dataset
 from pipeline.build.network import network_name
 from pipeline.cli.compose import flatten
 
@@ -42,7 +43,9 @@ class RunSettings:
     can be restored without the data set.
     """
 
-    def __init__(self, config: DictConfig, *, num_classes: int, weights_sha256: str | None) -> None:
+    def __init__(
+        self, config: DictConfig, *, num_classes: int, weights_sha256: str | None, dataset: Dataset | None = None
+    ) -> None:
         self.network = network_name(config)
         self.runs = Path(str(config.runs))
         self.name = None if config.name is None else str(config.name)
@@ -51,11 +54,15 @@ class RunSettings:
         self.compile: bool | str | None = config.trainer.get("compile")
         self.parameters = flatten(config) | {"weights.sha256": weights_sha256}
         # Without unset values, so that a new option does not change the names of runs that do not use it.
-        given = {key: value for key, value in self.parameters.items() if value is not None}
+        unset = {"trainer.compile": False}
+        given = {key: value for key, value in self.parameters.items() if value not in (None, unset.get(key))}
         deciding = {key: _without_location(key, value) for key, value in given.items()}
         self.in_name = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_NAME)}
         self.in_fingerprint = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_FINGERPRINT)}
-        resolved = {"model": {"num_classes": num_classes}, "weights": {"sha256": weights_sha256}}
+        resolved: dict[str, object] = {"model": {"num_classes": num_classes}, "weights": {"sha256": weights_sha256}}
+        if dataset is not None:
+            colours = {"mean": list(dataset.mean), "std": list(dataset.std)}
+            resolved |= {"dataset": {"name": dataset.name, **colours, "classes": list(dataset.classes)}}
         record = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
         self.record = OmegaConf.to_yaml(OmegaConf.merge(record, resolved))
 

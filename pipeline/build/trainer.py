@@ -67,7 +67,10 @@ def build_trainer(
             **FIXED,
         )
     except MisconfigurationException as error:
-        raise ValueError(f"trainer: {error}{no_gpu_reason()} trainer=auto uses what the machine has") from error
+        problem, reason = f"trainer: {error}", no_gpu_reason()
+        if reason and options.accelerator in ("gpu", "cuda"):
+            problem = f"trainer.accelerator={options.accelerator}: there is no GPU{reason}"
+        raise ValueError(f"{problem.rstrip('.')}: trainer=auto uses what the machine has") from error
     if isinstance(trainer.strategy, DDPStrategy):
         # Gradients live in the buffers that are reduced. Ranks need no common batch-norm statistics before an
         # evaluation, for which the Classifier broadcasts them.

@@ -14,6 +14,10 @@ Fingerprint = Mapping[str, object]  # settings, digests and versions by name
 LIBRARIES = ("torch", "nvidia-dali-cuda130")
 CODECS = "nvidia-nvimgcodec-cu13"
 DECODER = "data.decoder"
+ADVICE = {
+    DECODER: "continue it where it began, with a GPU that decodes or on a CPU",
+    "global_batch_size": "let data.batch_size x recipe.accumulate x devices be what it was",
+}
 
 
 def fingerprint(
@@ -45,9 +49,17 @@ def check_unchanged(before: Fingerprint, now: Fingerprint, *, run: Path) -> None
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), json.loads(json.dumps(now.get(name)))
         if old != new:
-            advice = "add name=NAME for a new run, or give the values it was started with"
-            words = [f"gpu {one}" if isinstance(one, dict) and name == DECODER else one for one in (old, new)]
-            raise ValueError(f"{run} was started with {name}={words[0]}, not {words[1]}: {advice}")
+            advice = ADVICE.get(name, "give the values it was started with")
+            began, wanted = (_as_typed(name, value) for value in (old, new))
+            raise ValueError(
+                f"{run} was started with {name}={began}, not {wanted}: add name=NAME for a new run, or {advice}"
+            )
+
+
+def _as_typed(name: str, value: object) -> str:
+    if name == DECODER and isinstance(value, dict):
+        return f"gpu {value}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def recorded_decoder(before: Fingerprint) -> DecoderChoice:

@@ -18,7 +18,7 @@ class CompileNetwork(pl.Callback):
     """
 
     def __init__(self, mode: bool | str, console: Console) -> None:
-        require(mode is True or mode in MODES, f"is not true or one of {', '.join(MODES)}", compile=mode)
+        require(mode is True or mode in MODES, f"is not true, null or one of {', '.join(MODES)}", compile=mode)
         self.mode, self.console = "default" if mode is True else str(mode), console
         self._began: float | None = None
         self._is_timed = False

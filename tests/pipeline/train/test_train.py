@@ -122,7 +122,7 @@ def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Pat
         (["+model.num_classes=ten"], "model.num_classes=ten must be an integer"),
         (["+recipe.optimizer.rate=1"], "recipe.optimizer=SGD: SGD.__init__() got an unexpected keyword argument"),
         (["recipe.optimizer._target_=torch.optim.AdamW"], "unexpected keyword argument 'momentum'"),
-        (["trainer=gpu"], "trainer: No supported gpu backend found"),
+        (["trainer=gpu"], "trainer.accelerator=gpu: there is no GPU ("),
         (["+trainer.limit_train_batches=3", "recipe.accumulate=2"], "leaves 3 of 22 batches an epoch"),
         (["name=../elsewhere"], "name=../elsewhere is a path"),
         (["name=.."], "name=.. is a path"),
