@@ -1,10 +1,12 @@
 """From the config that a run has recorded to its parts, for verbs that work on runs."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from data.loading.crops import CropPolicy
 from data.shards.dataset import Dataset
 from models.learning.recipe import Recipe
 from pipeline.build.network import build_network, build_recipe, network_name
@@ -12,7 +14,19 @@ from pipeline.build.objects import build_object
 from pipeline.cli.check import check_targets
 
 # A run's folder may come from someone else, so fewer targets are trusted than on the command line.
-TRUSTED = ("models.", "pipeline.build.data.", "torch.nn.functional.", "torch.optim.", "torchvision.models.")
+TRUSTED = (
+    *("models.", "data.loading.crops.", "pipeline.build.data."),
+    *("torch.nn.functional.", "torch.optim.", "torchvision.models."),
+)
+
+
+class DatasetFacts(NamedTuple):
+    """What a run records of its data set: enough to prepare images and to name classes without it."""
+
+    name: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    classes: tuple[str, ...]
 
 
 class RecordedConfig:
@@ -26,11 +40,12 @@ class RecordedConfig:
         config = OmegaConf.load(path)
         if not isinstance(config, DictConfig):
             raise ValueError(f"{path} is not the config of a training")
-        self._config = OmegaConf.masked_copy(config, ["model", "recipe", "data"])
+        self._config = OmegaConf.masked_copy(config, ["model", "recipe", "data", "augment", "dataset"])
         if not trust:
             check_targets(self._config, trusted=TRUSTED)
         self.network = network_name(config)
         self.image_size: int = config.data.image_size
+        self.num_classes: int = config.model.num_classes
         self.in_channels: int = config.model.get("in_channels", 3)
         self.batch_size: int = config.data.batch_size
         self.norm_eps: float | None = config.model.get("norm_eps")
@@ -42,6 +57,22 @@ class RecordedConfig:
     def build_recipe(self) -> Recipe:
         """Build the recipe. Raises: ValueError."""
         return build_recipe(self._config)
+
+    def build_evaluation_crop(self) -> CropPolicy:
+        """Build the crop with which it evaluates. Raises: ValueError."""
+        return build_object(self._config, "augment.evaluation", kind=CropPolicy)
+
+    def dataset_facts(self) -> DatasetFacts:
+        """Return what the run records of its data set; a run from before that opens it.
+
+        Raises: FileNotFoundError, ValueError.
+        """
+        recorded = self._config.get("dataset")
+        if recorded is None:
+            dataset = self.open_dataset()
+            return DatasetFacts(dataset.name, dataset.mean, dataset.std, tuple(dataset.classes))
+        mean, std = tuple(recorded.mean), tuple(recorded.std)
+        return DatasetFacts(str(recorded.name), mean, std, tuple(map(str, recorded.classes)))
 
     def open_dataset(self) -> Dataset:
         """Open the data set. Raises: FileNotFoundError, ValueError."""

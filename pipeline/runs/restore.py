@@ -13,12 +13,12 @@ from pipeline.runs.run import Run
 class RestoredRun(RecordedConfig):
     """A run as its folder records it; `precision` is the one that it resolved to, as Lightning names it.
 
-    `trust` accepts any `_target_` in its config. Raises: FileNotFoundError for a folder that is not a run; ConfigError
-    for an untrusted target.
+    `trust` accepts any `_target_` in its config; `checkpoint` is used instead of the best one.
+    Raises: FileNotFoundError for a folder that is not a run; ConfigError for an untrusted target.
     """
 
-    def __init__(self, folder: Path, *, trust: bool = False) -> None:
-        self.run = Run(folder)
+    def __init__(self, folder: Path, *, trust: bool = False, checkpoint: Path | None = None) -> None:
+        self.run, self._checkpoint = Run(folder), checkpoint
         for path in (self.run.config_file, self.run.fingerprint_file):
             if not path.is_file():
                 raise FileNotFoundError(f"run={folder} is not a run: it has no {path.name}")
@@ -27,8 +27,8 @@ class RestoredRun(RecordedConfig):
 
     @property
     def weights_file(self) -> Path:
-        """The best checkpoint, or the last one. Raises: FileNotFoundError before the first."""
-        path = self.run.best_checkpoint
+        """The given checkpoint, the best one, or the last one. Raises: FileNotFoundError before the first."""
+        path = self._checkpoint or self.run.best_checkpoint
         if path is None:
             raise FileNotFoundError(f"run={self.run.folder} has no checkpoint yet: weights=FILE uses other weights")
         return path

@@ -30,6 +30,11 @@ class Run:
         self.tracking_id_file = folder / "mlflow_run_id"
 
     @property
+    def tracking_id(self) -> str:
+        """The run's id in MLflow, empty without one."""
+        return self.tracking_id_file.read_text().strip() if self.tracking_id_file.is_file() else ""
+
+    @property
     def last_checkpoint(self) -> Path | None:
         """The checkpoint from which an unfinished run continues, None before the first one."""
         path = self.checkpoints / "last.ckpt"
@@ -47,6 +52,15 @@ class Run:
         if self.last_checkpoint is None or not self.fingerprint_file.is_file():
             return None
         return recorded_decoder(json.loads(self.fingerprint_file.read_text()))
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a process trains it."""
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                return False
+        except Timeout:
+            return True
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -36,6 +36,7 @@ def build_job(config: DictConfig, module: Classifier, *, data: ShardData, num_cl
     Raises: FileNotFoundError, ValueError.
     """
     weights = build_object(config, "weights", kind=WeightsFile)
-    settings = RunSettings(config, num_classes=num_classes, weights_sha256=weights.sha256)
+    sha256, dataset = weights.sha256, data.dataset
+    settings = RunSettings(config, num_classes=num_classes, weights_sha256=sha256, dataset=dataset)
     tracker = build_object(config, "tracking", kind=Tracker)
-    return Job(module, data, open_run(settings, data.dataset), tracker, settings, weights)
+    return Job(module, data, open_run(settings, dataset), tracker, settings, weights)

@@ -1,0 +1,70 @@
+"""Images that a user points to: a file, a folder, a pattern, tars, a packed data set, or a list of paths."""
+
+import glob
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from data.arguments import require
+from data.shards.images import SUFFIXES
+
+STANDARD_INPUT = "-"
+
+
+class Source(NamedTuple):
+    """An image that has not been read yet. `read` raises OSError or ValueError."""
+
+    name: str
+    read: Callable[[], bytes]
+
+
+def find_images(text: str, *, lines: Iterable[str]) -> Iterator[Source]:
+    """Yield the images that `text` means, sorted by path; `-` means the paths in `lines`, one a line.
+
+    Images in tars are named TAR/MEMBER. Raises: ArgumentError for a path that does not exist or holds no image.
+    """
+    if text == STANDARD_INPUT:
+        return map(file_source, filter(None, (line.rstrip("\r\n") for line in lines)))
+    path = Path(text)
+    if path.is_file():
+        return _of_file(path)
+    if path.is_dir():
+        found = sorted(one for one in path.rglob("*") if _is_image(one.name) or one.suffix == ".tar")
+    else:
+        found = sorted(map(Path, glob.glob(text, recursive=True)))
+        require(bool(found), "does not exist", input=text)
+    require(bool(found), f"has no image: {', '.join(SUFFIXES)}, or tars of them", input=text)
+    return (source for one in found if one.is_file() for source in _of_file(one))
+
+
+def _of_file(path: Path) -> Iterator[Source]:
+    return _of_tar(path) if path.suffix == ".tar" else iter([file_source(path)])
+
+
+def file_source(path: str | Path) -> Source:
+    """Return an image file that has not been read yet."""
+    return Source(str(path), Path(path).read_bytes)
+
+
+def _of_tar(path: Path) -> Iterator[Source]:
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.isfile() and _is_image(member.name):
+                yield Source(
+                    f"{path}/{member.name}", partial(_read_part, path, offset=member.offset_data, size=member.size)
+                )
+
+
+def _read_part(path: Path, *, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        read = os.pread(file.fileno(), size, offset)
+    if len(read) < size:
+        raise ValueError(f"{path} ends before byte {offset + size}")
+    return read
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in SUFFIXES

@@ -1,0 +1,1 @@
+"""The verb `predict`: classify images with a trained run."""

@@ -1,0 +1,74 @@
+"""Classify images with a trained run: `python -m pipeline.predict run=latest input=photos`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from pipeline.cli.errors import ConfigError
+from pipeline.cli.run import fast_imports, run_verb
+from pipeline.cli.verb import Verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.runs.restore import RestoredRun
+
+VERB = Verb(
+    "predict",
+    "Classify images with a trained run.",
+    {
+        "run=latest input=photos": "a folder: CSV on standard output",
+        "run=runs/NAME input='photos/*.jpg' out=answers.parquet top=3": "",
+        "run=latest input=-": "paths on standard input",
+    },
+    text_keys=("run", "input", "out", "runs", "device"),
+)
+UNREADABLE = 2  # exit code
+
+
+def main(config: DictConfig) -> None:
+    """Write a row for each image; exit with code 2 if some could not be read."""
+    for name in ("top", "batch_size"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ConfigError(f"{name}={config[name]} must be an integer of at least 1")
+    with fast_imports():
+        from rich.console import Console
+        from rich.progress import track
+
+        from data.shards.inputs import find_images
+        from pipeline.predict.rows import check_output, row_writer
+        from pipeline.runs.trained import load_model
+
+    console, out = Console(stderr=True), None if config.out is None else Path(str(config.out))
+    check_output(out)
+    model = load_model(str(config.run), runs=str(config.runs), device=config.device, trust=bool(config.trust))
+    sources = find_images(str(config.input), lines=sys.stdin)
+    print_state(console, model.run)
+    count, unreadable, start = 0, 0, time.perf_counter()
+    with row_writer(out, top=min(config.top, len(model.classes))) as write:
+        predictions = model.predict_sources(sources, batch_size=config.batch_size)
+        for prediction in track(predictions, "images", console=console, transient=True, disable=out is None):
+            write(prediction)
+            count, unreadable = count + 1, unreadable + (prediction.error is not None)
+    seconds = time.perf_counter() - start
+    failed = f", {unreadable:,} unreadable" if unreadable else ""
+    console.print(f"{count:,} images in {seconds:.1f} s ({count / seconds:,.0f}/s){failed}", highlight=False)
+    if unreadable:
+        raise SystemExit(UNREADABLE)
+
+
+def print_state(console: Console, run: RestoredRun) -> None:
+    """Say which weights are used while a run is not finished."""
+    if run.run.result_file.is_file():
+        return
+    state = "is still training" if run.run.is_locked else "has not finished"
+    console.print(f"{run.run.folder} {state}: {run.weights_file.name} is its best so far", highlight=False)
+
+
+if __name__ == "__main__":
+    run_verb(VERB, main)

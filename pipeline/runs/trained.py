@@ -1,0 +1,136 @@
+"""A trained run as a model in plain Python: from pictures to probabilities."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data.loading.decoder import DecodeSettings
+from data.loading.stream import DecodedBatch, ImageStream
+from data.shards.inputs import Source, file_source
+from data.shards.parallel import available_cores
+from pipeline.build.recorded import DatasetFacts
+from pipeline.runs.find import find_run
+from pipeline.runs.restore import RestoredRun
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of an image; without probabilities, `error` says why it could not be read."""
+
+    name: str
+    classes: Sequence[str]
+    probabilities: Tensor | None  # (K,)
+    error: str | None = None
+
+    def top(self, count: int) -> list[tuple[str, float]]:
+        """Return the most probable classes with their probabilities, the first one first."""
+        if self.probabilities is None:
+            return []
+        values, numbers = self.probabilities.topk(min(count, len(self.classes)))
+        return [(self.classes[number], value) for number, value in zip(numbers.tolist(), values.tolist(), strict=True)]
+
+    @property
+    def label(self) -> str | None:
+        """The most probable class, None for an image that could not be read."""
+        return self.top(1)[0][0] if self.probabilities is not None else None
+
+    @property
+    def probability(self) -> float | None:
+        """The probability of `label`."""
+        return self.top(1)[0][1] if self.probabilities is not None else None
+
+
+class Probabilities(nn.Module):
+    """A network with its preparation and its calibration: uint8 RGB (N, H, W, 3) -> probabilities (N, K) float32."""
+
+    mean: Tensor  # (3,) of 255
+    inverse_std: Tensor  # (3,)
+
+    def __init__(self, net: nn.Module, facts: DatasetFacts, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.net, self.temperature = net, temperature
+        self.register_buffer("mean", 255 * torch.tensor(facts.mean), persistent=False)
+        self.register_buffer("inverse_std", 1 / (255 * torch.tensor(facts.std)), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the probabilities of uint8 crops (N, H, W, 3)."""
+        normalised = (images.to(torch.float32) - self.mean) * self.inverse_std
+        return self.of_normalised(normalised.permute(0, 3, 1, 2))
+
+    def of_normalised(self, images: Tensor) -> Tensor:
+        """Return the probabilities of normalised float images (N, 3, H, W)."""
+        logits: Tensor = self.net(images)
+        return torch.softmax(logits.float() / self.temperature, dim=1)
+
+
+class TrainedModel:
+    """A run's network with its best weights, its classes and its preparation of images, in evaluation mode.
+
+    `model(images)` takes uint8 RGB crops (N, H, W, 3) of `image_size` and returns probabilities (N, K) on their device;
+    `model.predict(["a.jpg"])` reads, crops and resizes files as an evaluation does.
+    """
+
+    def __init__(self, run: RestoredRun, *, device: torch.device) -> None:
+        self.run, self.device = run, device
+        self.facts, self.crop = run.dataset_facts(), run.build_evaluation_crop()
+        spare = range(len(self.facts.classes), run.num_classes)  # outputs beyond the data set's classes
+        self.classes = (*self.facts.classes, *(f"output {number}" for number in spare))
+        self.net = run.load_network().eval().to(device).to(memory_format=torch.channels_last)
+        self.probabilities = Probabilities(self.net, self.facts).to(device)
+        self._decode = DecodeSettings(
+            self.facts.mean,
+            self.facts.std,
+            device_id=device.index or 0 if device.type == "cuda" else None,
+            crops_only=device.type == "cuda",
+            threads=available_cores(),
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the crops that the network takes."""
+        return self.crop.image_size
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the probabilities (N, K) of uint8 RGB crops (N, H, W, 3)."""
+        probabilities: Tensor = self.probabilities(images.to(self.device))
+        return probabilities
+
+    def predict(self, paths: Iterable[str | Path], *, batch_size: int = BATCH_SIZE) -> list[Prediction]:
+        """Return the predictions of image files, in their order; one that cannot be read has an error."""
+        return list(self.predict_sources(map(file_source, paths), batch_size=batch_size))
+
+    def predict_sources(self, sources: Iterable[Source], *, batch_size: int = BATCH_SIZE) -> Iterator[Prediction]:
+        """Yield the predictions of images from anywhere, in their order."""
+        for batch in self.decode(sources, batch_size=batch_size):
+            yield from self._predictions(batch)
+
+    def decode(self, sources: Iterable[Source], *, batch_size: int = BATCH_SIZE) -> Iterable[DecodedBatch]:
+        """Return normalised batches of images, as the network takes them."""
+        return ImageStream(sources, crop=self.crop, decode=self._decode, batch_size=batch_size)
+
+    @torch.inference_mode()
+    def _predictions(self, batch: DecodedBatch) -> Iterator[Prediction]:
+        found = iter(())
+        if len(batch.images):
+            found = iter(self.probabilities.of_normalised(batch.images.to(self.device)).cpu())
+        for name, error in zip(batch.names, batch.errors, strict=True):
+            yield Prediction(name, self.classes, None if error else next(found), error)
+
+
+def load_model(
+    run: str | Path, *, runs: str | Path = "runs", device: str | torch.device | None = None, trust: bool = False
+) -> TrainedModel:
+    """Return a trained run as a model: a folder, a name in `runs`, an MLflow run id, `latest`, or a checkpoint.
+
+    `device` is a GPU where there is one. Raises: FileNotFoundError, ValueError.
+    """
+    found = find_run(str(run), runs=Path(runs))
+    restored = RestoredRun(found.run.folder, trust=trust, checkpoint=found.checkpoint)
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return TrainedModel(restored, device=torch.device(chosen))
