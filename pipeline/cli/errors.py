@@ -1,6 +1,7 @@
 """User errors: one line each, in the words of the command line, with the nearest valid word."""
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ def one_line_errors() -> Iterator[None]:
     """Print a user error as one line on stderr and exit with code 1."""
     try:
         yield
+    except BrokenPipeError:  # whoever read the output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
+        raise SystemExit(1) from None
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         text = str(root_cause(error) if isinstance(error, HydraException) else error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,6 +18,7 @@ from data.shards.inputs import file_source
 from pipeline import load
 from tests.support.commands import FinishedRun, run_module
 from tests.support.images import make_folder
+from tests.support.paths import ROOT
 
 FURTHER = ("class_2", "probability_2", "class_3", "probability_3")
 
@@ -67,6 +71,16 @@ def test_a_list_on_standard_input_is_answered_on_standard_output(main_job: Finis
     assert rows[0] == ["path", "class", "probability", "error"]
     assert len(rows) == 6
     assert "unreadable" not in answer.stderr
+
+
+def test_a_reader_that_has_enough_sees_no_error(main_job: FinishedRun, photos: Path) -> None:
+    command = f"{sys.executable} -m pipeline.predict run=latest input={photos}/class1 batch_size=1 | head -1"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    answer = subprocess.run(
+        command, shell=True, cwd=main_job.root, env=environment, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.startswith("path,class,probability,error")
+    assert "Errno" not in answer.stderr
 
 
 def test_crops_are_the_same_as_files(main_job: FinishedRun, photos: Path) -> None:
