@@ -61,7 +61,9 @@ def test_images_unlike_the_cpus_are_refused(
     photographs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = probe_of(photographs)
-    decoded = [probe.decoded_images(whole), probe.decoded_images(whole) + 1]
+    expected, images = probe.decoded_images(whole), probe.decoded_images(whole).clone()
+    images[2] += 0.3  # one of several
+    decoded = [expected, images]
     monkeypatch.setattr(probe, "decoded_images", lambda _: decoded.pop())
     saved = tmp_path / "probe"
     saved.write_bytes(probe.pickle.dumps([whole]))
