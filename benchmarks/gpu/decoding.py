@@ -44,6 +44,7 @@ PACKAGES = (
 Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
 TRIES_AT_ONCE = 4
+MAX_AT_BORDER = 16.0  # levels: DALI's resize repeats the last pixel there
 FREE = 60 * 2**20  # bytes that are left on the GPU, less than a batch
 LOSSLESS = ("PNG", "WebP lossless")
 MAX_MEAN, MAX_TAIL = 1.0, 12.0  # levels: mean and 99.9th percentile of the difference between two JPEG decoders
@@ -99,7 +100,8 @@ def check_regions(device: torch.device) -> Answer:
         name = "CPU" if decoder is None else f"{decoder}, fancy upsampling {decoder.fancy_upsampling}"
         sound += [] if found else [name]
         failed |= {name: found} if found else {}
-    return Answer(bool(sound), {"sound": ", ".join(sound), "failed": failed or "none", "nvJPEG": _version()})
+    holds = bool(sound) if device.type == "cuda" else None  # a CPU is compared with itself
+    return Answer(holds, {"sound": ", ".join(sound), "failed": failed or "none", "nvJPEG": _version()})
 
 
 def _failed_batches(
@@ -127,7 +129,7 @@ def check_decoders(device: torch.device) -> Answer:
         for name, found in _differences(groups, way).items():
             if not suffix or name.startswith("JPEG 4"):
                 figures[f"{name}{suffix}"] = str(found)
-            if suffix or "CMYK" in name or "YCCK" in name:
+            if suffix or (decoder is not None and ("CMYK" in name or "YCCK" in name)):
                 continue
             exact = device.type == "cpu" or name.startswith(LOSSLESS)
             holds &= found.most == 0 if exact else found.mean <= MAX_MEAN and found.tail <= MAX_TAIL
@@ -213,7 +215,7 @@ def check_graphs(device: torch.device) -> Answer:
     """C3: batches of PNGs against torchvision, those of an evaluation on a GPU against the CPU's graph."""
     images = [samples.encode(samples.photograph(120, 160, seed=number), "PNG") for number in range(5)]
     decoder = find_decoder(device) if device.type == "cuda" else None
-    inside: dict[str, float] = {}
+    holds = True
     figures: dict[str, object] = {}
     for crop in (TrainingCrop(64), EvaluationCrop(64)):
         probe = make_probe(images, device, decoder=decoder, crop=crop)
@@ -227,9 +229,10 @@ def check_graphs(device: torch.device) -> Answer:
             expected = torch.stack([_center_by_torchvision(one) for one in images])
         difference = (_levels(probe) - expected).abs()
         name = type(crop).__name__
-        inside[name] = float(difference[:, 4:-4, 4:-4].max())
-        figures[name] = f"inside {inside[name]:.3f}, border {float(difference.max()):.3f} levels"
-    return Answer(max(inside.values()) < 1.001, figures)
+        inside, border = float(difference[:, 4:-4, 4:-4].max()), float(difference.max())
+        figures[name] = f"inside {inside:.3f}, border {border:.3f} levels"
+        holds &= inside < 1.001 and border < MAX_AT_BORDER  # false for NaN
+    return Answer(holds, figures)
 
 
 def _levels(probe: Probe) -> Tensor:
@@ -260,7 +263,7 @@ def check_damage(device: torch.device) -> Answer:
         with tempfile.TemporaryDirectory() as folder:
             dataset = samples.make_dataset(Path(folder), 40, height=150, width=200)
             loader = training_loader(dataset, device, batch_size=8)
-            sample, start = int(loader.plan.samples(0, 1)[2]), time.perf_counter()
+            sample, start = int(loader.plan.samples(0, 1)[5]), time.perf_counter()
             if isinstance(change, float):
                 _cut(loader, sample, change)
             else:
@@ -269,7 +272,8 @@ def check_damage(device: torch.device) -> Answer:
                 list(itertools.islice(loader, 3))
                 outcome = "silent"
             except UnreadableImage as error:
-                outcome = "named" if loader.index.keys([sample])[0] in str(error) else "misnamed"
+                names = f"cannot be decoded: {loader.index.keys([sample])[0]} ("  # that one alone
+                outcome = "named" if str(error).startswith(names) else f"misnamed: {error}"
             except RuntimeError as error:
                 outcome = f"raised: {str(error).splitlines()[-1]}"
             figures[name] = f"{outcome}, {time.perf_counter() - start:.1f} s"

@@ -1,5 +1,5 @@
 """From an index to batches on a device."""
 
-from data.loading.nvjpeg import load_packaged
+from data.loading.nvjpeg import load_first
 
-load_packaged()
+load_first()

@@ -25,7 +25,7 @@ from data.shards.dataset import Index
 from data.shards.images import UnreadableImage
 
 NAMED = 3  # damaged images in an error
-JPEG_START, JPEG_END, JPEG_TAIL = b"\xff\xd8", b"\xff\xd9", 512
+JPEG_START, JPEG_SCAN, JPEG_END, JPEG_TAIL = b"\xff\xd8", b"\xff\xda", b"\xff\xd9", 512
 SCARCE_MEMORY = 256 * 2**20  # bytes that are free on a GPU, with which a decoder may have failed for want of more
 # DALI's messages about images; only the first one names one, by its number in the batch.
 UNDECODED = re.compile(r"Failed to decode sample #(\d+)|nvImageCodec failure|cropping window|out of bounds")
@@ -193,9 +193,11 @@ class Loader:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            of_gpu = isinstance(error, MemoryError) and self.decode.graph_device is not None
+            if of_gpu or OUT_OF_MEMORY.search(str(error)):
                 raise torch.OutOfMemoryError(str(error)) from error
-            self._raise_damaged(error)
+            if isinstance(error, RuntimeError):
+                self._raise_damaged(error)
             raise
 
     def _raise_damaged(self, error: RuntimeError) -> None:
@@ -203,14 +205,17 @@ class Loader:
         message = UNDECODED.search(str(error))
         if message is None or not self._decoding:
             return
-        numbers = None if message[1] is None else [int(message[1])]
-        failed = [self._decoding[0]] if numbers else self._decoding
-        damaged = [sample for batch in failed for sample in _damaged_samples(batch, numbers)]
-        reason = "changed after packing or indexing: pack again, or remove the index"
+        oldest, numbers = self._decoding[0], None
+        if message[1] is not None and int(message[1]) < len(oldest.images):
+            numbers = [int(message[1])]
+        failed = self._decoding if numbers is None else [oldest]
+        found = (sample for batch in failed for sample in _damaged_samples(batch, numbers))
+        damaged = list(dict.fromkeys(found))  # an image may be in two batches, one of the next epoch
+        reason = "changed after packing or indexing, or not decoded by DALI: replace it, and pack or index again"
         if not damaged and numbers:
             if self._lacks_memory():
                 raise torch.OutOfMemoryError(str(error)) from error
-            damaged = self._decoding[0].samples[numbers].tolist()
+            damaged = oldest.samples[numbers].tolist()
             reason = "the CPU decodes it: data.decoder=cpu name=NAME, a new run"
         if damaged:
             raise self._unreadable(damaged, reason) from error
@@ -226,8 +231,14 @@ class Loader:
 
 
 def _is_unfinished(image: NDArray[np.uint8]) -> bool:
-    """Whether a JPEG lacks its end marker, apart from a few bytes behind it; within its data there is none."""
-    return image[:2].tobytes() == JPEG_START and JPEG_END not in image[-JPEG_TAIL:].tobytes()
+    """Whether no end marker follows the start of a JPEG's last scan; bytes may follow it.
+
+    A thumbnail has an end marker too, but before that start. The tail is searched first, which nearly always decides.
+    """
+    if image[:2].tobytes() != JPEG_START:
+        return False
+    parts = (part.tobytes() for part in (image[-JPEG_TAIL:], image))
+    return all(part.rfind(JPEG_END) <= part.rfind(JPEG_SCAN) for part in parts)
 
 
 def _damaged_samples(batch: EncodedBatch, numbers: list[int] | None) -> list[int]:

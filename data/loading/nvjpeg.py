@@ -5,23 +5,25 @@ chroma in regions: nvImageCodec then decodes on the CPU without a word.
 """
 
 import ctypes
+import os
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 SONAME = "libnvjpeg.so.13"
 MAPS = Path("/proc/self/maps")
+CHOSEN = "CONVOY_NVJPEG"  # environment variable: the library that a process hands to those that it starts
 
 
-def load_packaged() -> None:
-    """Load the nvJPEG of the package `nvidia-nvjpeg`, where it is installed; call it before torchvision is imported."""
-    spec = find_spec("nvidia")
-    for folder in (spec.submodule_search_locations if spec is not None else None) or ():
-        path = Path(folder) / "cu13" / "lib" / SONAME
-        if path.is_file():
-            with suppress(OSError):  # `loaded_nvjpeg` says which one there is instead
-                ctypes.CDLL(str(path))
-            return
+def load_first() -> None:
+    """Load the nvJPEG of `CHOSEN`, or of the package `nvidia-nvjpeg`; call it before torchvision is imported."""
+    with suppress(ValueError, OSError):  # `loaded_nvjpeg` says which one there is instead
+        spec = find_spec("nvidia")
+        folders = (spec.submodule_search_locations if spec is not None else None) or ()
+        packaged = [str(Path(folder) / "cu13" / "lib" / SONAME) for folder in folders]
+        found = [path for path in (os.environ.get(CHOSEN, ""), *packaged) if Path(path).is_file()]
+        if found:
+            ctypes.CDLL(found[0])
 
 
 def loaded_nvjpeg() -> tuple[tuple[int, ...], str] | None:
@@ -40,7 +42,11 @@ def loaded_nvjpeg() -> tuple[tuple[int, ...], str] | None:
 
 
 def _path_at(address: int) -> str:
-    for line in MAPS.read_text().splitlines():
+    try:
+        lines = os.fsdecode(MAPS.read_bytes()).splitlines()
+    except OSError:
+        return ""
+    for line in lines:
         start, end = (int(one, 16) for one in line.split()[0].split("-"))
         if start <= address < end:
             return line.split(maxsplit=5)[-1]

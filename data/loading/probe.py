@@ -20,7 +20,7 @@ from torch import Tensor
 from data.loading.crops import CropPolicy
 from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder
 from data.loading.graph import as_torch, build_pipeline, choose_resizer
-from data.loading.nvjpeg import loaded_nvjpeg
+from data.loading.nvjpeg import CHOSEN, loaded_nvjpeg
 
 COMMAND = (sys.executable, "-m", "data.loading.probe")
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def try_decoder(*probes: Probe) -> str | None:
         path.write_bytes(pickle.dumps(probes))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
         if nvjpeg := loaded_nvjpeg():
-            environment["LD_PRELOAD"] = " ".join(filter(None, (nvjpeg[1], os.environ.get("LD_PRELOAD"))))
+            environment[CHOSEN] = nvjpeg[1]
         try:
             answer = subprocess.run(
                 [*COMMAND, str(path)], env=environment, capture_output=True, text=True, timeout=SECONDS, check=False

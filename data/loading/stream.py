@@ -15,7 +15,7 @@ from data.loading.crops import CropPolicy
 from data.loading.decoder import DecodeSettings
 from data.loading.graph import as_torch, build_pipeline, can_decode, choose_resizer
 from data.loading.transfer import Transfer
-from data.shards.images import UnreadableImage, oriented_size
+from data.shards.images import oriented_size
 from data.shards.inputs import Source
 
 
@@ -31,7 +31,8 @@ class _Entry:
     """An image on its way; `error` is set when it cannot be read or decoded."""
 
     def __init__(self, source: Source) -> None:
-        self.name, self.error, self.size = source.name, None, (0, 0)
+        self.name, self.size = source.name, (0, 0)
+        self.error: str | None = None
         self.encoded: NDArray[np.uint8] = np.empty(0, np.uint8)
         try:
             encoded = source.read()
@@ -39,8 +40,6 @@ class _Entry:
             self.encoded = np.frombuffer(encoded, np.uint8)
         except (OSError, ValueError) as error:
             self.error = _reason(error)
-
-    error: str | None
 
 
 class ImageStream:
@@ -131,14 +130,12 @@ class ImageStream:
 
     def _find_damage(self) -> bool:
         """Set the errors of images in flight that the CPU cannot decode; return whether there are any."""
-        before = sum(one.error is not None for entries in self._decoding for one in entries)
-        for one in itertools.chain.from_iterable(self._decoding):
-            if one.error is None and not can_decode(one.encoded, reach=one.size):
-                one.error = "it cannot be decoded"
-        return sum(one.error is not None for entries in self._decoding for one in entries) > before
+        sound = [one for entries in self._decoding for one in entries if one.error is None]
+        damaged = [one for one in sound if not can_decode(one.encoded, reach=one.size)]
+        for one in damaged:
+            one.error = "it cannot be decoded"
+        return bool(damaged)
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnreadableImage | ValueError):
-        return str(error)
     return getattr(error, "strerror", None) or str(error)

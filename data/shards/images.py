@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXIF_ORIENTATION = 0x0112
+SWAPS_SIDES = (5, 6, 7, 8)  # orientations; others than 1 to 8 mean nothing
 # PIL's exceptions for bytes that are not an image, or only a part of one.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -25,7 +26,7 @@ def oriented_size(encoded: bytes) -> tuple[int, int]:
         width, height = image.size
         # Without the first check PIL decodes an entire PNG only to report that it has no EXIF block.
         orientation = image.getexif().get(EXIF_ORIENTATION, 1) if "exif" in image.info else 1
-    return (width, height) if orientation >= 5 else (height, width)
+    return (width, height) if orientation in SWAPS_SIDES else (height, width)
 
 
 def intact_size(encoded: bytes) -> tuple[int, int]:

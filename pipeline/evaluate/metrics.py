@@ -77,7 +77,7 @@ def class_metrics(answers: Answers) -> ClassMetrics:
 
 
 def summarise(answers: Answers, classes: ClassMetrics) -> dict[str, float]:
-    """Return the metrics of the whole split by name; macro averages are over the classes that have images."""
+    """Return the metrics of the entire split by name; macro averages are over the classes that have images."""
     present = classes.images > 0
     summary = {
         "top1": float(answers.is_among_top(1).mean()),

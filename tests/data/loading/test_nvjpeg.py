@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+import torchvision
 
 from tests.support.paths import ROOT
 
@@ -48,3 +51,15 @@ def test_the_packaged_nvjpeg_decodes_although_torchvision_brings_another(imports
 def test_a_library_that_came_first_is_known() -> None:
     logged, ours = decode_after("import torchvision")
     assert logged == ours
+
+
+def test_a_process_is_given_the_library_of_the_one_that_starts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bundled,) = (Path(torchvision.__file__).parents[1] / "torchvision.libs").glob("libnvjpeg.*")
+    copy = tmp_path / "an ümlaut and spaces" / bundled.name
+    copy.parent.mkdir()
+    shutil.copy(bundled, copy)
+    monkeypatch.setenv("CONVOY_NVJPEG", str(copy))
+    logged, ours = decode_after("import data.loading")
+    assert logged == ours != PACKAGED

@@ -1,0 +1,17 @@
+"""Loaders over small data sets."""
+
+from __future__ import annotations
+
+from data.loading.crops import TrainingCrop
+from data.loading.decoder import DecodeSettings
+from data.loading.loader import TrainingLoader
+from data.loading.order import TrainingPlan
+from data.loading.storage import LocalShards
+from data.shards.dataset import Dataset
+
+
+def training(dataset: Dataset, *, image_size: int = 32, batch_size: int = 8, **plan: int) -> TrainingLoader:
+    """Return the training loader of a data set, which decodes on the CPU."""
+    index, decode = dataset.index("train"), DecodeSettings(dataset.mean, dataset.std)
+    order = TrainingPlan(index.shard_samples, seed=0, shuffle_window=1_000_000, batch_size=batch_size, **plan)
+    return TrainingLoader(index, LocalShards(dataset.root), plan=order, crop=TrainingCrop(image_size), decode=decode)
