@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import checks
 from benchmarks.gpu.checks import Answer, Check, Result, run_apart, table
 from tests.support.commands import run_module
 from tests.support.paths import ROOT
@@ -46,5 +53,23 @@ def test_a_check_that_dies_or_hangs_does_not_hold() -> None:
 @pytest.mark.parametrize(("holds", "code"), [(True, 0), (None, 0), (False, 1)])
 def test_a_false_claim_is_exit_code_one(monkeypatch: pytest.MonkeyPatch, holds: bool | None, code: int) -> None:
     monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--only", "graphs"])
-    monkeypatch.setattr(program, "run_apart", lambda check, _: Result(check.name, check.claim, holds, 1.0, {}))
+    monkeypatch.setattr(checks, "run_apart", lambda check, _: Result(check.name, check.claim, holds, 1.0, {}))
     assert program.main() == code
+
+
+def test_a_signal_ends_every_process_and_prints_what_is_known() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--only", "versions", "bits"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert '"check": "versions"' in process.stdout.readline()
+        while len(children := psutil.Process(process.pid).children(recursive=True)) < 2:  # a check and its training
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+        printed = process.stdout.read()
+        assert process.wait(timeout=60) == 1
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert "| versions | measured |" in printed
+    assert "| bits | stopped |" in printed
+    assert printed.endswith("Stopped before the end of bits.\n")
+    assert not list(Path(tempfile.gettempdir()).glob("gpu-check-*"))

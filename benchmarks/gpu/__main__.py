@@ -6,13 +6,13 @@ Each check runs in its own process with a limit, prints a line of JSON, and the 
 
 import argparse
 import json
+import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from benchmarks.gpu import cifar10, correctness, decoding, speed, waits
-from benchmarks.gpu.checks import Check, Result, run_apart, run_here, summary, table
+from benchmarks.gpu.checks import STOPPED, Runner, run_here, summary, table
 from benchmarks.gpu.loaders import find_decoder
 from data.shards.parallel import available_cores
 from pipeline.build.trainer import no_gpu_reason
@@ -36,7 +36,7 @@ def main() -> int:
         print(f"error: there is no GPU{no_gpu_reason()}: {advice}", file=sys.stderr)
         return 1
     if arguments.one:
-        run_here(CHECKS[arguments.one], torch.device(arguments.device, 0))
+        run_here(CHECKS[arguments.one], torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu"))
         return 0
     chosen = [CHECKS[name] for name in arguments.only or CHECKS]
     if arguments.device == "cuda":
@@ -46,17 +46,18 @@ def main() -> int:
         print(f"not on a CPU: {', '.join(unfit)}", file=sys.stderr)
     chosen = [check for check in chosen if check.name not in unfit]
 
-    def run(check: Check) -> Result:
-        result = run_apart(check, arguments.device)
-        print(result.to_json(), flush=True)
-        return result
-
-    with ThreadPoolExecutor(max(1, available_cores() // CORES_EACH)) as threads:
-        results = list(threads.map(run, [check for check in chosen if not check.alone]))
-    results += [run(check) for check in chosen if check.alone]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a table of what is known, no process left
+    runner, stopped = Runner(arguments.device), ""
+    try:
+        runner.run([one for one in chosen if not one.alone], workers=max(1, available_cores() // CORES_EACH))
+        runner.run([one for one in chosen if one.alone], workers=1)
+    except KeyboardInterrupt:
+        finished = [one.check for one in runner.results if one.error != STOPPED]
+        stopped = f" Stopped before the end of {', '.join(one.name for one in chosen if one.name not in finished)}."
+    results = sorted(runner.results, key=lambda one: list(CHECKS).index(one.check))
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "a CPU"
-    print(f"\nOn {name}, torch {torch.__version__}:\n\n{table(results)}\n\n{summary(results)}")
-    return int(any(result.holds is False for result in results))
+    print(f"\nOn {name}, torch {torch.__version__}:\n\n{table(results)}\n\n{summary(results)}{stopped}")
+    return int(bool(stopped) or any(result.holds is False for result in results))
 
 
 if __name__ == "__main__":

@@ -31,10 +31,6 @@ from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
 from data.shards.parallel import available_cores
 
-PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-
-
 HELD = 3  # batches before the first is summed
 
 
@@ -76,7 +72,8 @@ def _checksums(dataset: Dataset, device: torch.device, *, busy: bool, on_cpu: bo
     loader = training_loader(dataset, device, batch_size=32, on_cpu=on_cpu)
     if busy:
         loader._buffers = Poisoned()
-    load = torch.randn(8192, 8192, device=device) if device.type == "cuda" else None
+    load = torch.randn(4096, 4096, device=device) if device.type == "cuda" else None
+    product = None if load is None else torch.empty_like(load)
     sums: list[tuple[int, Tensor, Tensor]] = []
     held: deque[tuple[int, Batch]] = deque()  # memory that is reused too early changes them
     for epoch in range(2):
@@ -84,7 +81,7 @@ def _checksums(dataset: Dataset, device: torch.device, *, busy: bool, on_cpu: bo
             held.append((epoch, batch))
             if busy and load is not None:
                 for _ in range(20):
-                    torch.mm(load, load)
+                    torch.mm(load, load, out=product)
             elif load is not None:
                 torch.cuda.synchronize()
             del batch
@@ -129,7 +126,7 @@ def _trained(folder: Path, mode: str, name: str, *, device: torch.device, determ
     last = folder / "runs" / f"{mode}-{name}" / "checkpoints" / "last.ckpt"
     if name == "cut":
         command = [sys.executable, "-m", *words]
-        with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, cwd=folder, env=_environment(), stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if "epoch 1/2  val" in line:
@@ -145,9 +142,14 @@ def _trained(folder: Path, mode: str, name: str, *, device: torch.device, determ
     return hashlib.sha256(b"".join(one.numpy().tobytes() for one in state.values())).hexdigest()
 
 
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
 def _run(words: list[str], folder: Path) -> str:
     command = [sys.executable, "-m", *words]
-    answer = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    answer = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise RuntimeError(answer.stderr.strip().rpartition("\n")[2])
     return answer.stdout

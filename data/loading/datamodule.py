@@ -43,11 +43,11 @@ class LoaderSettings:
     def __post_init__(self) -> None:
         require(self.decoder in DECODERS, f"is not one of {', '.join(DECODERS)}", decoder=self.decoder)
         load = self.hw_decoder_load
-        is_share = load is None or (isinstance(load, int | float) and 0 <= load <= 1)
+        is_share = load is None or (isinstance(load, int | float) and not isinstance(load, bool) and 0 <= load <= 1)
         require(is_share, "must be a number from 0 to 1, or null for 0.65", hw_decoder_load=load)
         for name in ("batch_size", "accumulate", "shuffle_window", "readahead", "threads", "io_threads", "prefetch"):
             value = getattr(self, name)
-            is_valid = value is None or (isinstance(value, int) and value >= 1)
+            is_valid = value is None or (isinstance(value, int) and value is not True and value >= 1)
             require(is_valid, "must be an integer of at least 1", **{name: value})
 
 

@@ -1,13 +1,15 @@
 """From encoded images to batches: one DALI graph for every combination of decoder and device."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.utils.dlpack
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import OperatorConcurrency, Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.tensors import TensorGPU, TensorListCPU, TensorListGPU
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from data.loading.crops import CropPolicy
 from data.loading.decoder import DecodeSettings, GpuDecoder
 
+RESIZED = 2**20  # bytes, at least, that a thread is given to resize: each part costs some Python
 Resizer = Literal["torch", "dali"]
 
 
@@ -36,20 +39,22 @@ def build_pipeline(
     With `decode.crops_only` it ends at the mirror, with uint8. `source` returns a list of encoded images, then the
     arrays of their `CropWindows`.
     """
-    # exec_dynamic: the other executor overwrites batches that are still referenced.
+    # exec_dynamic: the other executor overwrites batches that are still referenced. FULL: a batch is decoded while the
+    # one before it is resized.
     with Pipeline(
         batch_size=batch_size,
         num_threads=decode.threads,
         device_id=decode.graph_device,
         prefetch_queue_depth=decode.prefetch,
         exec_dynamic=True,
+        concurrency=OperatorConcurrency.FULL,
     ) as pipeline:
         encoded, anchor, shape, mirror, *region = fn.external_source(
             source=source, num_outputs=6 if crop.has_margin else 4, batch=True, no_copy=True
         )
         decoded = decode_crops(encoded, (anchor, shape), decoder=decode.gpu_decoder)
         if resizer == "torch":
-            resize = _TorchResize(batch_size, crop.image_size)
+            resize = _TorchResize(batch_size, crop.image_size, threads=decode.threads)
             resized = fn.python_function(decoded, function=resize, batch_processing=True, output_layouts="HWC")
         else:
             size, linear = [crop.image_size] * 2, types.DALIInterpType.INTERP_LINEAR
@@ -100,19 +105,28 @@ class _TorchResize:
     long as decoding on a CPU (benchmarks/README.md). Shapes: uint8 (h, w, 3), any sizes -> (image_size, image_size, 3).
     """
 
-    def __init__(self, batch_size: int, image_size: int) -> None:
+    def __init__(self, batch_size: int, image_size: int, *, threads: int) -> None:
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="resize")
         # Reused for every batch, because DALI copies the result: fresh memory would cost as much as the resize.
         shape = (batch_size, 3, image_size, image_size)
         self._resized = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
 
     def __call__(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+        size, count = self._resized.shape[2:], len(images)
+        if all(image.shape[:2] == size for image in images):
+            return images
+        step = max(1, RESIZED * count // sum(image.size for image in images))
+        parts = [range(start, min(start + step, count)) for start in range(0, count, step)]
+        list(self._threads.map(partial(self._resize, images), parts))  # waits for all, raises what one has raised
+        return list(self._resized[: len(images)].permute(0, 2, 3, 1).numpy())  # (N, 3, H, W) -> (N, H, W, 3), views
+
+    def _resize(self, images: list[NDArray[np.uint8]], numbers: range) -> None:
         size = list(self._resized.shape[2:])
-        for number, array in enumerate(images):
-            image = torch.from_numpy(array).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w), no copy
+        for number in numbers:
+            image = torch.from_numpy(images[number]).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w), no copy
             resized = self._resized[number : number + 1]
             # functional.interpolate calls this too, but has no `out`.
             torch.ops.aten._upsample_bilinear2d_aa.out(image, size, align_corners=False, out=resized)
-        return list(self._resized[: len(images)].permute(0, 2, 3, 1).numpy())  # (N, 3, H, W) -> (N, H, W, 3), views
 
 
 def can_decode(encoded: NDArray[np.uint8], *, reach: tuple[int, int]) -> bool:

@@ -29,7 +29,7 @@ JPEG_START, JPEG_SCAN, JPEG_END, JPEG_TAIL = b"\xff\xd8", b"\xff\xda", b"\xff\xd
 SCARCE_MEMORY = 256 * 2**20  # bytes that are free on a GPU, with which a decoder may have failed for want of more
 # DALI's messages about images; only the first one names one, by its number in the batch.
 UNDECODED = re.compile(r"Failed to decode sample #(\d+)|nvImageCodec failure|cropping window|out of bounds")
-OUT_OF_MEMORY = re.compile(r"CUDA allocation failed|Can't allocate \d+ bytes on device")
+OUT_OF_MEMORY = re.compile(r"CUDA allocation failed|Can't allocate \d+ bytes on device|CUDA error: out of memory")
 
 
 class Batch(NamedTuple):
@@ -111,10 +111,10 @@ class Loader:
         self._batches = self._read_ahead(self.position)
         decode, crop, batch_size = self.decode, self.crop, self.plan.largest_batch
         resizer = choose_resizer(decode, crop)
-        if decode.crops_only and self._transfer is None:
-            device = torch.device("cpu" if decode.device_id is None else f"cuda:{decode.device_id}")
-            self._transfer = Transfer(device, mean=decode.mean, std=decode.std)
         with self._explained_errors():
+            if decode.crops_only and self._transfer is None:
+                device = torch.device("cpu" if decode.device_id is None else f"cuda:{decode.device_id}")
+                self._transfer = Transfer(device, mean=decode.mean, std=decode.std)
             self._pipeline = build_pipeline(
                 self._encoded, decode=decode, crop=crop, batch_size=batch_size, resizer=resizer
             )
@@ -173,7 +173,8 @@ class Loader:
         encoded = self._decoding.popleft()
         self._buffers.append(encoded.buffer)
         decoded = as_torch(output)  # (N, H, W, 3)
-        images = self._transfer(decoded) if self._transfer else decoded.permute(0, 3, 1, 2)  # (N, 3, H, W), no copy
+        with self._explained_errors():
+            images = self._transfer(decoded) if self._transfer else decoded.permute(0, 3, 1, 2)  # (N, 3, H, W), no copy
         return Batch(images, torch.from_numpy(encoded.labels), torch.from_numpy(encoded.samples))
 
     def _check_ends(self, batch: EncodedBatch) -> None:

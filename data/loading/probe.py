@@ -8,8 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from data.children import end_with_me, end_with_parent
 from data.loading.crops import CropPolicy
 from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder
 from data.loading.graph import as_torch, build_pipeline, choose_resizer
@@ -65,23 +65,24 @@ def candidates(wanted: GpuDecoder, *, nvjpeg: tuple[int, ...]) -> Iterator[GpuDe
 
 def try_decoder(*probes: Probe) -> str | None:
     """Decode batches in another process and compare them with the CPU's; return why that failed, None for success."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "probe"
-        path.write_bytes(pickle.dumps(probes))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-        if nvjpeg := loaded_nvjpeg():
-            environment[CHOSEN] = nvjpeg[1]
-        try:
-            answer = subprocess.run(
-                [*COMMAND, str(path)], env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return f"no answer in {SECONDS} s"
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    environment = {**os.environ, **end_with_me(), "PYTHONPATH": path}
+    if nvjpeg := loaded_nvjpeg():
+        environment[CHOSEN] = nvjpeg[1]
+    saved = pickle.dumps(probes)
+    try:
+        answer = subprocess.run(
+            COMMAND, input=saved, env=environment, capture_output=True, timeout=SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer in {SECONDS} s"
     if answer.returncode == 0:
         return None
     if answer.returncode < 0:
         return f"killed by {signal.Signals(-answer.returncode).name}"
-    return ([line.strip() for line in answer.stderr.splitlines() if line.strip()] or ["no message"])[-1]
+    return (
+        [line.strip() for line in answer.stderr.decode(errors="replace").splitlines() if line.strip()] or ["no message"]
+    )[-1]
 
 
 def decoded_images(probe: Probe) -> Tensor:
@@ -99,9 +100,10 @@ def dali_reason(error: RuntimeError) -> str:
     return str(error).rpartition("encountered:")[2].strip().partition("\n")[0].rstrip(" :") or "no message"
 
 
-def main(arguments: Sequence[str]) -> str | None:
-    """Decode saved probes; return why that failed, None for success."""
-    probes: tuple[Probe, ...] = pickle.loads(Path(arguments[0]).read_bytes())
+def main() -> str | None:
+    """Decode the probes on standard input; return why that failed, None for success."""
+    end_with_parent()
+    probes: tuple[Probe, ...] = pickle.load(sys.stdin.buffer)
     return next(filter(None, map(_failure, probes)), None)
 
 
@@ -117,4 +119,4 @@ def _failure(probe: Probe) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -23,11 +23,11 @@ class LocalShards:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(_OpenFile)
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda file: _OpenFile(root / file))
 
     def read(self, file: str, into: NDArray[np.uint8], *, offset: int) -> None:
         """Fill `into` with the bytes from `offset` on. Raises: ValueError when the file is too short."""
-        shard = self._open(self.root / file)  # keeps it open while the cache may evict it
+        shard = self._open(file)  # keeps it open while the cache may evict it
         done = 0
         while done < len(into):  # a network file system may return fewer bytes than requested
             count = os.preadv(shard.descriptor, [into[done:].data], offset + done)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from PIL.TiffTags import LONG, SHORT
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -24,8 +26,7 @@ def oriented_size(encoded: bytes) -> tuple[int, int]:
     """Read height and width in pixels, after EXIF orientation, from the header alone. Raises: UnreadableImage."""
     with _open(encoded) as image:
         width, height = image.size
-        # Without the first check PIL decodes an entire PNG only to report that it has no EXIF block.
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+        orientation = _orientation(image)
     return (width, height) if orientation in SWAPS_SIDES else (height, width)
 
 
@@ -41,6 +42,9 @@ def check_intact(encoded: bytes) -> None:
         # A JPEG at an eighth of its size, which still reads every byte.
         image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
         image.load()
+        end = encoded.rfind(b"IEND")  # followed by a checksum of 4 bytes; PIL does without both, DALI does not
+        if image.format == "PNG" and not encoded.rfind(b"IDAT") < end <= len(encoded) - 8:
+            raise ValueError("the end of the PNG is missing")
 
 
 def colour_sums(encoded: bytes) -> NDArray[np.float64]:
@@ -69,6 +73,23 @@ def to_jpeg(image: Image.Image, *, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation. Raises: ValueError for one that is no 16-bit number, where DALI reads another."""
+    if "exif" not in image.info:  # otherwise PIL decodes an entire PNG only to report that it has no EXIF block
+        return 1
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    if orientation != 1:
+        exif = image.info["exif"].removeprefix(b"Exif\0\0")
+        directory = ImageFileDirectory_v2(exif[:8])
+        block = io.BytesIO(exif)
+        block.seek(directory.next)
+        directory.load(block)
+        kind = directory.tagtype.get(EXIF_ORIENTATION, SHORT)
+        if kind != SHORT and not (kind == LONG and exif.startswith(b"II")):  # DALI reads the first 16 bits
+            raise ValueError("its EXIF orientation is not a 16-bit number")
+    return int(orientation)
 
 
 @contextmanager

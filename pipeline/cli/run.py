@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import hydra
 from omegaconf import DictConfig
 
+from data.children import end_with_parent
 from pipeline.cli.check import HELP, check_command_line, check_targets, overrides_in
 from pipeline.cli.compose import CONF
 from pipeline.cli.errors import one_line_errors
@@ -39,6 +40,7 @@ def fast_imports() -> Iterator[None]:
 
 def run_verb(verb: Verb, main: Callable[[DictConfig], None]) -> None:
     """Check the command line, compose the config and call `main`; user errors exit with code 1."""
+    end_with_parent()  # a rank that Lightning has started
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints three more lines and exits
 
     def guarded(config: DictConfig) -> None:  # errors must not reach Hydra, which adds a line to them

@@ -51,7 +51,7 @@ class Run:
         """The decoder of an unfinished run, None before its first checkpoint."""
         if self.last_checkpoint is None or not self.fingerprint_file.is_file():
             return None
-        return recorded_decoder(json.loads(self.fingerprint_file.read_text()))
+        return recorded_decoder(self._fingerprint())
 
     @property
     def is_locked(self) -> bool:
@@ -89,7 +89,16 @@ class Run:
         path = self.fingerprint_file
         if not path.is_file():
             raise ValueError(f"{path} is missing, so the checkpoints cannot be matched with a config: add name=NAME")
-        check_unchanged(json.loads(path.read_text()), fingerprint, run=self.folder)
+        check_unchanged(self._fingerprint(), fingerprint, run=self.folder)
+
+    def _fingerprint(self) -> Fingerprint:
+        """Read the fingerprint. Raises: ValueError where it is damaged."""
+        try:
+            found = json.loads(self.fingerprint_file.read_text())
+            recorded_decoder(found)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.fingerprint_file} is damaged ({error}): add name=NAME for a new run") from error
+        return dict(found)
 
     def finish(self, result: Mapping[str, object]) -> None:
         """Write the file that marks success, the last one of a run."""

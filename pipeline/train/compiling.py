@@ -1,5 +1,7 @@
 """`torch.compile` for the network of a training."""
 
+import os
+import shutil
 import time
 
 import pytorch_lightning as pl
@@ -24,8 +26,12 @@ class CompileNetwork(pl.Callback):
         self._is_timed = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compile the network; torch does the work when the first batch arrives."""
+        """Compile the network; torch does the work when the first batch arrives. Raises: ValueError."""
         assert isinstance(pl_module, Classifier)
+        compiler = os.environ.get("CXX", "g++")
+        if pl_module.device.type == "cpu" and shutil.which(compiler) is None:
+            mode = "true" if self.mode == "default" else self.mode
+            raise ValueError(f"trainer.compile={mode} needs a C++ compiler, and there is no {compiler}: set CXX to one")
         pl_module.net.compile(mode=self.mode)
 
     def on_train_batch_start(

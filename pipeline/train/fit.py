@@ -1,6 +1,8 @@
 """A training from a built job to a finished run: callbacks, dashboard, Lightning's fit, and how it ended."""
 
 import logging
+import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from data.children import end_with_me
 from data.loading.datamodule import ShardData
 from models.arguments import require
 from pipeline.cli.console import is_main_process, main_console, print_facts
@@ -135,6 +138,7 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[None]:
 
 def fit(job: Job, trainer: pl.Trainer) -> None:
     """Run Lightning's fit from the run's last checkpoint, and turn its ends into exit codes and user errors."""
+    os.environ |= end_with_me()  # for the ranks that Lightning starts
     try:
         with config_keys_in_errors({"clip_norm": "recipe.clip_norm"}):
             trainer.fit(job.module, datamodule=job.data, ckpt_path=job.run.last_checkpoint, weights_only=True)
@@ -143,8 +147,19 @@ def fit(job: Job, trainer: pl.Trainer) -> None:
         resume = f"continues after step {saved_step(last)}" if last is not None else "restarts from step 0"
         main_console().print(f"stopped: the same command {resume}", highlight=False)
         raise SystemExit(TERMINATED if isinstance(error, SIGTERMException) else INTERRUPTED) from error
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        memory = _lacking_memory(error)
+        if memory is None:
+            raise
         raise ValueError(
-            f"a batch of {job.data.settings.batch_size} images does not fit into the GPU's memory, with DALI's pools: "
+            f"a batch of {job.data.settings.batch_size} images does not fit into {memory}: "
             "lower data.batch_size, and raise recipe.accumulate by the same factor to keep the global batch"
         ) from error
+
+
+def _lacking_memory(error: RuntimeError | MemoryError) -> str | None:
+    """Return which memory was too small, None where none was."""
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error):
+        return "the GPU's memory, with DALI's pools"
+    is_host = isinstance(error, MemoryError) or re.search("DefaultCPUAllocator|std::bad_alloc", str(error))
+    return "the memory of this machine" if is_host else None

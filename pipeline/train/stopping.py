@@ -1,5 +1,6 @@
 """Stop several ranks at the same step after a signal to any of them."""
 
+import os
 import signal
 import time
 from types import FrameType
@@ -8,6 +9,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed
+
+from data.children import PARENT
 
 SECONDS_BETWEEN_READINGS = 0.5
 
@@ -30,6 +33,7 @@ class StopTogether(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replace Lightning's flag, and its reaction to SIGTERM before it registers that."""
+        os.environ.pop(PARENT, None)  # Lightning has started its ranks; what callbacks start may outlive this process
         if trainer.world_size == 1:
             return
         if pl_module.device.type == "cuda":

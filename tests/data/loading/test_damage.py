@@ -170,6 +170,18 @@ def test_memory_that_dali_lacks_is_not_blamed_on_images(photographs: Dataset, mo
         next(iter(failing(photographs, "CUDA allocation failed\nfor 1234 bytes", monkeypatch)))
 
 
+def test_memory_that_the_arithmetic_lacks_is_out_of_memory(
+    photographs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(crops: torch.Tensor) -> torch.Tensor:
+        raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    loader = training(photographs)
+    monkeypatch.setattr(loader, "_transfer", fails)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA error: out of memory"):
+        next(iter(loader))
+
+
 def test_a_graph_without_memory_to_be_built_is_out_of_memory(
     photographs: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -57,17 +57,15 @@ def test_a_crash_is_an_answer(photographs: Dataset, monkeypatch: pytest.MonkeyPa
     assert try_decoder(probe_of(photographs)) == answer
 
 
-def test_images_unlike_the_cpus_are_refused(
-    photographs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_unlike_the_cpus_are_refused(photographs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = probe_of(photographs)
     expected, images = probe.decoded_images(whole), probe.decoded_images(whole).clone()
     images[2] += 0.3  # one of several
     decoded = [expected, images]
     monkeypatch.setattr(probe, "decoded_images", lambda _: decoded.pop())
-    saved = tmp_path / "probe"
-    saved.write_bytes(probe.pickle.dumps([whole]))
-    assert "levels from the CPU's" in str(probe.main([str(saved)]))
+    saved = io.BytesIO(probe.pickle.dumps([whole]))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=saved))
+    assert "levels from the CPU's" in str(probe.main())
 
 
 def test_regions_need_an_nvjpeg_that_interpolates_chroma_in_them() -> None:

@@ -157,3 +157,14 @@ def test_another_nvjpeg_is_another_run_where_it_decodes(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match=r"mine was started with nvJPEG=13\.3\.2, not 13\.0\.1"):
         run.check(current((13, 0, 1), GpuDecoder()))
     assert current((13, 3, 2), None) == current((13, 0, 1), None)
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", "{", '{"data.decoder": {"speed": 3}}', '"text"', "null"])
+def test_a_damaged_fingerprint_is_named(tmp_path: Path, damaged: str) -> None:
+    run = open_run(settings_of(tmp_path), DATASET)
+    run.begin({"seed": 0}, "")
+    (run.checkpoints / "last.ckpt").touch()
+    run.fingerprint_file.write_text(damaged)
+    for use in (lambda: run.decoder, lambda: run.check({"seed": 0})):
+        with pytest.raises(ValueError, match=r"fingerprint.json is damaged \(.*\): add name=NAME for a new run$"):
+            use()

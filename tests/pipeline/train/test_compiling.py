@@ -42,6 +42,16 @@ def test_the_clock_runs_from_the_first_batch_to_the_first_optimizer_step(monkeyp
     assert console.file.getvalue() == "compiled    in 5 s, with the first batch\n"
 
 
+def test_a_machine_without_a_compiler_is_named(
+    train: Typed, with_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        ValueError, match=r"^trainer.compile=true needs a C\+\+ compiler, and there is no no-such-compi"
+    ):
+        train("+model=lenet", "tracking=none", "trainer.compile=true")
+
+
 def test_a_mode_that_torch_does_not_have_is_refused(train: Typed, with_digits: Path) -> None:
     with pytest.raises(ValueError, match=r"^trainer.compile=fast is not true, null or one of default, reduce-overhead"):
         train("+model=lenet", "tracking=none", "trainer.compile=fast")

@@ -13,13 +13,35 @@ from pipeline.train.progress import memory_gib
 from pipeline.train.summary import unusable_gpu
 
 
-def test_memory_that_a_batch_lacks_is_a_batch_that_is_too_large() -> None:
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "the GPU's memory, with DALI's pools"),
+        (
+            torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors"),
+            "the GPU's memory, with DALI's pools",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the memory of this machine"),
+        (RuntimeError("std::bad_alloc"), "the memory of this machine"),
+        (MemoryError("std::bad_alloc"), "the memory of this machine"),
+    ],
+)
+def test_memory_that_a_batch_lacks_is_a_batch_that_is_too_large(error: Exception, memory: str) -> None:
     def fails(*arguments: object, **options: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     data = SimpleNamespace(settings=SimpleNamespace(batch_size=256))
     job = SimpleNamespace(module=None, data=data, run=SimpleNamespace(last_checkpoint=None))
-    with pytest.raises(ValueError, match=r"^a batch of 256 images does not fit .* with DALI's pools: lower data.batch"):
+    with pytest.raises(ValueError, match=f"^a batch of 256 images does not fit into {memory}: lower data.batch_size"):
+        fit(job, SimpleNamespace(fit=fails))
+
+
+def test_another_error_stays_as_it_is() -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    job = SimpleNamespace(module=None, data=None, run=SimpleNamespace(last_checkpoint=None))
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
         fit(job, SimpleNamespace(fit=fails))
 
 

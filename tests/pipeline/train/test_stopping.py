@@ -40,3 +40,17 @@ def test_a_signal_to_one_rank_ends_both(with_digits: Path, rank: int) -> None:
     last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     stopped = journal(run)[-1]["step"]
     assert last <= stopped < 400 * 22
+
+
+def test_a_signal_before_the_first_step_leaves_no_process(with_digits: Path) -> None:
+    command = [sys.executable, "-m", "pipeline.train", "+model=lenet", *TWO_RANKS, "tracking=none", "name=early"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=with_digits, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("dashboard") for line in process.stdout), "it ended before its header"
+        while not (ranks := psutil.Process(process.pid).children()):
+            assert process.poll() is None
+        process.terminate()
+        process.wait(timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert alive == []

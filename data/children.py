@@ -1,0 +1,27 @@
+"""Processes that do not outlive the one that has started them."""
+
+import ctypes
+import os
+import signal
+import sys
+
+PARENT = "CONVOY_PARENT"  # environment variable: the process with which those that it starts end
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def end_with_me() -> dict[str, str]:
+    """Return the environment for a process that calls `end_with_parent`."""
+    return {PARENT: str(os.getpid())}
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process as soon as the one that asked for it has ended, however it ended.
+
+    Linux only; elsewhere, and where nobody asked, nothing happens. Raises: SystemExit if it has ended already.
+    """
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        raise SystemExit(f"process {parent}, which started this one, has ended")
