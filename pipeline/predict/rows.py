@@ -21,6 +21,7 @@ SCHEMA = pa.schema(
         ("path", pa.string()),
         ("class", pa.string()),
         ("probability", pa.float32()),
+        ("unsure", pa.bool_()),
         ("error", pa.string()),
         ("top_classes", pa.list_(pa.string())),
         ("top_probabilities", pa.list_(pa.float32())),
@@ -60,12 +61,13 @@ def row_writer(out: Path | None, *, top: int) -> Iterator[Write]:
 def _csv_writer(file: TextIO, *, top: int) -> Write:
     writer = csv.writer(file, lineterminator="\n")
     further = [f"{name}_{number}" for number in range(2, top + 1) for name in ("class", "probability")]
-    writer.writerow(["path", "class", "probability", "error", *further])
+    writer.writerow(["path", "class", "probability", "unsure", "error", *further])
 
     def write(prediction: Prediction) -> None:
         cells = [cell for name, value in prediction.top(top) for cell in (name, f"{value:.6f}")]
         cells += [""] * (2 * top - len(cells))
-        writer.writerow([prediction.name, *cells[:2], prediction.error or "", *cells[2:]])
+        unsure = "unsure" if prediction.is_unsure else ""
+        writer.writerow([prediction.name, *cells[:2], unsure, prediction.error or "", *cells[2:]])
 
     return write
 
@@ -83,6 +85,7 @@ def _row(prediction: Prediction, *, top: int) -> dict[str, object]:
         "path": prediction.name,
         "class": best[0][0] if best else None,
         "probability": best[0][1] if best else None,
+        "unsure": prediction.is_unsure,
         "error": prediction.error,
         "top_classes": [name for name, _ in best],
         "top_probabilities": [value for _, value in best],

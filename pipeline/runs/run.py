@@ -27,6 +27,9 @@ class Run:
         self.result_file = folder / "result.json"  # written last: it marks success
         self.initial_report = folder / "receptive_field"
         self.reports = folder / "reports"  # later ones
+        self.evaluation = folder / "evaluation"  # a folder for each split
+        self.calibration_file = self.evaluation / "calibration.json"
+        self.export = folder / "export"
         self.tracking_id_file = folder / "mlflow_run_id"
 
     @property

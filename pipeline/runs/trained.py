@@ -12,6 +12,7 @@ from data.loading.stream import DecodedBatch, ImageStream
 from data.shards.inputs import Source, file_source
 from data.shards.parallel import available_cores
 from pipeline.build.recorded import DatasetFacts
+from pipeline.runs.calibration import read_calibration
 from pipeline.runs.find import find_run
 from pipeline.runs.restore import RestoredRun
 
@@ -20,12 +21,16 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of an image; without probabilities, `error` says why it could not be read."""
+    """What a model says of an image; without probabilities, `error` says why it could not be read.
+
+    `is_unsure` where the probability is below the threshold that an evaluation has fitted.
+    """
 
     name: str
     classes: Sequence[str]
     probabilities: Tensor | None  # (K,)
     error: str | None = None
+    is_unsure: bool = False
 
     def top(self, count: int) -> list[tuple[str, float]]:
         """Return the most probable classes with their probabilities, the first one first."""
@@ -81,7 +86,8 @@ class TrainedModel:
         spare = range(len(self.facts.classes), run.num_classes)  # outputs beyond the data set's classes
         self.classes = (*self.facts.classes, *(f"output {number}" for number in spare))
         self.net = run.load_network().eval().to(device).to(memory_format=torch.channels_last)
-        self.probabilities = Probabilities(self.net, self.facts).to(device)
+        self.calibration = read_calibration(run.run.calibration_file, weights=run.weights_file)
+        self.probabilities = Probabilities(self.net, self.facts, temperature=self.calibration.temperature).to(device)
         self._decode = DecodeSettings(
             self.facts.mean,
             self.facts.std,
@@ -120,7 +126,9 @@ class TrainedModel:
         if len(batch.images):
             found = iter(self.probabilities.of_normalised(batch.images.to(self.device)).cpu())
         for name, error in zip(batch.names, batch.errors, strict=True):
-            yield Prediction(name, self.classes, None if error else next(found), error)
+            probabilities = None if error else next(found)
+            is_unsure = probabilities is not None and self.calibration.is_unsure(float(probabilities.max()))
+            yield Prediction(name, self.classes, probabilities, error, is_unsure)
 
 
 def load_model(

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from data.shards.inputs import file_source
 from pipeline import load
+from pipeline.runs.calibration import Calibration
 from tests.support.commands import FinishedRun, run_module
 from tests.support.images import make_folder
 from tests.support.paths import ROOT
@@ -48,6 +50,7 @@ def test_all_formats_and_plain_python_agree(main_job: FinishedRun, photos: Path,
                 "path",
                 "class",
                 "probability",
+                "unsure",
                 "error",
                 *["class_2", "probability_2", "class_3", "probability_3"],
             ]
@@ -68,9 +71,24 @@ def test_a_list_on_standard_input_is_answered_on_standard_output(main_job: Finis
     answer = run_module(main_job.root, "pipeline.predict", *words)
     assert answer.returncode == 0, answer.stderr
     rows = list(csv.reader(io.StringIO(answer.stdout)))
-    assert rows[0] == ["path", "class", "probability", "error"]
+    assert rows[0] == ["path", "class", "probability", "unsure", "error"]
     assert len(rows) == 6
     assert "unreadable" not in answer.stderr
+
+
+def test_an_evaluations_temperature_and_threshold_are_used(main_job: FinishedRun, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "fitted"
+    shutil.copytree(main_job.folder, folder)
+    plain, paths = load(folder), sorted((photos / "class1").iterdir())
+    Calibration(2.0, 0.9999, 0.99).save(folder / "evaluation" / "calibration.json", weights=plain.run.weights_file)
+    fitted = load(folder)
+    for before, after in zip(plain.predict(paths), fitted.predict(paths), strict=True):
+        flat = torch.softmax(before.probabilities.log() / 2, dim=0)
+        torch.testing.assert_close(after.probabilities, flat, rtol=1e-5, atol=1e-6)
+        assert (before.is_unsure, after.is_unsure) == (False, True)
+    answer = run_module(tmp_path, "pipeline.predict", "run=fitted", f"input={photos}/class1")
+    rows = list(csv.DictReader(io.StringIO(answer.stdout)))
+    assert [row["unsure"] for row in rows] == ["unsure"] * 5
 
 
 def test_a_reader_that_has_enough_sees_no_error(main_job: FinishedRun, photos: Path) -> None:
@@ -79,7 +97,7 @@ def test_a_reader_that_has_enough_sees_no_error(main_job: FinishedRun, photos: P
     answer = subprocess.run(
         command, shell=True, cwd=main_job.root, env=environment, capture_output=True, text=True, check=True
     )
-    assert answer.stdout.startswith("path,class,probability,error")
+    assert answer.stdout.startswith("path,class,probability,unsure,error")
     assert "Errno" not in answer.stderr
 
 

@@ -1,0 +1,55 @@
+"""How far a run's probabilities can be trusted: what `evaluate` has fitted on images that did not train it."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data.shards.dataset import write_atomically
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature that divides the logits, and a probability below which an answer is "unsure", None without one.
+
+    `precision` is the share of right answers that the threshold was fitted for.
+    """
+
+    temperature: float = 1.0
+    threshold: float | None = None
+    precision: float | None = None
+
+    def is_unsure(self, probability: float) -> bool:
+        """Whether an answer of this probability is "unsure"."""
+        return self.threshold is not None and probability < self.threshold
+
+    def save(self, file: Path, *, weights: Path) -> None:
+        """Write it beside the digest of the weights for which it was fitted."""
+        values = {**asdict(self), "weights_sha256": digest(weights)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(values, indent=1).encode() + b"\n")
+
+
+def read_calibration(file: Path, *, weights: Path) -> Calibration:
+    """Read what was fitted for these weights; without a file, or with one for other weights, nothing is changed.
+
+    Raises: ValueError for a damaged file.
+    """
+    if not file.is_file():
+        return Calibration()
+    try:
+        values = json.loads(file.read_text())
+        of_weights = values.pop("weights_sha256")
+        calibration = Calibration(**values)
+        valid = calibration.temperature > 0
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged ({error}): evaluate the run again") from error
+    if not valid:
+        raise ValueError(f"{file} has temperature {calibration.temperature}: evaluate the run again")
+    return calibration if of_weights == digest(weights) else Calibration()
+
+
+def digest(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
