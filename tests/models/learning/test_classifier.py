@@ -9,10 +9,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.gpu.waits import Readings
 from models.learning.classifier import Classifier, fused_on
 from models.learning.families import ResidualClassifier
 from models.learning.losses import cross_entropy
@@ -90,18 +90,16 @@ def test_evaluation_counts_as_a_loop_would() -> None:
     assert metrics["val/top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).float().mean().item())
 
 
-# `one_hot`, which torchmetrics calls for the top 5, checks its input on a CPU, not on a GPU (torch's OneHot.cpp).
-@pytest.mark.parametrize(("num_classes", "allowed"), [(5, 0), (7, 2)])
-def test_a_batch_is_trained_on_and_evaluated_without_reading_a_value(num_classes: int, allowed: int) -> None:
+@pytest.mark.parametrize("num_classes", [3, 10])
+def test_a_batch_is_trained_on_and_evaluated_without_reading_a_value(num_classes: int) -> None:
     module = Classifier(plain(num_classes=num_classes), num_classes=num_classes, recipe=make_recipe())
     batch = next(iter(make_loader(8, 8, num_classes)))
-    with Readings() as readings:
+    with FakeTensorMode(allow_non_fake_inputs=True) as without_values:
+        batch = tuple(without_values.from_tensor(one) for one in batch)
         module.training_step(batch, 0)
-        assert readings.count == 0
         module.validation_step(batch, 0)
-        assert readings.count == allowed
-        assert batch[0].sum() > -1e9
-        assert readings.count == allowed + 1, "a reading counts"
+        with pytest.raises(DataDependentOutputException):
+            batch[0].sum().item()
 
 
 def test_a_loss_that_is_no_number_is_not_left_out_of_the_mean() -> None:
