@@ -145,4 +145,31 @@ class EvaluationPlan:
         return np.arange(number * self.num_samples // count, (number + 1) * self.num_samples // count)
 
 
-Plan = TrainingPlan | EvaluationPlan
+@dataclass(frozen=True)
+class StridedPlan:
+    """Every `world_size`-th batch of a plan for one process, from the `rank`-th on.
+
+    The batches are the same for any number of ranks, and so are the bits of what is computed from each. A rank may have
+    no batch, one more or one fewer than another.
+    """
+
+    plan: EvaluationPlan
+    rank: int
+    world_size: int
+
+    @property
+    def largest_batch(self) -> int:
+        """Samples in the largest batch."""
+        return self.plan.largest_batch
+
+    @property
+    def num_steps(self) -> int:
+        """Batches of this rank."""
+        return len(range(self.rank, self.plan.num_steps, self.world_size))
+
+    def samples(self, epoch: int, step: int) -> Samples:
+        """Return this rank's samples of a step: (n,) rows of the index."""
+        return self.plan.samples(epoch, step * self.world_size + self.rank)
+
+
+Plan = TrainingPlan | EvaluationPlan | StridedPlan

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -130,6 +130,13 @@ class Index:
                 keys = self._file.read_row_group(shard, columns=["key"]).column("key")
             names.append(f"{self.split.shards[shard].file}: {keys[int(sample - self.starts[shard])]}")
         return names
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Yield tar and key of every sample, in the order of the index."""
+        for number, shard in enumerate(self.split.shards):
+            with self._lock:
+                keys = self._file.read_row_group(number, columns=["key"]).column("key").to_pylist()
+            yield from ((shard.file, key) for key in keys)
 
     def _read_group(self, shard: int) -> NDArray[np.void]:
         table = self._file.read_row_group(shard, columns=list(Rows._fields))

@@ -82,11 +82,18 @@ def check_image_size(config: DictConfig, net: nn.Module, *, data: ShardData) -> 
     """Raise ValueError unless the network accepts the images of both crops."""
     for size in sorted({data.training_crop.image_size, data.evaluation_crop.image_size}):
         try:
-            _run_forward(net, (2, 3, size, size))
-        except FORWARD_ERRORS as error:
-            reason = str(error).partition("\n")[0]
+            check_forward(net, size)
+        except ValueError as error:
             network = f"{network_name(config)}, built for {config.model.get('image_size', 'other sizes')}"
-            raise ValueError(f"data.image_size={size} does not suit {network}: {reason}") from error
+            raise ValueError(f"data.image_size={size} does not suit {network}: {error}") from error
+
+
+def check_forward(net: nn.Module, image_size: int) -> None:
+    """Raise ValueError, with the reason, unless a network accepts square RGB images of this side in pixels."""
+    try:
+        _run_forward(net, (2, 3, image_size, image_size))
+    except FORWARD_ERRORS as error:
+        raise ValueError(str(error).partition("\n")[0]) from error
 
 
 def _run_forward(net: nn.Module, shape: tuple[int, int, int, int]) -> None:

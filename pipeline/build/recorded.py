@@ -1,7 +1,7 @@
 """From the config that a run has recorded to its parts, for verbs that work on runs."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -13,9 +13,11 @@ from pipeline.build.network import build_network, build_recipe, network_name
 from pipeline.build.objects import build_object
 from pipeline.cli.check import check_targets
 
+Built = TypeVar("Built")
+
 # A run's folder may come from someone else, so fewer targets are trusted than on the command line.
 TRUSTED = (
-    *("models.", "data.loading.crops.", "pipeline.build.data."),
+    *("models.", "data.loading.crops.", "pipeline.build.data.", "pipeline.tracking."),
     *("torch.nn.functional.", "torch.optim.", "torchvision.models."),
 )
 
@@ -40,7 +42,7 @@ class RecordedConfig:
         config = OmegaConf.load(path)
         if not isinstance(config, DictConfig):
             raise ValueError(f"{path} is not the config of a training")
-        self._config = OmegaConf.masked_copy(config, ["model", "recipe", "data", "augment", "dataset"])
+        self._config = OmegaConf.masked_copy(config, ["model", "recipe", "data", "augment", "dataset", "tracking"])
         if not trust:
             check_targets(self._config, trusted=TRUSTED)
         self.network = network_name(config)
@@ -73,6 +75,10 @@ class RecordedConfig:
             return DatasetFacts(dataset.name, dataset.mean, dataset.std, tuple(dataset.classes))
         mean, std = tuple(recorded.mean), tuple(recorded.std)
         return DatasetFacts(str(recorded.name), mean, std, tuple(map(str, recorded.classes)))
+
+    def build_tracking(self, kind: type[Built]) -> Built | None:
+        """Build what mirrors the run on a dashboard, None where it records nothing of that."""
+        return build_object(self._config, "tracking", kind=kind) if self._config.get("tracking") else None
 
     def open_dataset(self) -> Dataset:
         """Open the data set. Raises: FileNotFoundError, ValueError."""

@@ -56,13 +56,19 @@ def with_temperature(answers: Answers, temperature: float) -> Answers:
 
 
 def abstention_threshold(answers: Answers, precision: float) -> float | None:
-    """Return the smallest confidence from which on the share of right answers is at least `precision`; None if none."""
+    """Return the confidence from which on the share of right answers is at least `precision`, None if there is none.
+
+    It lies midway between two images, so that rounding moves none across it.
+    """
     confidence, is_right = answers.probabilities.max(1), answers.is_among_top(1)
     order = np.argsort(-confidence, kind="stable")
     shares = np.cumsum(is_right[order]) / np.arange(1, len(order) + 1)
     last_of_ties = np.append(np.diff(confidence[order]) != 0, True)
     enough = np.flatnonzero((shares >= precision) & last_of_ties)
-    return float(confidence[order][enough[-1]]) if len(enough) else None
+    if not len(enough):
+        return None
+    last = int(enough[-1])
+    return float(confidence[order][last : last + 2].mean())
 
 
 def mcnemar(first: Answers, second: Answers) -> tuple[int, int, float]:

@@ -132,6 +132,47 @@ def scatter(dots: Sequence[Dot], *, x: str, y: str, reference: tuple[float, str]
     return _to_svg(axes, f"{y} over {x}: {', '.join(dot.name for _, dot in drawn)}", dots=dots)
 
 
+@STYLE
+def calibration_curve(
+    edges: NDArray[np.float64], accuracy: NDArray[np.float64], *, with_temperature: NDArray[np.float64]
+) -> Markup:
+    """Accuracy by bins of confidence, before and with a temperature; NaN where a bin is empty."""
+    axes = _unit_axes(x="confidence", y="accuracy", low=(0.0, 0.0))
+    axes.plot([0, 1], [0, 1], color=ORANGE, linewidth=1.5, linestyle=(0, (3.5, 2.5)))
+    centers = (edges[:-1] + edges[1:]) / 2
+    for values, colour, width, size in ((accuracy, MUTED, 1.5, 5), (with_temperature, BLUE, 2.5, 7)):
+        known = ~np.isnan(values)
+        axes.plot(centers[known], values[known], color=colour, linewidth=width, marker="o", markersize=size, zorder=3)
+    return _to_svg(axes, "Accuracy over confidence")
+
+
+@STYLE
+def accuracy_over_coverage(
+    coverage: NDArray[np.float64], accuracy: NDArray[np.float64], *, threshold: tuple[float, float | None] | None
+) -> Markup:
+    """Accuracy of the answered images over their share, with a ring at the threshold."""
+    low = max(0.0, math.floor(10 * float(accuracy.min()) - 0.5) / 10)
+    axes = _unit_axes(x="answered images", y="accuracy of these", low=(0.0, low))
+    axes.plot(coverage, accuracy, color=BLUE, linewidth=2.5, zorder=3)
+    if threshold is not None and threshold[1] is not None:
+        ring = Circle((0, 0), 5, facecolor=PAPER, edgecolor=BLUE, linewidth=2.5, zorder=4)
+        _place(axes, ring, at=(threshold[0], threshold[1]))
+    return _to_svg(axes, "Accuracy of the answered images over their share")
+
+
+def _unit_axes(*, x: str, y: str, low: tuple[float, float]) -> Axes:
+    """Axes of two shares, from these ends to 1, in percent."""
+    axes = _axes(440, 340, margins=(46, 14, 44, 28))
+    axes.set(xlim=(low[0], 1), ylim=(low[1], 1.01))
+    axes.grid()
+    axes.annotate(x, (1, 0), (0, -36), "axes fraction", "offset points", ha="right", color=MUTED)
+    axes.annotate(y, (0, 1), (-40, 12), "axes fraction", "offset points", color=MUTED)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+    return axes
+
+
 def heat_map(energy: NDArray[np.float64], sample_image: NDArray[np.uint8] | None) -> str:
     """The energy of each pixel (H, W) as a PNG in a data URI, over a grey image (H, W, 3) if one is given.
 

@@ -34,7 +34,7 @@ FILTERS = {
 def render_report(report: Report) -> str:
     """Make the page of one network. Raises: ValueError for a sample image of another size than the field."""
     heat = report.effective and _heat_map(report.effective, report)
-    page = _template("report.html")
+    page = template("report.html")
     return page.render(report=report, depth=_depth_chart(report.summary), heat=heat, effective_share=EFFECTIVE_SHARE)
 
 
@@ -43,11 +43,12 @@ def render_comparison(reports: Sequence[Report], *, images_per_second: Sequence[
     if not reports or len(reports) != len(images_per_second):
         raise ValueError(f"{len(reports)} reports and {len(images_per_second)} speeds: give one speed for each report")
     series = [series_style(place, len(reports)) for place in range(len(reports))]
-    scatters, page = _scatter_plots(reports, images_per_second), _template("comparison.html")
+    scatters, page = _scatter_plots(reports, images_per_second), template("comparison.html")
     return page.render(reports=reports, images_per_second=images_per_second, series=series, scatters=scatters)
 
 
-def _template(name: str) -> Template:
+def template(name: str) -> Template:
+    """Load a template with the filters of all pages."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= FILTERS

@@ -5,18 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from pipeline.cli.errors import ConfigError
 from pipeline.cli.run import fast_imports, run_verb
 from pipeline.cli.verb import Verb
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from pipeline.runs.restore import RestoredRun
 
 VERB = Verb(
     "predict",
@@ -48,7 +42,8 @@ def main(config: DictConfig) -> None:
     check_output(out)
     model = load_model(str(config.run), runs=str(config.runs), device=config.device, trust=bool(config.trust))
     sources = find_images(str(config.input), lines=sys.stdin)
-    print_state(console, model.run)
+    if model.run.unfinished:
+        console.print(model.run.unfinished, highlight=False, markup=False, soft_wrap=True)
     count, unreadable, start = 0, 0, time.perf_counter()
     with row_writer(out, top=min(config.top, len(model.classes))) as write:
         predictions = model.predict_sources(sources, batch_size=config.batch_size)
@@ -60,14 +55,6 @@ def main(config: DictConfig) -> None:
     console.print(f"{count:,} images in {seconds:.1f} s ({count / seconds:,.0f}/s){failed}", highlight=False)
     if unreadable:
         raise SystemExit(UNREADABLE)
-
-
-def print_state(console: Console, run: RestoredRun) -> None:
-    """Say which weights are used while a run is not finished."""
-    if run.run.result_file.is_file():
-        return
-    state = "is still training" if run.run.is_locked else "has not finished"
-    console.print(f"{run.run.folder} {state}: {run.weights_file.name} is its best so far", highlight=False)
 
 
 if __name__ == "__main__":

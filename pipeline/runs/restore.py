@@ -33,6 +33,14 @@ class RestoredRun(RecordedConfig):
             raise FileNotFoundError(f"run={self.run.folder} has no checkpoint yet: weights=FILE uses other weights")
         return path
 
+    @property
+    def unfinished(self) -> str | None:
+        """A sentence for a run that has not finished, of which the best weights so far are used."""
+        if self.run.result_file.is_file():
+            return None
+        state = "is still training" if self.run.is_locked else "has not finished"
+        return f"{self.run.folder} {state}: {self.weights_file.name} is its best so far"
+
     def load_network(self) -> nn.Module:
         """Build the network with the run's best weights. Raises: FileNotFoundError, ValueError."""
         net = self.build_network()

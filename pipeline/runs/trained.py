@@ -88,7 +88,7 @@ class TrainedModel:
         self.net = run.load_network().eval().to(device).to(memory_format=torch.channels_last)
         self.calibration = read_calibration(run.run.calibration_file, weights=run.weights_file)
         self.probabilities = Probabilities(self.net, self.facts, temperature=self.calibration.temperature).to(device)
-        self._decode = DecodeSettings(
+        self.decode_settings = DecodeSettings(
             self.facts.mean,
             self.facts.std,
             device_id=device.index or 0 if device.type == "cuda" else None,
@@ -118,7 +118,7 @@ class TrainedModel:
 
     def decode(self, sources: Iterable[Source], *, batch_size: int = BATCH_SIZE) -> Iterable[DecodedBatch]:
         """Return normalised batches of images, as the network takes them."""
-        return ImageStream(sources, crop=self.crop, decode=self._decode, batch_size=batch_size)
+        return ImageStream(sources, crop=self.crop, decode=self.decode_settings, batch_size=batch_size)
 
     @torch.inference_mode()
     def _predictions(self, batch: DecodedBatch) -> Iterator[Prediction]:
@@ -140,5 +140,15 @@ def load_model(
     """
     found = find_run(str(run), runs=Path(runs))
     restored = RestoredRun(found.run.folder, trust=trust, checkpoint=found.checkpoint)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return TrainedModel(restored, device=torch.device(chosen))
+    return TrainedModel(restored, device=_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """Return a device that this machine has. Raises: ValueError."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name} is not cpu, cuda or cuda:NUMBER") from error
+    if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"device={name} is not on this machine: leave it out, or give cpu")
+    return device

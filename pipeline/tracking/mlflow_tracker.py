@@ -44,17 +44,43 @@ class MLflowTracker(Tracker):
 
     def start(self, run: Run, parameters: Mapping[str, object], *, logged: Mapping[str, int]) -> str | None:
         """Create the run, or continue the one whose id is in the run's folder; without a server nothing is sent."""
+        self._logged = logged
+        return self._answer_of(lambda: self._start(run, parameters), "does not accept the run")
+
+    def attach(self, run: Run) -> str | None:
+        """Open the run whose id is in the run's folder; its status stays."""
+        store, run_id = self._store_file, run.tracking_id
+        if not run_id:
+            return f"{run.folder} has no run in MLflow"
+        if store is not None and not store.is_file():
+            return f"there is no {store}"
+
+        def open_run() -> None:
+            from mlflow import MlflowClient
+
+            logging.getLogger("mlflow").setLevel(logging.WARNING)
+            self._client = MlflowClient(self.uri)
+            self._client.get_run(run_id)
+            self._run_id = run_id
+
+        return self._answer_of(open_run, f"does not show the run {run_id}")
+
+    def detach(self) -> str | None:
+        """Wait for the queue, a minute at most."""
+        return self._queue.finish(FINAL_WAIT_SECONDS[True]) if self._queue else None
+
+    def _answer_of(self, task: Callable[[], None], problem: str) -> str | None:
+        """Make a queue and do a task; return why the server refused it."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
         for name, value in REQUEST_LIMITS.items():
             os.environ.setdefault(name, value)
         from mlflow.exceptions import MlflowException
 
-        self._logged = logged
         self._queue = BackgroundQueue(MlflowException, OSError, ImportError)  # artifact stores may lack their library
         try:
-            self._start(run, parameters)
+            task()
         except (MlflowException, OSError) as error:
-            return f"{self.uri} does not accept the run: {first_line(error)}"
+            return f"{self.uri} {problem}: {first_line(error)}"
         return None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -98,11 +124,15 @@ class MLflowTracker(Tracker):
         server = self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_SERVER
         self.link = f"{server}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
+    @property
+    def _store_file(self) -> Path | None:
+        return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
+
     def _open_store(self) -> tuple[MlflowClient, str]:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        store = Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
+        store = self._store_file
         # Processes that create one SQLite store at the same time all fail, so they take turns.
         with nullcontext() if store is None else FileLock(store.with_name(f".{store.name}.lock"), timeout=30):
             client = MlflowClient(self.uri)

@@ -22,6 +22,14 @@ class Tracker:
         """
         return None
 
+    def attach(self, run: Run) -> str | None:
+        """Continue the page of a run that has one, to add to it. Returns the reason when that is impossible."""
+        return None
+
+    def detach(self) -> str | None:
+        """Wait for what was added. Returns what did not arrive and why, None when everything did."""
+        return None
+
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Add a point to each curve; `step` counts optimizer steps."""
 

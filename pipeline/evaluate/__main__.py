@@ -1,0 +1,93 @@
+"""Evaluate a trained run: `python -m pipeline.evaluate run=latest`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from pipeline.cli.errors import ConfigError
+from pipeline.cli.run import fast_imports, run_verb
+from pipeline.cli.verb import Verb
+
+if TYPE_CHECKING:
+    from data.loading.crops import CropPolicy
+    from pipeline.evaluate.assess import Evaluation
+    from pipeline.evaluate.job import EvaluationJob
+
+VERB = Verb(
+    "evaluate",
+    "Evaluate a trained run on images that did not train it.",
+    {
+        "run=latest": "on the test split, or val where there is none",
+        "run=runs/NAME split=val size=auto": "",
+        "run=NAME versus=OTHER": "two runs on the same images",
+        "run=NAME data=FOLDER": "on another packed data set with classes of the run",
+    },
+    aliases={"data": "dataset"},
+    text_keys=("run", "dataset", "split", "versus", "out", "runs", "device"),
+)
+
+
+def main(config: DictConfig) -> None:
+    """Print the metrics, and write a page, JSON and a table of predictions."""
+    check_values(config)
+    with fast_imports():
+        from pipeline.evaluate.job import build_job
+        from pipeline.evaluate.ranks import joined_ranks
+
+    with joined_ranks() as ranks:
+        job = build_job(config, ranks)
+        found = job.evaluate()
+    if found is not None:
+        evaluation, crop = found
+        finish(job, evaluation, crop=crop, config=config)
+
+
+def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, config: DictConfig) -> None:
+    """Write the files, print the numbers, and add both to the run's page in MLflow."""
+    from pipeline.cli.console import main_console, print_facts
+    from pipeline.evaluate.terminal import facts_of
+    from pipeline.evaluate.write import subject_of, write_evaluation
+    from pipeline.tracking.tracker import Tracker
+
+    run, subject = job.model.run, subject_of(job.model, job.dataset, split=job.split, crop=crop)
+    folder = Path(str(config.out)) if config.out is not None else run.run.evaluation / default_folder(config, job)
+    index = job.dataset.index(job.split)
+    files = write_evaluation(evaluation, subject, folder=folder, index=index, shards=job.dataset.root)
+    if config.dataset is None and config.size is None:
+        evaluation.calibration.save(run.run.calibration_file, weights=run.weights_file)
+    console = main_console()
+    print_facts(console, facts_of(evaluation, subject))
+    console.print("wrote", ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
+    tracker = run.build_tracking(Tracker) if config.mlflow else None
+    if tracker is not None:
+        problem = tracker.attach(run.run)
+        if problem is None:
+            tracker.log({f"{job.split}/{name}": value for name, value in evaluation.summary.items()}, 0)
+            for file in files:
+                tracker.log_file(file, f"evaluation/{folder.name}")
+            problem = tracker.detach()
+        if problem is not None:
+            console.print(f"not on the run's page: {problem}", highlight=False, markup=False, soft_wrap=True)
+
+
+def default_folder(config: DictConfig, job: EvaluationJob) -> str:
+    """Return the name of the folder: the split, with what differs from a plain evaluation of the run."""
+    parts = [job.split, *([job.dataset.name] if config.dataset is not None else [])]
+    parts += [f"size-{config.size}"] if config.size is not None else []
+    parts += [f"versus-{job.other.run.run.name}"] if job.other is not None else []
+    return "-".join(parts)
+
+
+def check_values(config: DictConfig) -> None:
+    """Raise ConfigError for numbers that no evaluation can have."""
+    if not isinstance(config.batch_size, int) or config.batch_size < 1:
+        raise ConfigError(f"batch_size={config.batch_size} must be an integer of at least 1")
+    if not isinstance(config.precision, int | float) or not 0 < config.precision <= 1:
+        raise ConfigError(f"precision={config.precision} must be a share above 0 and at most 1, such as 0.95")
+
+
+if __name__ == "__main__":
+    run_verb(VERB, main)

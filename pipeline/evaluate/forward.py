@@ -1,0 +1,75 @@
+"""From a model and a split to its answers: log-probabilities of every image, on any number of ranks."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.loading.crops import CropPolicy, EvaluationCrop
+from data.loading.loader import Loader
+from data.loading.order import EvaluationPlan, StridedPlan
+from data.loading.storage import LocalShards
+from data.shards.dataset import Dataset
+from pipeline.evaluate.metrics import Answers
+from pipeline.evaluate.ranks import Ranks
+from pipeline.runs.trained import TrainedModel
+
+SIZES = (1.0, 8 / 7, 9 / 7, 10 / 7)  # of the image size, for `size=auto`: 224, 256, 288, 320
+STEP = 32  # px, by which networks halve their images
+
+
+def answer_split(
+    model: TrainedModel, dataset: Dataset, *, split: str, crop: CropPolicy, batch_size: int, ranks: Ranks
+) -> Answers | None:
+    """Return what a model says of each image of a split, in the order of its index; None on ranks but the first.
+
+    The temperature is 1. Batches are the same for any number of ranks. Raises: ValueError, UnreadableImage.
+    """
+    index = dataset.index(split)
+    plan = StridedPlan(EvaluationPlan(len(index), batch_size), ranks.rank, ranks.world_size)
+    labels = class_numbers(dataset, model)
+    loader = Loader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=model.decode_settings)
+    parts: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
+    with torch.inference_mode():
+        for batch in loader if plan.num_steps else ():
+            logits = model.net(batch.images.to(model.device))
+            log_probabilities = torch.log_softmax(logits.double(), dim=1)
+            parts.append((batch.samples.numpy(), log_probabilities.cpu().numpy()))
+    gathered = [one for part in ranks.gather(parts) for one in part]
+    if not gathered:
+        return None
+    samples, found = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
+    order = np.argsort(samples, kind="stable")
+    if not np.array_equal(samples[order], np.arange(len(index))):
+        raise RuntimeError(f"{len(samples)} answers for {len(index)} images")  # an image was left out or came twice
+    return Answers(found[order], labels[index.rows(np.arange(len(index))).label])
+
+
+def class_numbers(dataset: Dataset, model: TrainedModel) -> NDArray[np.int64]:
+    """Return the model's number of each class of a data set (K,). Raises: ValueError for a class it does not know."""
+    numbers = {name: number for number, name in enumerate(model.classes)}
+    unknown = [name for name in dataset.classes if name not in numbers]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        known = ", ".join(model.classes[:3])
+        raise ValueError(f"the data set's class {unknown[0]}{more} is none of the run's {len(numbers)}: {known}, ...")
+    return np.array([numbers[name] for name in dataset.classes], np.int64)
+
+
+def crops_of_sizes(crop: CropPolicy, size: str | int | None) -> list[CropPolicy]:
+    """Return the crops to try: the run's own, one of `size` pixels, or for "auto" up to 10 / 7 of its own.
+
+    Raises: ValueError for anything else, or a crop that has no size to change.
+    """
+    if size is None:
+        return [crop]
+    if not isinstance(crop, EvaluationCrop):
+        raise ValueError(f"size={size} needs the run to evaluate with EvaluationCrop, not {type(crop).__name__}")
+    if size == "auto":
+        step = STEP if crop.image_size % STEP == 0 else 1
+        sides = {round(crop.image_size * factor / step) * step for factor in SIZES}
+        return [replace(crop, image_size=side) for side in sorted(sides)]
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"size={size} is not auto, null or a number of pixels")
+    return [replace(crop, image_size=size)]

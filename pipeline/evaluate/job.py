@@ -1,0 +1,151 @@
+"""An evaluation that is ready to run: models, data, crops."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from data.loading.crops import CropPolicy
+from data.shards.dataset import Dataset
+from data.shards.indexing import open_dataset
+from data.shards.parallel import share_of_cores
+from pipeline.build.network import check_forward
+from pipeline.cli.console import main_console
+from pipeline.evaluate.assess import Evaluation, assess, compare, fit_calibration
+from pipeline.evaluate.forward import answer_split, class_numbers, crops_of_sizes
+from pipeline.evaluate.metrics import Answers
+from pipeline.evaluate.ranks import Ranks
+from pipeline.runs.calibration import Calibration
+from pipeline.runs.trained import TrainedModel, load_model
+
+PREFERRED = ("test", "val")  # splits, in the order in which they are taken
+OWN_IMAGES = "the run’s own data"
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """Everything that an evaluation needs; `calibration` is None where it is fitted on the split `fit_split`."""
+
+    model: TrainedModel
+    other: TrainedModel | None
+    dataset: Dataset
+    split: str
+    fit_split: str
+    calibration: Calibration | None
+    crops: Sequence[CropPolicy]
+    batch_size: int
+    precision: float
+    seed: int
+    ranks: Ranks
+
+    def evaluate(self) -> tuple[Evaluation, CropPolicy] | None:
+        """Return the evaluation with the crop that was best, None on other ranks than the first.
+
+        Raises: ValueError, UnreadableImage.
+        """
+        model, is_main = self.model, self.ranks.rank == 0
+        fit_answers = [self._answers(model, split=self.fit_split, crop=crop) for crop in self.crops]
+        accuracies = [float(one.is_among_top(1).mean()) for one in fit_answers if one is not None]
+        best = self.ranks.share(int(np.argmax(accuracies)) if is_main else None)
+        crop, answers = self.crops[best], fit_answers[best]
+        if self.split != self.fit_split:
+            answers = self._answers(model, split=self.split, crop=crop)
+        versus = self._answers(self.other, split=self.split, crop=self.other.crop) if self.other else None
+        if answers is None:
+            return None
+        fitted = fit_answers[best]
+        assert fitted is not None
+        calibration = self.calibration or fit_calibration(fitted, precision=self.precision)
+        evaluation = assess(
+            answers,
+            classes=model.classes,
+            calibration=calibration,
+            fitted_on=self.fit_split if self.calibration is None else OWN_IMAGES,
+            sizes=self._sizes(accuracies),
+            seed=self.seed,
+        )
+        if versus is not None and self.other:
+            evaluation = replace(evaluation, versus=compare(answers, versus, name=self.other.run.run.name))
+        return evaluation, crop
+
+    def _sizes(self, accuracies: Sequence[float]) -> Mapping[int, float]:
+        return {crop.image_size: accuracy for crop, accuracy in zip(self.crops, accuracies, strict=True)}
+
+    def _answers(self, model: TrainedModel, *, split: str, crop: CropPolicy) -> Answers | None:
+        answers = answer_split(
+            model, self.dataset, split=split, crop=crop, batch_size=self.batch_size, ranks=self.ranks
+        )
+        if answers is None or model is self.model:
+            return answers
+        places = {name: number for number, name in enumerate(model.classes)}
+        order = np.array([places[name] for name in self.model.classes])  # the other model's classes in this one's order
+        return Answers(answers.log_probabilities[:, order], np.argsort(order)[answers.labels])
+
+
+def build_job(config: DictConfig, ranks: Ranks) -> EvaluationJob:
+    """Load what the config names. Raises: FileNotFoundError, ValueError."""
+    device = config.device or (f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu")
+    load = partial(load_model, runs=str(config.runs), device=device, trust=bool(config.trust))
+    model, other = load(str(config.run)), None if config.versus is None else load(str(config.versus))
+    for one in (model, other):
+        if one is not None and one.run.unfinished:
+            main_console().print(one.run.unfinished, highlight=False, markup=False, soft_wrap=True)
+    if other is not None and set(other.classes) != set(model.classes):
+        raise ValueError(
+            f"versus={config.versus} has other classes than run={config.run}: compare runs of one data set"
+        )
+    dataset = model.run.open_dataset() if config.dataset is None else _open(Path(str(config.dataset)))
+    class_numbers(dataset, model)
+    split = _chosen_split(config.split, dataset)
+    calibration = model.calibration if config.dataset is not None and model.calibration != Calibration() else None
+    cores = share_of_cores(ranks.local_world_size).cores
+    for one in (model, other):
+        if one is not None:
+            one.decode_settings = replace(one.decode_settings, threads=cores)
+    return EvaluationJob(
+        model,
+        other,
+        dataset,
+        split,
+        "val" if "val" in dataset.splits else split,
+        calibration,
+        _accepted(crops_of_sizes(model.crop, config.size), model, size=config.size),
+        config.batch_size,
+        float(config.precision),
+        config.seed,
+        ranks,
+    )
+
+
+def _open(root: Path) -> Dataset:
+    if not root.exists():
+        raise FileNotFoundError(f"data={root} is not a folder: pack one with python -m pipeline.pack")
+    dataset, _ = open_dataset(root, None)
+    return dataset
+
+
+def _chosen_split(wanted: str | None, dataset: Dataset) -> str:
+    if wanted is not None and wanted not in dataset.splits:
+        raise ValueError(f"split={wanted} is none of {dataset.name}'s: {', '.join(dataset.splits)}")
+    found = wanted or next((one for one in PREFERRED if one in dataset.splits), None)
+    if found is None:
+        raise ValueError(f"{dataset.name} has no test and no val split: split=train evaluates what it was trained on")
+    return found
+
+
+def _accepted(crops: Sequence[CropPolicy], model: TrainedModel, *, size: object) -> list[CropPolicy]:
+    """Return the crops whose size suits the network. Raises: ValueError where none does."""
+    accepted, reason = [], ""
+    for crop in crops:
+        try:
+            check_forward(model.net, crop.image_size)
+            accepted.append(crop)
+        except ValueError as error:
+            reason = str(error)
+    if not accepted:
+        raise ValueError(f"size={size} does not suit {model.run.network}, trained with {model.image_size} px: {reason}")
+    return accepted

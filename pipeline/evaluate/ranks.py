@@ -1,0 +1,59 @@
+"""The processes of an evaluation, started by torchrun or srun: each answers its share, the first one gathers."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+Part = TypeVar("Part")
+
+
+class Ranks(NamedTuple):
+    """This process among those of an evaluation."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    def gather(self, part: Part) -> list[Part]:
+        """Return the parts of all ranks on the first one, an empty list on the others."""
+        if self.world_size == 1:
+            return [part]
+        parts: list[Part | None] | None = [None] * self.world_size if self.rank == 0 else None
+        torch.distributed.gather_object(part, parts)
+        return [one for one in parts or [] if one is not None]
+
+    def share(self, value: Part | None) -> Part:
+        """Return what the first rank gives, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(values)
+        (shared,) = values
+        assert shared is not None
+        return shared
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """Join the other processes, if a launcher has started several, for the length of a block."""
+    kinds = (TorchElasticEnvironment, SLURMEnvironment)
+    environment = next((kind() for kind in kinds if kind.detect()), None)
+    if environment is None or environment.world_size() == 1:
+        yield Ranks()
+        return
+    os.environ |= {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
+    rank, world_size = environment.global_rank(), environment.world_size()
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        machines: list[str | None] = [None] * world_size
+        torch.distributed.all_gather_object(machines, socket.gethostname())
+        yield Ranks(rank, world_size, environment.local_rank(), machines.count(socket.gethostname()))
+    finally:
+        torch.distributed.destroy_process_group()
