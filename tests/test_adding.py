@@ -41,8 +41,8 @@ def trinet(variant: str = "trinet", **options: Unpack[Options]) -> ConvNet:
     stem = conv_norm(settings.in_channels, first, kernel_size=3, stride=2, activation=relu)
     return apply_options(ConvNet(stem, stages, head=head), settings, options=options)
 '''
-# The README's own, under another name.
-NETWORK_CONFIG = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+# That of the documentation, under another name.
+NETWORK_CONFIG = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)[0]
 NETWORK_CONFIG = NETWORK_CONFIG.replace("mine", "trinet")
 ROW = '    Published("trinet", "trinet", 39_088, 0.009967, 224, "by hand"),\n'
 
@@ -192,7 +192,7 @@ SHORT = ("recipe.epochs=1", "+trainer.limit_train_batches=2", "+trainer.limit_va
 
 def copy_project(folder: Path) -> Path:
     """Copy what git would check out."""
-    for name in ("benchmarks", "conf", "data", "models", "pipeline", "tests"):
+    for name in ("benchmarks", "conf", "data", "docs", "models", "pipeline", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "requirements.lock"):
         shutil.copy(ROOT / name, folder)

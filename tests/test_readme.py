@@ -1,8 +1,9 @@
-"""Every command that the README shows is run, in its order, on small data."""
+"""Every command that the README and docs/ show is run, in its order, on small data."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +15,8 @@ import torchvision
 from data.shards.dataset import Dataset
 from models.residual import resnet
 from pipeline import pack
+from pipeline.evaluate import __main__ as evaluate
+from pipeline.predict import __main__ as predict
 from pipeline.report import __main__ as report
 from pipeline.train import __main__ as train
 from tests.support.commands import call_verb, run_module
@@ -21,6 +24,7 @@ from tests.support.images import make_folder
 from tests.support.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
+TEXTS = [README, *(file.read_text() for file in sorted((ROOT / "docs").glob("*.md")))]
 # What makes a command short without changing what it is.
 SHORTER = {
     "pipeline.train": [
@@ -31,28 +35,36 @@ SHORTER = {
         "+trainer.limit_train_batches=2",
     ],
     "pipeline.pack": [],
+    "pipeline.predict": ["batch_size=8"],
+    "pipeline.evaluate": ["mlflow=false"],
+    "torch.distributed.run": ["mlflow=false", "out=several"],
     "pipeline.report": ["effective_images=0", "batch_size=2", "data.image_size=64"],
 }
 # Verbs that run in this process, which has loaded torch; a comparison and several ranks need a process of their own.
-VERBS = {"pipeline.train": train, "pipeline.report": report, "pipeline.pack": pack}
-NEEDS_PROCESS = ("models=", "trainer=ddp")
+VERBS = {
+    "pipeline.train": train,
+    "pipeline.report": report,
+    "pipeline.pack": pack,
+    "pipeline.evaluate": evaluate,
+    "pipeline.predict": predict,
+}
+NEEDS_PROCESS = ("models=", "trainer=ddp", "--nproc-per-node")
 MAIN_JOB, NAME = "python -m pipeline.train +model=resnet", "mine"  # the run that the README calls NAME
 
 
 def blocks_of(language: str) -> list[str]:
-    blocks: list[str] = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    return blocks
+    return [block for text in TEXTS for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
 
 
 def commands() -> list[str]:
-    """The lines of the README's bash blocks, without comments."""
+    """The lines of all bash blocks, without comments."""
     lines = [line.partition("#")[0].strip() for block in blocks_of("bash") for line in block.splitlines()]
     return [line for line in lines if line]
 
 
 def run(command: str, folder: Path) -> None:
     """Run a command of the README in a folder; for `make`, check its recipe."""
-    words = command.split()
+    words = shlex.split(command)
     if words[0] == "make":  # the recipe is one of the commands that are run here, or runs these tests
         recipe = subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True, text=True, check=True)
         assert re.search(r"-m (pipeline\.train|pytest)", recipe.stdout), command
@@ -72,7 +84,9 @@ def run(command: str, folder: Path) -> None:
         call_verb(verb.VERB, verb.main, arguments)
 
 
-def test_every_command_of_the_readme_works(tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_that_is_shown_works(
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_folder(tmp_path / "photos", images=10)
     shutil.copytree(digits.root, tmp_path / "datasets" / "digits")
     torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "resnet50.pth")
@@ -81,12 +95,12 @@ def test_every_command_of_the_readme_works(tmp_path: Path, digits: Dataset, monk
         run(command, tmp_path)
     assert len(commands()) >= 8
     assert len(list((tmp_path / "runs").iterdir())) == sum("pipeline.train" in command for command in commands())
-
-
-def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = blocks_of("python")
-    exec(code, {"net": resnet("resnet18")})
-    assert "stages.stage4.1.conv2.0 Conv2d 3x3 (512, 7, 7)" in capsys.readouterr().out
+    capsys.readouterr()
+    for code in blocks_of("python"):
+        exec(code, {"net": resnet("resnet18")})
+    printed = capsys.readouterr().out
+    assert "stages.stage4.1.conv2.0 Conv2d 3x3 (512, 7, 7)" in printed
+    assert "photos/class1/00.jpg" in printed
 
 
 def test_the_readme_shows_numbers_first_and_a_command_soon() -> None:
@@ -98,7 +112,7 @@ def test_the_readme_shows_numbers_first_and_a_command_soon() -> None:
 
 
 def test_the_files_that_the_readme_names_exist() -> None:
-    paths = set(re.findall(r"`((?:models|data|pipeline|tests|conf|docs|benchmarks)/[\w./]+)`", README))
+    paths = set(re.findall(r"`((?:models|data|pipeline|tests|conf|docs|benchmarks)/[\w./]+)`", "".join(TEXTS)))
     missing = {path for path in paths if not (ROOT / path).exists() and "NAME" not in path and "mine" not in path}
     assert len(paths) > 12
     assert missing == set()
