@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from models.arguments import require
 from models.layers import batch_norms, set_batch_norm, undecayed_parameters, zero_last_norms
 from models.learning.losses import Loss, cross_entropy
-from models.learning.metrics import TrainingMetricAccumulator
+from models.learning.metrics import ClassMetrics, TrainingMetricAccumulator
 from models.learning.recipe import OptimizerFactory, Recipe
 
 
@@ -31,7 +31,7 @@ def fused_on(device: torch.device, factory: OptimizerFactory) -> OptimizerFactor
 
 
 class Classifier(pl.LightningModule):
-    """A network with the loss, optimizer and schedule of a recipe, and top-1 and top-5 accuracy.
+    """A network with the loss, optimizer and schedule of a recipe, and the metrics of `evaluation.METRICS`.
 
     Residual blocks start as the identity, with a last norm of zero (Goyal et al. 2017, section 5.1).
     """
@@ -50,6 +50,7 @@ class Classifier(pl.LightningModule):
         self.val_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
         self.val_top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.val_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=self.top_k, validate_args=False)
+        self.val_classes = ClassMetrics(num_classes)
 
     def initialize(self) -> None:
         """Set initial weights that differ from torch's; families override it."""
@@ -78,6 +79,7 @@ class Classifier(pl.LightningModule):
         self._num_evaluated += len(losses)
         self.val_loss.update(losses)
         self.val_top1.update(logits, batch[1])
+        self.val_classes.update(logits, batch[1])
         if self.top_k == 5:
             self.val_top5.update(logits, batch[1])
 
@@ -89,7 +91,9 @@ class Classifier(pl.LightningModule):
         self.log("val/top1", self.val_top1.compute())
         if self.top_k == 5:
             self.log("val/top5", self.val_top5.compute())
-        for metric in (self.val_loss, self.val_top1, self.val_top5):
+        for name, value in self.val_classes.compute().items():
+            self.log(f"val/{name}", value.to(torch.float32))
+        for metric in (self.val_loss, self.val_top1, self.val_top5, self.val_classes):
             metric.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
-"""Training metrics: means over all images and ranks since the last reading."""
+"""Training metrics, means over all images and ranks since the last reading, and metrics of an evaluation by class."""
 
 from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 UNSUMMED_STEPS = 64
 
@@ -63,3 +64,32 @@ class TrainingMetricAccumulator:
             sums = torch.stack([count, losses.sum(), hits[:, 0].sum(), hits.sum()])
             self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
             self._unsummed.clear()
+
+
+class ClassMetrics(Metric):
+    """Macro F1 and balanced accuracy, exact over any number of ranks.
+
+    Both are functions of a confusion matrix's diagonal and margins, so only those are counted: 24 KB for 1,000 classes
+    instead of 8 MB. torchmetrics' matrix needs `bincount`, which makes the host wait for a GPU. Means are over the
+    classes that have images: scikit-learn's `balanced_accuracy_score`, and its `f1_score` with their `labels`.
+    """
+
+    counts: Tensor  # (3, K): images, predictions and hits of each class
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(3, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch. Shapes: (N, K), int64 (N,)."""
+        num_classes, predicted = self.counts.shape[1], logits.argmax(1)
+        places = torch.cat([labels, predicted + num_classes, labels + 2 * num_classes])
+        amounts = torch.ones(2, len(labels), dtype=torch.int64, device=labels.device)
+        self.counts.view(-1).index_add_(0, places, torch.cat([amounts.view(-1), (predicted == labels).long()]))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return both metrics by name, float64 scalars; NaN without images."""
+        images, predictions, hits = self.counts.double()
+        has_images = images > 0
+        f1, recall = 2 * hits / (images + predictions), hits / images
+        return {"f1_macro": f1[has_images].mean(), "balanced_accuracy": recall[has_images].mean()}

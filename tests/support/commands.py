@@ -20,7 +20,10 @@ from pipeline.cli.compose import compose
 from pipeline.cli.verb import Verb
 from tests.support.paths import ROOT
 
-COMPUTED = ("step", "train/loss", "train/top1", "train/top5", "train/lr", "val/loss", "val/top1", "val/top5")
+COMPUTED = (
+    "step", "train/loss", "train/top1", "train/top5", "train/lr",
+    "val/loss", "val/top1", "val/top5", "val/f1_macro", "val/balanced_accuracy",
+)  # fmt: skip
 
 TINY = ("recipe.epochs=2", "data.batch_size=256", "log_every=2")
 MINE = ("+model=lenet", *TINY, "+trainer.limit_val_batches=1", "name=mine")  # one batch, not all

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import pytorch_lightning as pl
 import torch
+from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional
@@ -88,6 +89,8 @@ def test_evaluation_counts_as_a_loop_would() -> None:
     assert metrics["val/loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
     assert metrics["val/top1"] == pytest.approx((order[:, 0] == labels).float().mean().item())
     assert metrics["val/top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).float().mean().item())
+    assert metrics["val/f1_macro"] == pytest.approx(f1_score(labels, order[:, 0], average="macro"))
+    assert metrics["val/balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, order[:, 0]))
 
 
 @pytest.mark.parametrize("num_classes", [3, 10])

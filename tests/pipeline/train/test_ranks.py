@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from mlflow import MlflowClient
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from data.loading.crops import EvaluationCrop
 from data.loading.decoder import DecodeSettings
@@ -58,7 +59,7 @@ def test_accumulated_batches_equal_one_large_batch(train: Typed, with_digits: Pa
 
 
 def test_torchrun_evaluates_the_weights_of_the_checkpoint(with_digits: Path, digits: Dataset) -> None:
-    short = ("recipe.epochs=1", "+trainer.limit_train_batches=3", "data.batch_size=32")
+    short = ("recipe.epochs=1", "+trainer.limit_train_batches=12", "data.batch_size=32")
     words = ("+model=resnet", *TWO_RANKS, "tracking=none", *short, "name=two")
     launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.train")
     answer = run_module(with_digits, *launch, *words, "trainer.precision=32-true")
@@ -77,6 +78,13 @@ def test_torchrun_evaluates_the_weights_of_the_checkpoint(with_digits: Path, dig
     assert module.evaluated_images == 359
     for key in ("val/loss", "val/top1", "val/top5"):
         assert together[key] == pytest.approx(alone[key], rel=1e-5)
+    with torch.inference_mode():
+        answers = [(labels, module.eval()(images).argmax(1)) for images, labels, _ in loader]
+    labels, predicted = (torch.cat(parts) for parts in zip(*answers, strict=True))
+    assert len(labels) == 359
+    assert len(predicted.unique()) > 2
+    assert together["val/f1_macro"] == pytest.approx(f1_score(labels, predicted, average="macro"), rel=1e-6)
+    assert together["val/balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted), rel=1e-6)
 
 
 def recipe() -> Recipe:
