@@ -5,6 +5,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from data.shards.dataset import Dataset
+from models.learning.evaluation import TOP1
+from pipeline.build.choice import build_choice
 from pipeline.build.network import network_name
 from pipeline.cli.compose import flatten
 
@@ -40,7 +42,7 @@ class RunSettings:
 
     `runs` is the folder of all runs, `name` is None for a default name. `parameters` are all values by dotted key;
     `in_name` and `in_fingerprint` are those that decide the result. `record` is the config as YAML, from which the run
-    can be restored without the data set.
+    can be restored without the data set. Raises: ValueError.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class RunSettings:
         self.seed: int = config.seed
         self.log_every: int = config.log_every
         self.compile: bool | str | None = config.trainer.get("compile")
+        self.choice = build_choice(config)
         self.parameters = flatten(config) | {"weights.sha256": weights_sha256}
         # Without unset values, so that a new option does not change the names of runs that do not use it.
-        unset = {"trainer.compile": False}
-        given = {key: value for key, value in self.parameters.items() if value not in (None, unset.get(key))}
+        unset = {"trainer.compile": False, "choose_by": TOP1.key, "min_improvement": 0}
+        values = self.parameters | {"choose_by": self.choice.metric.key}  # whichever of its names was given
+        given = {key: value for key, value in values.items() if value not in (None, unset.get(key))}
         deciding = {key: _without_location(key, value) for key, value in given.items()}
         self.in_name = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_NAME)}
         self.in_fingerprint = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_FINGERPRINT)}

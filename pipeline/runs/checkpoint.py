@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -32,16 +33,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class BestCheckpoint(ModelCheckpoint):
     """Write `last.ckpt` after each epoch, and `best.ckpt` when `monitor` reaches a new maximum.
 
-    Without a monitor the latest checkpoint is the best one. Unlike Lightning's, it keeps the best score when the folder
-    has been moved.
+    With the mode "min" it is a minimum. Without a monitor the latest checkpoint is the best one. Unlike Lightning's, it
+    never takes a NaN for the best, and keeps the best score when the folder has been moved.
     """
 
-    def __init__(self, folder: Path, *, monitor: str | None) -> None:
+    def __init__(self, folder: Path, *, monitor: str | None, mode: str = "max") -> None:
         super().__init__(
             folder,
             filename="best",
             monitor=monitor,
-            mode="max",
+            mode=mode,
             save_last=True,
             save_on_train_epoch_end=True,
             enable_version_counter=False,
@@ -52,6 +53,11 @@ class BestCheckpoint(ModelCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
         if self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        """Return whether a value is the best so far; Lightning would keep a first NaN."""
+        is_finite = current is not None and bool(torch.isfinite(current))
+        return is_finite and super().check_monitor_top_k(trainer, current)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best score, with all paths in the current folder."""

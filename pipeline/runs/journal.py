@@ -19,6 +19,12 @@ class Journal:
         with self.path.open("a") as journal:
             journal.write(json.dumps({"step": step, **values}) + "\n")
 
+    def values_at(self, step: int) -> dict[str, float]:
+        """Return all values of a step by curve, none where it was not recorded."""
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        points = [point for point in map(json.loads, lines) if point["step"] == step]
+        return {key: value for point in points for key, value in point.items() if key != "step"}
+
     def truncate_after(self, step: int) -> dict[str, int]:
         """Drop the lines after `step`, which a resumed run computes again.
 

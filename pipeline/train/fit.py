@@ -15,16 +15,19 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from data.children import end_with_me
 from data.loading.datamodule import ShardData
 from models.arguments import require
+from models.learning.evaluation import TOP5
+from pipeline.build.choice import Choice
 from pipeline.cli.console import is_main_process, main_console, print_facts
 from pipeline.cli.errors import config_keys_in_errors
 from pipeline.runs.checkpoint import AtomicCheckpointIO, BestCheckpoint, saved_step
 from pipeline.runs.fingerprint import fingerprint
 from pipeline.train.compiling import CompileNetwork
+from pipeline.train.early_stopping import StopEarly
 from pipeline.train.job import Job
 from pipeline.train.progress import ProgressCallback
 from pipeline.train.seeding import SeedEachBatch
 from pipeline.train.stopping import StopTogether
-from pipeline.train.summary import print_missing, run_header, run_result
+from pipeline.train.summary import outcome, print_missing, run_header, run_result
 
 # The shell's exit codes for SIGTERM and Ctrl-C; schedulers tell a preempted job from a finished one by the first.
 TERMINATED, INTERRUPTED = 128 + 15, 128 + 2
@@ -39,7 +42,7 @@ def prepare_process(seed: int) -> None:
 
 
 def own_callbacks(job: Job) -> list[pl.Callback]:
-    """Build the callbacks of every training: seeding, progress, checkpoints, a common end after a signal."""
+    """Build the callbacks of every training: seeding, progress, checkpoints, ends before the last epoch."""
 
     def record(values: Mapping[str, float], step: int) -> None:
         job.run.journal.record(values, step)
@@ -47,11 +50,13 @@ def own_callbacks(job: Job) -> list[pl.Callback]:
 
     log_every, num_epochs = job.settings.log_every, job.module.recipe.epochs
     progress = ProgressCallback(main_console(), record, data=job.data, log_every=log_every, num_epochs=num_epochs)
-    monitor = "val/top1" if job.data.num_evaluation_images else None
-    checkpoint = BestCheckpoint(job.run.checkpoints, monitor=monitor)
+    choice = job.settings.choice
+    monitor = choice.metric.key if job.data.num_evaluation_images else None
+    checkpoint = BestCheckpoint(job.run.checkpoints, monitor=monitor, mode=choice.metric.mode)
+    stopping = [] if choice.patience is None else [StopEarly(choice, num_epochs=num_epochs)]
     with config_keys_in_errors({"compile": "trainer.compile"}):
         compiling = [CompileNetwork(job.settings.compile, main_console())] if job.settings.compile else []
-    return [SeedEachBatch(job.settings.seed), progress, checkpoint, StopTogether(), *compiling]
+    return [SeedEachBatch(job.settings.seed), progress, checkpoint, *stopping, StopTogether(), *compiling]
 
 
 def own_plugins() -> list[object]:
@@ -66,15 +71,14 @@ def train(job: Job, trainer: pl.Trainer) -> None:
     Raises: ValueError, OSError for user errors; SystemExit(143) after SIGTERM, SystemExit(130) after Ctrl-C.
     """
     limit_epoch(trainer, job.data, num_epochs=job.module.recipe.epochs)
+    check_choice(job, trainer)
     with config_keys_in_errors({"decoder": "data.decoder"}):
         device, probes = trainer.strategy.root_device, is_main_process()
         decoder = job.data.choose_decoder(device, before=job.run.decoder, probes=probes)
     with tracked(job, trainer):
         print_facts(main_console(), run_header(job, trainer, decoder=decoder))
         fit(job, trainer)
-        checkpoint = next(one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
-        score = checkpoint.best_model_score
-        result = {"val/top1": None if score is None else float(score), "checkpoint": str(job.run.best_checkpoint)}
+        result = outcome(job, trainer)
         if trainer.is_global_zero:
             job.run.finish(result)
     print_facts(main_console(), run_result(job, result))
@@ -98,6 +102,20 @@ def limit_epoch(trainer: pl.Trainer, data: ShardData, *, num_epochs: int) -> Non
     # The order needs the epoch's length too; Lightning would apply a fraction again to the shortened epoch.
     data.limit_batches = trainer.limit_train_batches = batches
     trainer.fit_loop.epoch_loop.max_steps = num_epochs * (batches // accumulate)
+
+
+def check_choice(job: Job, trainer: pl.Trainer) -> None:
+    """Raise ValueError when early stopping, or a configured metric, has no evaluation to depend on."""
+    choice, dataset = job.settings.choice, job.data.dataset
+    if choice == Choice():
+        return
+    key, value = ("choose_by", choice.metric.key) if choice.patience is None else ("stop_early", choice.patience)
+    no_split = f"needs an evaluation, and {dataset.name} has no split val or test: leave {key} out, or add a split"
+    require(job.data.num_evaluation_images > 0, no_split, **{key: value})
+    no_batch = f"needs an evaluation: leave {key} or trainer.limit_val_batches=0 out"
+    require(trainer.limit_val_batches != 0, no_batch, **{key: value})
+    few = f"needs more than five classes, and {dataset.name} has {len(dataset.classes)}: choose_by=top1 goes with any"
+    require(choice.metric != TOP5 or job.module.top_k == 5, few, choose_by=choice.metric.key)
 
 
 @contextmanager

@@ -8,9 +8,12 @@ import torch
 
 from data.loading.datamodule import ShardData
 from data.loading.decoder import DecoderChoice
+from models.learning.evaluation import TOP1
 from pipeline.build.trainer import no_gpu_reason
 from pipeline.cli.console import main_console
+from pipeline.runs.checkpoint import BestCheckpoint, saved_step
 from pipeline.runs.run import Run
+from pipeline.train.early_stopping import StopEarly
 from pipeline.train.job import Job
 
 
@@ -29,7 +32,7 @@ def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice) -> dict
     return {
         "model": f"{job.settings.network}, {job.num_parameters:,} parameters",
         "data": f"{dataset.name}: {splits}, {len(dataset.classes)} classes, {image_size} pixels",
-        "evaluation": evaluation_images(job.data) if job.data.evaluation_split else "none: no split val or test",
+        **describe_evaluation(job),
         "batch": f"{trainer.world_size} x {settings.batch_size}{accumulate} on {device_name}",
         "decoding": f"{decoder}; {share.cores} threads a rank ({share.reason})",
         "precision": f"{trainer.precision}, channels_last",
@@ -37,6 +40,24 @@ def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice) -> dict
         "folder": f"{folder} (continues from {last.name})" if last else str(folder),
         "dashboard": f"{link}{f' ({command})' if command else ''}" if link else "none",
     }
+
+
+def describe_evaluation(job: Job) -> dict[str, str]:
+    """Return what chooses the best checkpoint and ends the training; a warning where that is the test split."""
+    choice, split = job.settings.choice, job.data.evaluation_split
+    if split is None:
+        return {"evaluation": "none: no split val or test"}
+    best, key = "highest" if choice.metric.is_higher_better else "lowest", choice.metric.key
+    facts = {"evaluation": f"{evaluation_images(job.data)}; the best checkpoint has the {best} {key}"}
+    if split == "test":
+        facts["caution"] = (
+            "without a split val, the best checkpoint is chosen on the test split, so its score is no honest estimate"
+        )
+    if choice.patience is not None:
+        times = "1 evaluation" if choice.patience == 1 else f"{choice.patience} evaluations in a row"
+        enough = f" of more than {choice.min_improvement:g}" if choice.min_improvement else ""
+        facts["stop early"] = f"after {times} without an improvement of {key}{enough}"
+    return facts
 
 
 def unusable_gpu() -> str:
@@ -58,12 +79,35 @@ def describe_steps(job: Job, trainer: pl.Trainer) -> str:
     return text
 
 
+def outcome(job: Job, trainer: pl.Trainer) -> dict[str, object]:
+    """Return the result of a finished training: the best checkpoint, its metrics, and why it stopped early, if it did.
+
+    `chosen_by` names the metric that chose the checkpoint; its value and top-1 are those of this checkpoint.
+    """
+    callback = next(one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
+    path, key, score = job.run.best_checkpoint, callback.monitor, callback.best_model_score
+    values: dict[str, float | None] = {TOP1.key: None}
+    if key is not None:
+        values[key] = None if score is None else float(score)
+    if path is not None and score is not None and key != TOP1.key:  # the journal has what the checkpoint has not
+        values[TOP1.key] = job.run.journal.values_at(saved_step(path)).get(TOP1.key)
+    stopped = [one.reason for one in trainer.early_stopping_callbacks if isinstance(one, StopEarly) and one.reason]
+    early = {"stopped_early": stopped[0]} if stopped else {}
+    return {**values, "chosen_by": key, "checkpoint": str(path), **early}
+
+
 def run_result(job: Job, result: Mapping[str, Any]) -> dict[str, str]:
-    """Return the best metric, the checkpoint and the next command, by name."""
-    score, tracker = result["val/top1"], job.tracker
-    best = {} if score is None else {"best val/top1": f"{score:.4f} on {evaluation_images(job.data)}"}
+    """Return why it stopped early, the best metric, the checkpoint and the next command, by name."""
+    key, tracker = result["chosen_by"], job.tracker
+    facts = {"stopped early": result["stopped_early"]} if "stopped_early" in result else {}
+    if key is not None and result[key] is None:
+        facts[f"best {key}"] = "none: no evaluation had a finite value, so the checkpoint is the last one"
+    elif key is not None:
+        is_known = key != TOP1.key and result[TOP1.key] is not None
+        top1 = f"; its {TOP1.key} is {result[TOP1.key]:.4f}" if is_known else ""
+        facts[f"best {key}"] = f"{result[key]:.4f} on {evaluation_images(job.data)}{top1}"
     command = tracker.command if tracker.link else None
-    return {**best, "checkpoint": result["checkpoint"], "next": command or f"tail {job.run.journal.path}"}
+    return {**facts, "checkpoint": result["checkpoint"], "next": command or f"tail {job.run.journal.path}"}
 
 
 def evaluation_images(data: ShardData) -> str:

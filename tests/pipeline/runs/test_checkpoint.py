@@ -2,59 +2,52 @@
 
 from __future__ import annotations
 
+from math import inf, nan
 from pathlib import Path
 
+import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from pipeline.runs.checkpoint import AtomicCheckpointIO, BestCheckpoint
+from pipeline.runs.checkpoint import BestCheckpoint
+from tests.support.scored import Scored, fit_scored
 
 SCORES = (0.5, 0.3, 0.7, 0.6, 0.2)
 
 
-class Scored(pl.LightningModule):
-    """One weight, and a score for each epoch that is known beforehand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
-        return (self.weight - batch).square().mean()
-
-    def validation_step(self, batch: Tensor, batch_index: int) -> None:
-        self.log("val/top1", torch.tensor(SCORES[self.current_epoch]))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
 class Look(pl.Callback):
-    """The steps of both checkpoints when the next epoch begins."""
+    """The steps of both checkpoints when the next epoch begins; 0 for one that is missing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.steps: list[tuple[int, ...]] = []
 
     def look(self) -> None:
-        names = ("last.ckpt", "best.ckpt")
-        self.steps.append(tuple(torch.load(self.folder / name, weights_only=True)["global_step"] for name in names))
+        files = [self.folder / name for name in ("last.ckpt", "best.ckpt")]
+        steps = (torch.load(one, weights_only=True)["global_step"] if one.exists() else 0 for one in files)
+        self.steps.append(tuple(steps))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch:
             self.look()
 
 
-def test_the_last_epoch_is_kept_whether_or_not_it_was_the_best(tmp_path: Path) -> None:
-    look = Look(tmp_path)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=len(SCORES), logger=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, callbacks=[look, BestCheckpoint(tmp_path, monitor="val/top1")],
-        plugins=[AtomicCheckpointIO()],
-    )  # fmt: skip
-    batches = DataLoader(torch.randn(6, 1), batch_size=2)
-    trainer.fit(Scored(), batches, batches)
+@pytest.mark.parametrize(
+    ("mode", "scores", "best_steps"),
+    [
+        ("max", SCORES, (3, 3, 9, 9, 9)),
+        ("min", SCORES, (3, 6, 6, 6, 15)),
+        ("max", (nan, 0.3, nan, 0.6, nan), (0, 6, 6, 12, 12)),
+        ("min", (nan, inf, 0.3, nan, 0.2), (0, 0, 9, 9, 15)),
+        ("min", (nan, nan, nan, nan, nan), (0, 0, 0, 0, 0)),
+    ],
+)
+def test_the_last_epoch_is_kept_whether_or_not_it_was_the_best(
+    tmp_path: Path, mode: str, scores: tuple[float, ...], best_steps: tuple[int, ...]
+) -> None:
+    look, best = Look(tmp_path), BestCheckpoint(tmp_path, monitor="val/top1", mode=mode)
+    fit_scored(Scored(scores), look, best, num_epochs=5)
     look.look()
-    assert look.steps == [(3, 3), (6, 3), (9, 9), (12, 9), (15, 9)]
+    assert look.steps == list(zip((3, 6, 9, 12, 15), best_steps, strict=True))
+    if not any(best_steps):
+        assert best.best_model_score is None

@@ -41,6 +41,18 @@ def test_settings_that_change_the_result_change_the_name(tmp_path: Path) -> None
     assert len(names | {open_run(settings_of(tmp_path), other_images).name}) == 6
 
 
+def test_what_chooses_and_stops_counts_unless_it_is_the_default(tmp_path: Path) -> None:
+    plain = settings_of(tmp_path)
+    assert not {"choose_by", "stop_early", "min_improvement"} & {*plain.in_name, *plain.in_fingerprint}
+    for words in (["choose_by=top1"], ["choose_by=val/top1"], ["stop_early=null"], ["min_improvement=0"]):
+        same = settings_of(tmp_path, *words)
+        assert (same.in_name, same.in_fingerprint) == (plain.in_name, plain.in_fingerprint)
+    changes = (["choose_by=f1"], ["choose_by=loss"], ["stop_early=3"], ["stop_early=3", "min_improvement=0.1"])
+    names = {open_run(settings_of(tmp_path, *words), DATASET).name for words in ([], *changes)}
+    assert len(names) == 5
+    assert settings_of(tmp_path, "choose_by=val/macro_f1").in_name == settings_of(tmp_path, "choose_by=f1").in_name
+
+
 def test_moving_a_class_changes_neither_name_nor_fingerprint(tmp_path: Path) -> None:
     here = settings_of(tmp_path)
     moved = settings_of(tmp_path, "classifier._target_=models.elsewhere.ResidualClassifier")
