@@ -11,6 +11,7 @@ from data.loading.decoder import DecodeSettings
 from data.loading.stream import DecodedBatch, ImageStream
 from data.shards.inputs import Source, file_source
 from data.shards.parallel import available_cores
+from models.folding import fold_batch_norms
 from pipeline.build.recorded import DatasetFacts
 from pipeline.runs.calibration import read_calibration
 from pipeline.runs.find import find_run
@@ -87,7 +88,8 @@ class TrainedModel:
         self.classes = (*self.facts.classes, *(f"output {number}" for number in spare))
         self.net = run.load_network().eval().to(device).to(memory_format=torch.channels_last)
         self.calibration = read_calibration(run.run.calibration_file, weights=run.weights_file)
-        self.probabilities = Probabilities(self.net, self.facts, temperature=self.calibration.temperature).to(device)
+        temperature, fast = self.calibration.temperature, fold_batch_norms(self.net)
+        self.probabilities = Probabilities(fast, self.facts, temperature=temperature).to(device)
         self.decode_settings = DecodeSettings(
             self.facts.mean,
             self.facts.std,
