@@ -8,7 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from data.arguments import require
+from data.shards.dataset import Dataset
 from data.shards.images import SUFFIXES
 
 STANDARD_INPUT = "-"
@@ -38,6 +41,23 @@ def find_images(text: str, *, lines: Iterable[str]) -> Iterator[Source]:
         require(bool(found), "does not exist", input=text)
     require(bool(found), f"has no image: {', '.join(SUFFIXES)}, or tars of them", input=text)
     return (source for one in found if one.is_file() for source in _of_file(one))
+
+
+def split_sources(dataset: Dataset, split: str, *, limit: int | None = None) -> list[tuple[Source, int]]:
+    """Return the images of a packed split with their labels; `limit` of them are spread evenly over the split.
+
+    Raises: ValueError when the data set has no such split.
+    """
+    index = dataset.index(split)
+    count = len(index) if limit is None else min(limit, len(index))
+    samples = np.linspace(0, len(index) - 1, count).round().astype(np.int64)
+    rows, shards = index.rows(samples), [dataset.root / shard.file for shard in index.split.shards]
+    sources = []
+    for shard, offset, size, label in zip(rows.shard, rows.offset, rows.size, rows.label, strict=True):
+        path = shards[shard]
+        read = partial(_read_part, path, offset=int(offset), size=int(size))
+        sources.append((Source(f"{path}@{offset}", read), int(label)))
+    return sources
 
 
 def _of_file(path: Path) -> Iterator[Source]:

@@ -51,10 +51,16 @@ class RecordedConfig:
         self.in_channels: int = config.model.get("in_channels", 3)
         self.batch_size: int = config.data.batch_size
         self.norm_eps: float | None = config.model.get("norm_eps")
+        self.data_root = Path(str(config.data.root))
 
     def build_network(self) -> nn.Module:
         """Build the network, without the run's weights. Raises: ValueError."""
         return build_network(self._config)
+
+    def values(self, key: str) -> dict[str, object]:
+        """Return the values that it records under a dotted key, such as `model` or `augment.evaluation`."""
+        found = OmegaConf.to_container(OmegaConf.select(self._config, key), resolve=True)
+        return {str(name): value for name, value in found.items()} if isinstance(found, dict) else {}
 
     def build_recipe(self) -> Recipe:
         """Build the recipe. Raises: ValueError."""

@@ -122,6 +122,12 @@ class TrainedModel:
         """Return normalised batches of images, as the network takes them."""
         return ImageStream(sources, crop=self.crop, decode=self.decode_settings, batch_size=batch_size)
 
+    def crops(self, batch: DecodedBatch) -> Tensor:
+        """Return the crops of a batch before normalisation, as the model takes them: uint8 (N, H, W, 3)."""
+        of_normalised = batch.images.to(self.device).permute(0, 2, 3, 1)
+        levels = of_normalised / self.probabilities.inverse_std + self.probabilities.mean
+        return levels.round().clamp(0, 255).to(torch.uint8)
+
     @torch.inference_mode()
     def _predictions(self, batch: DecodedBatch) -> Iterator[Prediction]:
         found = iter(())

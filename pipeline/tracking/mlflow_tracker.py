@@ -71,9 +71,7 @@ class MLflowTracker(Tracker):
 
     def _answer_of(self, task: Callable[[], None], problem: str) -> str | None:
         """Make a queue and do a task; return why the server refused it."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-        for name, value in REQUEST_LIMITS.items():
-            os.environ.setdefault(name, value)
+        self.prepare_environment()
         from mlflow.exceptions import MlflowException
 
         self._queue = BackgroundQueue(MlflowException, OSError, ImportError)  # artifact stores may lack their library
@@ -111,7 +109,7 @@ class MLflowTracker(Tracker):
             self._queue.put(lambda: task(run_id))
 
     def _start(self, run: Run, parameters: Mapping[str, object]) -> None:
-        self._client, experiment_id = self._open_store()
+        self._client, experiment_id = self.open_store()
         id_file = run.tracking_id_file
         if id_file.is_file() and self._logged:
             run_id = id_file.read_text().strip()
@@ -128,7 +126,14 @@ class MLflowTracker(Tracker):
     def _store_file(self) -> Path | None:
         return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
 
-    def _open_store(self) -> tuple[MlflowClient, str]:
+    @staticmethod
+    def prepare_environment() -> None:
+        """Switch telemetry off and limit the time of requests, which MLflow reads when it is imported."""
+        for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **REQUEST_LIMITS}.items():
+            os.environ.setdefault(name, value)
+
+    def open_store(self) -> tuple[MlflowClient, str]:
+        """Return a client and the id of the experiment, which is created if missing. Raises: MlflowException."""
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)

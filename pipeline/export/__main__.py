@@ -1,0 +1,144 @@
+"""Export a trained run: `python -m pipeline.export run=latest`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from pipeline.cli.errors import ConfigError
+from pipeline.cli.run import fast_imports, run_verb
+from pipeline.cli.verb import Verb
+
+if TYPE_CHECKING:
+    from pipeline.export.files import Checks, Exported
+    from pipeline.export.settings import Form
+    from pipeline.runs.trained import TrainedModel
+
+VERB = Verb(
+    "export",
+    "Export a trained run as ONNX, as a torch.export program and as safetensors.",
+    {
+        "run=latest": "all formats, into the run's folder export/",
+        "run=runs/NAME format=onnx precision=[float32,float16] out=FOLDER": "",
+        "run=runs/NAME format=safetensors names=timm": "tensors under timm's names",
+        "run=runs/NAME format=onnx register=NAME": "a version in MLflow's registry",
+    },
+    text_keys=("run", "out", "runs", "input", "register", "alias", "names"),
+)
+FAILED = 2  # exit code
+
+
+def main(config: DictConfig) -> None:
+    """Write the files, compare each with the network, and register the ONNX file; failures exit with code 2."""
+    from pipeline.export.settings import read_forms
+
+    forms = read_forms(config)
+    with fast_imports():
+        from pipeline.export.files import DifferentAnswersError, export_files
+        from pipeline.runs.trained import load_model
+        from pipeline.tracking.registry import RegistryError
+
+    with _failures(DifferentAnswersError, RegistryError):
+        model = load_model(str(config.run), runs=str(config.runs), device="cpu", trust=bool(config.trust))
+        if config.image_size is not None:
+            _resize(model, config.image_size)
+        folder = model.run.run.export if config.out is None else Path(str(config.out))
+        checks = _build_checks(config, model, forms=forms)
+        exported = export_files(model, forms, folder=folder, checks=checks, opset=config.opset)
+        _print(exported, folder, checks=checks)
+        if config.register is not None:
+            _register(config, model, folder=folder, forms=forms, checks=checks)
+
+
+def _resize(model: TrainedModel, image_size: int) -> None:
+    """Evaluate crops of another size. Raises: ConfigError when the network or the crop does not take it."""
+    import torch
+
+    from data.loading.crops import EvaluationCrop
+    from models.analysis.trace import FORWARD_ERRORS
+
+    if not isinstance(model.crop, EvaluationCrop):
+        raise ConfigError(f"image_size={image_size}: {type(model.crop).__name__} has only its own size")
+    model.crop = replace(model.crop, image_size=image_size)
+    try:
+        model(torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8))
+    except FORWARD_ERRORS as error:
+        built_for = getattr(model.net, "image_size", model.run.image_size)
+        reason = str(error).partition("\n")[0]
+        network = f"{model.run.network}, built for {built_for} pixels"
+        raise ConfigError(f"image_size={image_size} does not suit {network}: {reason}") from error
+
+
+def _build_checks(config: DictConfig, model: TrainedModel, *, forms: list[Form]) -> Checks:
+    from pipeline.export.files import Checks
+    from pipeline.export.images import comparison_images, validation_data
+
+    dataset = validation_data(model)
+    given = None if config.input is None else str(config.input)
+    images = comparison_images(model, dataset, given=given, count=config.compare_images)
+    reports_accuracy = any(form.precision != "float32" for form in forms)
+    tolerance = {str(name): float(value) for name, value in config.tolerance.items()}
+    return Checks(images, tolerance, dataset if reports_accuracy else None, config.val_images, config.batch_size)
+
+
+def _print(exported: Exported, folder: Path, *, checks: Checks) -> None:
+    from rich.console import Console
+
+    console = Console()
+    counts = {one.val_images for one in exported.files.values()}
+    for name, one in exported.files.items():
+        accuracy = "" if one.top1 is None else f", val top-1 {one.top1:.4f}"
+        size, difference = f"{one.bytes / 1e6:.1f} MB", f"largest difference {one.largest_difference:.1e}"
+        console.print(f"{folder / name}  {size}, {difference}{accuracy}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"compared on {checks.images.description}", highlight=False, markup=False, soft_wrap=True)
+    if exported.top1 is not None:
+        (count,) = counts
+        console.print(f"the network itself: val top-1 {exported.top1:.4f} on {count:,} images", highlight=False)
+    stale = [f"{folder / name} is of another model, or has changed: export it again" for name in exported.stale]
+    for note in (*exported.notes, *stale):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def _register(config: DictConfig, model: TrainedModel, *, folder: Path, forms: list[Form], checks: Checks) -> None:
+    from rich.console import Console
+
+    from pipeline.build.objects import build_object
+    from pipeline.export.graph import INPUT, OUTPUT
+    from pipeline.export.record import describe_model
+    from pipeline.export.settings import ONNX
+    from pipeline.tracking.mlflow_tracker import MLflowTracker
+    from pipeline.tracking.registry import ExportedModel, register
+    from pipeline.tracking.tracker import Tracker
+
+    tracker = build_object(config, "tracking", kind=Tracker)
+    if not isinstance(tracker, MLflowTracker):
+        raise ConfigError(f"register={config.register} needs tracking=mlflow")
+    file = folder / next(form.file_name for form in forms if form.format == ONNX)
+    example = checks.images.crops[:1].expand(2, -1, -1, -1)
+    exported = ExportedModel(file, INPUT, OUTPUT, example.numpy(), model(example).numpy(), describe_model(model))
+    alias = None if config.alias is None else str(config.alias)
+    registered = register(exported, str(config.register), alias=alias, run=model.run.run, tracker=tracker)
+    serve = f"mlflow models serve --env-manager local -m {registered.uri}"
+    Console().print(
+        f"registered as {registered.name} version {registered.version}: {serve}", highlight=False, soft_wrap=True
+    )
+
+
+@contextmanager
+def _failures(*kinds: type[Exception]) -> Iterator[None]:
+    """Print a failure as one line and exit with code 2."""
+    try:
+        yield
+    except kinds as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(FAILED) from None
+
+
+if __name__ == "__main__":
+    run_verb(VERB, main)

@@ -1,0 +1,64 @@
+"""Images on which exported files are compared with the network, and the validation split with its labels."""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import distribution
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.shards.dataset import Dataset
+from data.shards.inputs import Source, find_images, split_sources
+from pipeline.runs.trained import TrainedModel
+
+SPLIT = "val"
+PHOTOGRAPHS = "sklearn/datasets/images"  # two, which come with scikit-learn
+
+
+class Images(NamedTuple):
+    """Crops (N, H, W, 3) uint8, and where they come from."""
+
+    crops: Tensor
+    description: str
+
+
+def validation_data(model: TrainedModel) -> Dataset | None:
+    """Open the data set of the run, None where it is not there or has no validation split."""
+    if not model.run.data_root.exists():
+        return None
+    dataset = model.run.open_dataset()
+    return dataset if SPLIT in dataset.splits else None
+
+
+def comparison_images(model: TrainedModel, dataset: Dataset | None, *, given: str | None, count: int) -> Images:
+    """Return up to `count` crops: of the images `given`, else of the validation split, else of two photographs.
+
+    Raises: ArgumentError when nothing is given's place; ValueError when no image can be read.
+    """
+    sources: Iterable[Source]
+    if given is not None:
+        sources, description = find_images(given, lines=sys.stdin), given
+    elif dataset is not None:
+        sources = [source for source, _ in split_sources(dataset, SPLIT, limit=count)]
+        description = f"split {SPLIT} of {dataset.name}"
+    else:
+        sources = find_images(str(distribution("scikit-learn").locate_file(PHOTOGRAPHS)), lines=())
+        description = "scikit-learn's photographs"
+    crops = torch.cat([model.crops(batch) for batch in model.decode(islice(sources, count))])
+    if not len(crops):
+        raise ValueError(f"input={description}: none of its first {count} images can be read")
+    return Images(crops, f"{len(crops)} {'image' if len(crops) == 1 else 'images'} of {description}")
+
+
+def labelled_crops(
+    model: TrainedModel, samples: Sequence[tuple[Source, int]], *, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield crops (N, H, W, 3) and their labels (N,), without the images that cannot be read."""
+    labels = iter([label for _, label in samples])
+    for batch in model.decode([source for source, _ in samples], batch_size=batch_size):
+        of_batch = list(islice(labels, len(batch.names)))
+        readable = [label for label, error in zip(of_batch, batch.errors, strict=True) if error is None]
+        if readable:
+            yield model.crops(batch), torch.tensor(readable)

@@ -1,0 +1,113 @@
+"""An exported model as a version in MLflow's registry."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.runs.run import Run
+from pipeline.tracking.background_queue import first_line
+from pipeline.tracking.mlflow_tracker import MLflowTracker
+
+REQUIREMENTS = ("onnx", "onnxruntime", "numpy")
+MODEL = "model"  # MLflow's name of the artifact
+
+
+class RegistryError(Exception):
+    """The registry does not answer, or refuses the model."""
+
+
+class ExportedModel(NamedTuple):
+    """An ONNX file with one input and one output, an example of its input and output, and facts about it."""
+
+    file: Path
+    input_name: str
+    output_name: str
+    example: NDArray[np.uint8]  # (2, H, W, 3)
+    answers: NDArray[np.float32]  # (2, K)
+    facts: Mapping[str, object]
+
+
+class RegisteredModel(NamedTuple):
+    """A version in the registry, and the address under which MLflow loads it."""
+
+    name: str
+    version: str
+    uri: str
+
+
+def register(
+    exported: ExportedModel, name: str, *, alias: str | None, run: Run, tracker: MLflowTracker
+) -> RegisteredModel:
+    """Add a version to the registered model `name`, with the run as its source if the server knows it.
+
+    Raises: RegistryError, in one sentence.
+    """
+    tracker.prepare_environment()
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with redirect_stderr(StringIO()):  # MLflow prints the versions that it creates
+            return _register(exported, name, alias=alias, run=run, tracker=tracker)
+    except (MlflowException, OSError) as error:
+        raise RegistryError(f"register={name}: {tracker.uri} does not accept the model: {first_line(error)}") from error
+
+
+def _register(
+    exported: ExportedModel, name: str, *, alias: str | None, run: Run, tracker: MLflowTracker
+) -> RegisteredModel:
+    import mlflow
+    import mlflow.onnx
+    import onnx
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    client, experiment_id = tracker.open_store()
+    mlflow.set_tracking_uri(tracker.uri)
+    mlflow.set_registry_uri(tracker.uri)
+    mlflow.set_experiment(experiment_id=experiment_id)
+    for logger in ("mlflow", "alembic"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    inputs = TensorSpec(exported.example.dtype, (-1, *exported.example.shape[1:]), exported.input_name)
+    outputs = TensorSpec(exported.answers.dtype, (-1, *exported.answers.shape[1:]), exported.output_name)
+    info = Model.log(
+        artifact_path=None,
+        name=MODEL,
+        flavor=mlflow.onnx,
+        registered_model_name=name,
+        run_id=_known_run(client, run),
+        metadata=json.loads(json.dumps(exported.facts)),
+        onnx_model=onnx.load_model(exported.file),
+        signature=ModelSignature(inputs=Schema([inputs]), outputs=Schema([outputs])),
+        input_example={exported.input_name: exported.example},
+        pip_requirements=[f"{library}=={version(library)}" for library in REQUIREMENTS],
+        onnx_execution_providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
+        save_as_external_data=False,
+    )
+    number = str(info.registered_model_version)
+    if alias is not None:
+        client.set_registered_model_alias(name, alias, number)
+    return RegisteredModel(name, number, f"models:/{name}@{alias}" if alias else f"models:/{name}/{number}")
+
+
+def _known_run(client: object, run: Run) -> str | None:
+    """Return the run's id if the server has it."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    assert isinstance(client, MlflowClient)
+    if not run.tracking_id:
+        return None
+    try:
+        return str(client.get_run(run.tracking_id).info.run_id)
+    except MlflowException:
+        return None
