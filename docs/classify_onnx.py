@@ -10,10 +10,12 @@ from PIL import Image, ImageOps
 
 def resize_weights(size: int, resized: int, crop: int) -> np.ndarray:
     """Return the triangle filter (crop, size) that resizes `size` pixels to `resized` and keeps the central `crop`."""
-    scale = size / resized
-    centers = (np.rint((resized - crop) / 2) + np.arange(crop) + 0.5) * scale
-    distances = np.abs(np.arange(size) + 0.5 - centers[:, None]) / max(scale, 1)
-    weights = np.maximum(0, 1 - distances)
+    scale, reach = size / resized, size // resized + 1
+    centers = (round((resized - crop) / 2) + np.arange(crop)[:, None] + 0.5) * scale
+    weights = np.maximum(0, 1 - np.abs(np.arange(-reach, size + reach) + 0.5 - centers) / max(scale, 1))
+    weights[:, reach] += weights[:, :reach].sum(1)  # beyond an edge its pixels repeat
+    weights[:, -reach - 1] += weights[:, -reach:].sum(1)
+    weights = weights[:, reach:-reach]
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.export.files import Checks, Exported
     from pipeline.export.settings import Form
     from pipeline.runs.trained import TrainedModel
+    from pipeline.tracking.mlflow_tracker import MLflowTracker
 
 VERB = Verb(
     "export",
@@ -36,7 +37,7 @@ FAILED = 2  # exit code
 
 def main(config: DictConfig) -> None:
     """Write the files, compare each with the network, and register the ONNX file; failures exit with code 2."""
-    from pipeline.export.settings import read_forms
+    from pipeline.export.settings import ONNX, read_forms
 
     forms = read_forms(config)
     with fast_imports():
@@ -44,6 +45,7 @@ def main(config: DictConfig) -> None:
         from pipeline.runs.trained import load_model
         from pipeline.tracking.registry import RegistryError
 
+    registry = _find_registry(config)
     with _failures(DifferentAnswersError, RegistryError):
         model = load_model(str(config.run), runs=str(config.runs), device="cpu", trust=bool(config.trust))
         if config.image_size is not None:
@@ -52,8 +54,9 @@ def main(config: DictConfig) -> None:
         checks = _build_checks(config, model, forms=forms)
         exported = export_files(model, forms, folder=folder, checks=checks, opset=config.opset)
         _print(exported, folder, checks=checks)
-        if config.register is not None:
-            _register(config, model, folder=folder, forms=forms, checks=checks)
+        if registry is not None:
+            file = folder / next(form.file_name for form in forms if form.format == ONNX)
+            _register(config, model, file=file, tracker=registry, checks=checks)
 
 
 def _resize(model: TrainedModel, image_size: int) -> None:
@@ -105,29 +108,36 @@ def _print(exported: Exported, folder: Path, *, checks: Checks) -> None:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def _register(config: DictConfig, model: TrainedModel, *, folder: Path, forms: list[Form], checks: Checks) -> None:
-    from rich.console import Console
-
+def _find_registry(config: DictConfig) -> MLflowTracker | None:
+    """Return the tracker whose registry gets the model, None without `register`. Raises: ConfigError without MLflow."""
+    if config.register is None:
+        return None
     from pipeline.build.objects import build_object
-    from pipeline.export.graph import INPUT, OUTPUT
-    from pipeline.export.record import describe_model
-    from pipeline.export.settings import ONNX
     from pipeline.tracking.mlflow_tracker import MLflowTracker
-    from pipeline.tracking.registry import ExportedModel, register
     from pipeline.tracking.tracker import Tracker
 
     tracker = build_object(config, "tracking", kind=Tracker)
     if not isinstance(tracker, MLflowTracker):
         raise ConfigError(f"register={config.register} needs tracking=mlflow")
-    file = folder / next(form.file_name for form in forms if form.format == ONNX)
+    return tracker
+
+
+def _register(config: DictConfig, model: TrainedModel, *, file: Path, tracker: MLflowTracker, checks: Checks) -> None:
+    from rich.console import Console
+
+    from pipeline.export.graph import INPUT, OUTPUT
+    from pipeline.export.record import describe_model
+    from pipeline.tracking.registry import ExportedModel, register
+
     example = checks.images.crops[:1].expand(2, -1, -1, -1)
     exported = ExportedModel(file, INPUT, OUTPUT, example.numpy(), model(example).numpy(), describe_model(model))
     alias = None if config.alias is None else str(config.alias)
     registered = register(exported, str(config.register), alias=alias, run=model.run.run, tracker=tracker)
-    serve = f"mlflow models serve --env-manager local -m {registered.uri}"
-    Console().print(
-        f"registered as {registered.name} version {registered.version}: {serve}", highlight=False, soft_wrap=True
-    )
+    console, variables = Console(), f"MLFLOW_TRACKING_URI={tracker.uri} MLFLOW_DISABLE_TELEMETRY=true"
+    serve = f"{variables} mlflow models serve --env-manager local -m {registered.uri}"
+    lines = (f"registered as {registered.name} version {registered.version}", f"to serve it: {serve}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

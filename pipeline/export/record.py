@@ -46,7 +46,7 @@ def describe_preprocessing(model: TrainedModel) -> dict[str, object]:
     values: dict[str, object] = {"image_size": model.image_size}
     if type(model.crop) is EvaluationCrop:
         values |= {"resize_shorter_side": round(model.image_size / model.crop.crop_fraction), "crop": "center"}
-        values["filter"] = "triangle, antialiased"
+        values["filter"] = "triangle, antialiased; beyond an edge its pixels repeat"
     else:
         values["crop"] = model.run.values("augment.evaluation")
     return {**values, "mean": list(model.facts.mean), "std": list(model.facts.std), "pixels": "RGB"}

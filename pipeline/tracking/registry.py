@@ -90,7 +90,7 @@ def _register(
         signature=ModelSignature(inputs=Schema([inputs]), outputs=Schema([outputs])),
         input_example={exported.input_name: exported.example},
         pip_requirements=[f"{library}=={version(library)}" for library in REQUIREMENTS],
-        onnx_execution_providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
+        onnx_execution_providers=["CPUExecutionProvider"],  # those of the package in REQUIREMENTS
         save_as_external_data=False,
     )
     number = str(info.registered_model_version)
