@@ -25,17 +25,18 @@ class Images(NamedTuple):
 
 
 def validation_data(model: TrainedModel) -> Dataset | None:
-    """Open the data set of the run, None where it is not there or has no validation split."""
+    """Open the data set of the run; None where it is not there, has other classes, or no validation split."""
     if not model.run.data_root.exists():
         return None
     dataset = model.run.open_dataset()
-    return dataset if SPLIT in dataset.splits else None
+    is_same = tuple(dataset.classes) == tuple(model.facts.classes)
+    return dataset if is_same and SPLIT in dataset.splits else None
 
 
 def comparison_images(model: TrainedModel, dataset: Dataset | None, *, given: str | None, count: int) -> Images:
     """Return up to `count` crops: of the images `given`, else of the validation split, else of two photographs.
 
-    Raises: ArgumentError when nothing is given's place; ValueError when no image can be read.
+    Raises: ArgumentError when `given` does not exist or has no image; ValueError when no image can be read.
     """
     sources: Iterable[Source]
     if given is not None:
@@ -48,7 +49,7 @@ def comparison_images(model: TrainedModel, dataset: Dataset | None, *, given: st
         description = "scikit-learn's photographs"
     crops = torch.cat([model.crops(batch) for batch in model.decode(islice(sources, count))])
     if not len(crops):
-        raise ValueError(f"input={description}: none of its first {count} images can be read")
+        raise ValueError(f"none of the first {count} images of {description} can be read")
     return Images(crops, f"{len(crops)} {'image' if len(crops) == 1 else 'images'} of {description}")
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,9 @@ from numpy.typing import NDArray
 from pipeline.runs.run import Run
 from pipeline.tracking.background_queue import first_line
 from pipeline.tracking.mlflow_tracker import MLflowTracker
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 REQUIREMENTS = ("onnx", "onnxruntime", "numpy")
 MODEL = "model"  # MLflow's name of the artifact
@@ -85,7 +87,7 @@ def _register(
         flavor=mlflow.onnx,
         registered_model_name=name,
         run_id=_known_run(client, run),
-        metadata=json.loads(json.dumps(exported.facts)),
+        metadata=dict(exported.facts),
         onnx_model=onnx.load_model(exported.file),
         signature=ModelSignature(inputs=Schema([inputs]), outputs=Schema([outputs])),
         input_example={exported.input_name: exported.example},
@@ -99,12 +101,10 @@ def _register(
     return RegisteredModel(name, number, f"models:/{name}@{alias}" if alias else f"models:/{name}/{number}")
 
 
-def _known_run(client: object, run: Run) -> str | None:
+def _known_run(client: MlflowClient, run: Run) -> str | None:
     """Return the run's id if the server has it."""
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    assert isinstance(client, MlflowClient)
     if not run.tracking_id:
         return None
     try:
