@@ -93,6 +93,8 @@ def _build_checks(config: DictConfig, model: TrainedModel, *, forms: list[Form])
 def _print(exported: Exported, folder: Path, *, checks: Checks) -> None:
     from rich.console import Console
 
+    from models.weights.files import shorten
+
     console = Console()
     counts = {one.val_images for one in exported.files.values()}
     for name, one in exported.files.items():
@@ -103,8 +105,10 @@ def _print(exported: Exported, folder: Path, *, checks: Checks) -> None:
     if exported.top1 is not None:
         (count,) = counts
         console.print(f"the network itself: val top-1 {exported.top1:.4f} on {count:,} images", highlight=False)
-    stale = [f"{folder / name} is of another model, or has changed: export it again" for name in exported.stale]
-    for note in (*exported.notes, *stale):
+    notes = list(exported.notes)
+    if exported.stale:
+        notes.append(f"in {folder}, of another model or changed: {shorten(exported.stale)}; export them again")
+    for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -155,7 +155,7 @@ def test_files_of_the_same_weights_stay_listed_and_others_are_named(
     shutil.copytree(fitted_root / "runs" / "fitted", tmp_path / "plain")
     (tmp_path / "plain" / "evaluation" / "calibration.json").unlink()
     printed = export(f"run={tmp_path / 'plain'}", "format=pt2", out)
-    assert "model.safetensors is of another model, or has changed: export it again" in printed
+    assert f"in {tmp_path}, of another model or changed: model.safetensors; export them again" in printed
     assert set(json.loads((tmp_path / "export.json").read_text())["files"]) == {"model.pt2"}
 
 
