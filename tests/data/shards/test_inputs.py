@@ -7,8 +7,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import webdataset
 
-from data.shards.inputs import find_images
+from data.shards.dataset import Dataset
+from data.shards.inputs import find_images, split_sources
 from tests.support.images import make_folder
 
 
@@ -61,3 +63,13 @@ def test_a_place_without_images_is_said_at_once(photos: Path, text: str, message
     Path("empty").mkdir()
     with pytest.raises(ValueError, match=message):
         find_images(text, lines=())
+
+
+def test_a_split_has_the_bytes_and_labels_that_webdataset_reads(photographs: Dataset) -> None:
+    tars = [str(photographs.root / shard.file) for shard in photographs.splits["val"].shards]
+    expected = [(sample["jpg"], int(sample["cls"])) for sample in webdataset.WebDataset(tars, shardshuffle=False)]
+    assert len(tars) > 1
+    found = split_sources(photographs, "val")
+    assert [(source.read(), label) for source, label in found] == expected
+    spread = [label for _, label in split_sources(photographs, "val", limit=3)]
+    assert spread == [expected[number][1] for number in (0, round((len(expected) - 1) / 2), len(expected) - 1)]

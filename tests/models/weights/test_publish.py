@@ -18,6 +18,7 @@ QUICK = {
     *("alexnet", "vgg11_bn", "resnet18", "resnext50_32x4d", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small"),
     *("efficientnet_b0", "convnext_tiny", "coatnet_0"),
 }
+QUICKEST = {"resnet18", "mobilenet_v1", "mobilenet_v3_small"}
 WITHOUT = {("lenet", TORCHVISION), ("lenet", TIMM), ("alexnet", TIMM), ("coatnet", TORCHVISION)}
 PAIRS = [(row, names) for row in PUBLISHED for names in (TORCHVISION, TIMM) if (row.architecture, names) not in WITHOUT]
 PAIRS = [(row, names) for row, names in PAIRS if (row.variant, names) != ("mobilenet_v1", TORCHVISION)]
