@@ -16,6 +16,7 @@ from data.shards.dataset import Dataset
 from models.residual import resnet
 from pipeline import pack
 from pipeline.evaluate import __main__ as evaluate
+from pipeline.export import __main__ as export
 from pipeline.predict import __main__ as predict
 from pipeline.report import __main__ as report
 from pipeline.train import __main__ as train
@@ -37,6 +38,7 @@ SHORTER = {
     "pipeline.pack": [],
     "pipeline.predict": ["batch_size=8"],
     "pipeline.evaluate": ["mlflow=false"],
+    "pipeline.export": ["compare_images=2", "val_images=4"],
     "torch.distributed.run": ["mlflow=false", "out=several"],
     "pipeline.report": ["effective_images=0", "batch_size=2", "data.image_size=64"],
 }
@@ -47,6 +49,7 @@ VERBS = {
     "pipeline.pack": pack,
     "pipeline.evaluate": evaluate,
     "pipeline.predict": predict,
+    "pipeline.export": export,
 }
 NEEDS_PROCESS = ("models=", "trainer=ddp", "--nproc-per-node")
 MAIN_JOB, NAME = "python -m pipeline.train +model=resnet", "mine"  # the run that the README calls NAME
@@ -69,11 +72,16 @@ def run(command: str, folder: Path) -> None:
         recipe = subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True, text=True, check=True)
         assert re.search(r"-m (pipeline\.train|pytest)", recipe.stdout), command
         return
+    if "serve" in words:  # tests/pipeline/export/test_registry.py asks such a server
+        assert words[2:5] == ["mlflow", "models", "serve"]
+        return
     if words[:2] != ["python", "-m"]:
         assert words == ["source", ".venv/bin/activate"], f"no test runs {command}"
         return
     arguments = [*words[3:], *SHORTER[words[2]], *(["name=" + NAME] if command == MAIN_JOB else [])]
     arguments = [word.replace("runs/NAME", f"runs/{NAME}") for word in arguments]
+    if "names=timm" in words:  # whose strides are those for large images
+        arguments = [word.replace(f"runs/{NAME}", str(run_for_large_images(folder))) for word in arguments]
     if "weights=resnet50.pth" in words:  # whose stem is the one for large images
         arguments.append("data.image_size=65")
     if any(word.startswith(NEEDS_PROCESS) for word in words):
@@ -82,6 +90,11 @@ def run(command: str, folder: Path) -> None:
     else:
         verb = VERBS[words[2]]
         call_verb(verb.VERB, verb.main, arguments)
+
+
+def run_for_large_images(folder: Path) -> Path:
+    """The run that started from published weights."""
+    return next(file.parent for file in (folder / "runs").glob("*/config.yaml") if "image_size: 65" in file.read_text())
 
 
 def test_everything_that_is_shown_works(

@@ -97,7 +97,8 @@ def _register(
     )
     number = str(info.registered_model_version)
     if alias is not None:
-        client.set_registered_model_alias(name, alias, number)
+        registry = mlflow.MlflowClient(tracker.uri, tracker.uri)  # `client` has the registry that was set before
+        registry.set_registered_model_alias(name, alias, number)
     return RegisteredModel(name, number, f"models:/{name}@{alias}" if alias else f"models:/{name}/{number}")
 
 
