@@ -1,6 +1,7 @@
-"""Classify JPEGs with a run, beside a loop over torchvision's loader with the same network.
+"""Classify JPEGs with a run, beside loops over torchvision's loaders with the same network.
 
-Interleaved in one process, two threads or workers each; `--command` times the command up to its first row.
+Interleaved in one process, two threads or workers each. torchvision's ImageFolder opens files with Pillow by default;
+the second loop decodes them into tensors instead. The last column times the command up to its first row.
 """
 
 import argparse
@@ -11,11 +12,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
@@ -29,26 +32,18 @@ NETWORKS = {"LeNet-5": ("lenet", "lenet5", 32), "MobileNetV3-S": ("mobilenet", "
 BATCH_SIZE, WORKERS = 64, 2
 
 
-class Photos(Dataset[torch.Tensor]):
-    """Files, decoded and prepared as torchvision's reference evaluates: uint8 until the last step."""
-
-    def __init__(self, paths: list[Path], model: TrainedModel) -> None:
-        self._paths, side = paths, model.image_size
-        self._prepare = v2.Compose(
-            [
-                v2.Resize(round(side / 0.875), antialias=True),
-                v2.CenterCrop(side),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(model.facts.mean, model.facts.std),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        image: torch.Tensor = self._prepare(decode_image(str(self._paths[number]), ImageReadMode.RGB))
-        return image
+def folder_of(photos: Path, model: TrainedModel, *, tensors: bool) -> ImageFolder:
+    """The photographs, prepared as torchvision's reference evaluates."""
+    side = model.image_size
+    steps = [
+        v2.Resize(round(side / 0.875), antialias=True),
+        v2.CenterCrop(side),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(model.facts.mean, model.facts.std),
+    ]
+    options = {"loader": partial(decode_image, mode=ImageReadMode.RGB)} if tensors else {}
+    return ImageFolder(str(photos), transform=v2.Compose(steps), **options)
 
 
 def make_run(folder: Path, name: str) -> None:
@@ -68,12 +63,19 @@ def ours(model: TrainedModel, photos: Path) -> Iterator[str | None]:
 
 
 @torch.inference_mode()
-def theirs(model: TrainedModel, photos: Path) -> Iterator[str | None]:
+def theirs(model: TrainedModel, photos: Path, *, tensors: bool) -> Iterator[str | None]:
     """The same by a loop over torchvision's images."""
-    dataset = Photos(sorted(photos.rglob("*.jpg")), model)
-    for batch in DataLoader(dataset, batch_size=BATCH_SIZE, num_workers=WORKERS):
+    dataset = folder_of(photos, model, tensors=tensors)
+    for batch, _ in DataLoader(dataset, batch_size=BATCH_SIZE, num_workers=WORKERS):
         probabilities = torch.softmax(model.net(batch.contiguous(memory_format=torch.channels_last)), dim=1)
         yield from (model.classes[number] for number in probabilities.argmax(1).tolist())
+
+
+WAYS = {
+    "Convoy": ours,
+    "ImageFolder": partial(theirs, tensors=False),
+    "ImageFolder, decode_image": partial(theirs, tensors=True),
+}
 
 
 def timed(way: Callable[[TrainedModel, Path], Iterator[str | None]], model: TrainedModel, photos: Path) -> list[float]:
@@ -91,20 +93,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(WORKERS)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         samples.make_dataset(folder, arguments.images)
-        print("| network | Convoy images/s | loop | ratio | CPU ms/image | loop | seconds to the first row |")
-        print("|---|--:|--:|--:|--:|--:|--:|")
+        print("| network | way | images/s | Convoy / this | CPU ms/image | seconds to the first row |")
+        print("|---|---|--:|--:|--:|--:|")
         for network in NETWORKS:
             make_run(folder, network)
             model = load(folder / "runs" / network, device="cpu")
-            rounds = [[timed(way, model, folder / "images") for way in (ours, theirs)] for _ in range(arguments.rounds)]
-            rates, costs = ([[way[kind] for way in one] for one in rounds] for kind in (0, 1))
-            ratio = statistics.median(mine / other for mine, other in rates)
-            (rate, other), (cost, loop) = (map(statistics.median, zip(*one, strict=True)) for one in (rates, costs))
-            first = seconds_to_first_row(folder, network)
-            print(f"| {network} | {rate:.0f} | {other:.0f} | {ratio:.2f} | {cost:.2f} | {loop:.2f} | {first:.1f} |")
+            rounds = [[timed(way, model, folder / "images") for way in WAYS.values()] for _ in range(arguments.rounds)]
+            first = f"{seconds_to_first_row(folder, network):.1f}"
+            for place, name in enumerate(WAYS):
+                rate, cost = (statistics.median(one[place][kind] for one in rounds) for kind in (0, 1))
+                ratio = statistics.median(one[0][0] / one[place][0] for one in rounds)
+                print(f"| {network} | {name} | {rate:.0f} | {ratio:.2f} | {cost:.2f} | {'' if place else first} |")
 
 
 def seconds_to_first_row(folder: Path, network: str) -> float:

@@ -30,9 +30,9 @@ def find_run(text: str, *, runs: Path) -> FoundRun:
         return FoundRun(Run(path.absolute().parent.parent), path)
     if _is_run(path):
         return FoundRun(Run(path))
-    if path.is_dir():
-        raise FileNotFoundError(f"run={text} is not a run: it has no {Run(path).config_file.name}")
     known = {folder.name: Run(folder) for folder in _folders(runs) if _is_run(folder)}
+    if path.is_dir() and text not in known:  # a folder of photographs may have the name of a run
+        raise FileNotFoundError(f"run={text} is not a run: it has no {Run(path).config_file.name}")
     if not known:
         raise FileNotFoundError(f"run={text} does not exist, and {runs} has no runs: give the folder of one")
     if text == LATEST:

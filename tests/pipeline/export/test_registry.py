@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import urllib.request
 from pathlib import Path
 
 import mlflow
@@ -19,6 +12,7 @@ from mlflow import MlflowClient
 
 from pipeline import load
 from tests.support.commands import Typed
+from tests.support.serving import served_answers
 
 NAME = "digits"
 
@@ -58,47 +52,8 @@ def test_mlflow_loads_and_serves_the_registered_model(
     names = [line.partition("=")[0] for line in (folder / "requirements.txt").read_text().splitlines()]
     assert set(names) == {"mlflow", "onnx", "onnxruntime", "numpy"}
     assert int(version.version) >= 1
-    answers = serve(registered, crops(3))
+    answers = served_answers(registered, NAME, crops(3))
     np.testing.assert_allclose(answers["predictions"]["probabilities"], expected, atol=1e-5)
-
-
-def serve(uri: str, images: np.ndarray) -> dict[str, dict[str, list[list[float]]]]:
-    """Answer of `mlflow models serve --env-manager local` to a request on the loopback interface."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    # Every proxy leads nowhere, so that a request to the network fails.
-    offline = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
-    environment = {
-        **os.environ,
-        **offline,
-        "PATH": path,
-        "MLFLOW_TRACKING_URI": uri,
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    command = ["mlflow", "models", "serve", "--env-manager", "local", "-m", f"models:/{NAME}@champion"]
-    server = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        assert server.stdout is not None
-        lines = []
-        for line in server.stdout:  # until it answers, or ends
-            lines.append(line)
-            if "Uvicorn running" in line:
-                break
-        else:
-            pytest.fail("".join(lines))
-        body = json.dumps({"inputs": {"images": images.tolist()}}).encode()
-        address, headers = f"http://127.0.0.1:{port}/invocations", {"Content-Type": "application/json"}
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(urllib.request.Request(address, body, headers), timeout=60) as answer:
-            return dict(json.load(answer))
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
 
 
 def test_another_export_is_the_next_version(registered: str, export: Typed, fitted_root: Path) -> None:

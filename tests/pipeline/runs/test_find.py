@@ -58,3 +58,12 @@ def test_what_means_no_run_or_several_is_one_sentence(runs: Path, text: str, mes
         find_run(text.replace("RUNS", str(runs)), runs=runs)
     with pytest.raises(FileNotFoundError, match=r"^run=latest does not exist, and .* has no runs: give the folder"):
         find_run("latest", runs=runs / "notes")
+
+
+def test_a_folder_of_something_else_does_not_hide_a_run(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs.parent)
+    for name in ("lenet", "photos"):
+        (runs.parent / name).mkdir()
+    assert find_run("lenet", runs=runs).run.folder == runs / "lenet"
+    with pytest.raises(FileNotFoundError, match=r"^run=photos is not a run: it has no config.yaml$"):
+        find_run("photos", runs=runs)
