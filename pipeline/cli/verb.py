@@ -52,7 +52,7 @@ def help_text(verb: Verb, overrides: Sequence[str]) -> str:
         [
             f"{verb.description}\n",
             *(f"  {command:<{width}}   {text}".rstrip() for command, text in commands.items()),
-            "\nConfig groups and their choices",
+            *(["\nConfig groups and their choices"] if sorted_groups else []),
             *(f"  {'+' * (group in added)}{group}= {', '.join(choices(group))}" for group in sorted_groups),
             "\nSet any value with KEY=VALUE; --cfg job prints the resulting config. conf/ explains each value.\n",
             OmegaConf.to_yaml(compose(verb.name, overrides)),

@@ -1,1 +1,1 @@
-"""The verb `evaluate`: how good a trained run is, what it gets wrong, and how far its probabilities can be trusted."""
+"""The verb `evaluate`: metrics, mistakes and calibration of a trained run."""

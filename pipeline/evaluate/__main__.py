@@ -74,7 +74,7 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
 
 
 def default_folder(config: DictConfig, job: EvaluationJob) -> str:
-    """Return the name of the folder: the split, with what differs from a plain evaluation of the run."""
+    """Return the name of the folder: the split, then options that differ from their defaults."""
     parts = [job.split, *([job.dataset.name] if config.dataset is not None else [])]
     parts += [f"size-{config.size}"] if config.size is not None else []
     parts += [f"versus-{job.other.run.run.name}"] if job.other is not None else []

@@ -1,4 +1,4 @@
-"""Everything that an evaluation says of a model, from its answers alone."""
+"""The statistics of an evaluation, from a model's answers alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from pipeline.runs.calibration import Calibration
 
 
 class Abstention(NamedTuple):
-    """What happens if answers below the threshold are left open."""
+    """Coverage and accuracy of the answers above the threshold."""
 
     coverage: float  # share of the images that are answered
     accuracy: float  # of those, NaN for none
@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's answers to a split, and what follows from them.
+    """A model's answers to a split, and the statistics of them.
 
     `answers` have temperature 1, `calibrated` the temperature of `calibration`, which was fitted on the split
     `fitted_on`. `sizes` maps the image sizes that were tried to their accuracy on that split.
@@ -99,7 +99,7 @@ def assess(
 
 
 def abstain(calibrated: Answers, calibration: Calibration) -> Abstention | None:
-    """Return what the threshold does to a split, None without one."""
+    """Return coverage and accuracy at the threshold, None without one."""
     if calibration.threshold is None:
         return None
     answered = calibrated.probabilities.max(1) >= calibration.threshold

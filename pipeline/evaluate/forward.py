@@ -22,7 +22,7 @@ STEP = 32  # px, by which networks halve their images
 def answer_split(
     model: TrainedModel, dataset: Dataset, *, split: str, crop: CropPolicy, batch_size: int, ranks: Ranks
 ) -> Answers | None:
-    """Return what a model says of each image of a split, in the order of its index; None on ranks but the first.
+    """Return log-probabilities for every image of a split, in the order of its index; None on ranks other than 0.
 
     The temperature is 1. Batches are the same for any number of ranks. Raises: ValueError, UnreadableImage.
     """

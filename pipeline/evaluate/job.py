@@ -87,7 +87,7 @@ class EvaluationJob:
 
 
 def build_job(config: DictConfig, ranks: Ranks) -> EvaluationJob:
-    """Load what the config names. Raises: FileNotFoundError, ValueError."""
+    """Load the models and the data set of a config. Raises: FileNotFoundError, ValueError."""
     device = config.device or (f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu")
     load = partial(load_model, runs=str(config.runs), device=device, trust=bool(config.trust))
     model, other = load(str(config.run)), None if config.versus is None else load(str(config.versus))

@@ -15,7 +15,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says of a split: log-probabilities (N, K) and the labels (N,) that are right."""
+    """Log-probabilities (N, K) of the images of a split, and their labels (N,)."""
 
     log_probabilities: Floats
     labels: NDArray[np.int64]

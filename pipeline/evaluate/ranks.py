@@ -31,7 +31,7 @@ class Ranks(NamedTuple):
         return [one for one in parts or [] if one is not None]
 
     def share(self, value: Part | None) -> Part:
-        """Return what the first rank gives, on every rank."""
+        """Return the value of rank 0 on every rank."""
         values = [value]
         if self.world_size > 1:
             torch.distributed.broadcast_object_list(values)

@@ -29,7 +29,7 @@ PAGE, NUMBERS, TABLE = "index.html", "evaluation.json", "predictions.parquet"
 
 
 class Subject(NamedTuple):
-    """What was evaluated, for the page and the JSON."""
+    """The run, weights and split of an evaluation, for the page and the JSON."""
 
     run: str
     network: str
@@ -41,7 +41,7 @@ class Subject(NamedTuple):
 
 
 def subject_of(model: TrainedModel, dataset: Dataset, *, split: str, crop: CropPolicy) -> Subject:
-    """Describe what is evaluated."""
+    """Describe an evaluation."""
     run = model.run
     name, weights = run.run.name, run.weights_file
     return Subject(name, run.network, weights.name, digest(weights), dataset.name, split, crop.image_size)

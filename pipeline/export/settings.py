@@ -1,4 +1,4 @@
-"""What to export, from the values of the command line."""
+"""The files of an export, from the values of the command line."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ HEADLINES = {
 
 
 class Picture(NamedTuple):
-    """An image of a split with what was said of it; `uri` is empty where it cannot be shown."""
+    """An image of a split with its predictions; `uri` is empty for an image that cannot be shown."""
 
     uri: str
     name: str
@@ -41,7 +41,7 @@ class Confusion(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """What the charts show, by equal bins of confidence and by share of answered images."""
+    """The points of the charts, by equal bins of confidence and by share of answered images."""
 
     edges: NDArray[np.float64]  # (B + 1,)
     accuracy: NDArray[np.float64]  # (B,), NaN where no image is

@@ -1,4 +1,4 @@
-"""How far a run's probabilities can be trusted: what `evaluate` has fitted on images that did not train it."""
+"""The calibration of a run: a temperature and a threshold, fitted by `evaluate`."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ class Calibration:
 
 
 def read_calibration(file: Path, *, weights: Path) -> Calibration:
-    """Read what was fitted for these weights; without a file, or with one for other weights, nothing is changed.
+    """Read the calibration of these weights; the default without a file or with one for other weights.
 
     Raises: ValueError for a damaged file.
     """

@@ -30,7 +30,9 @@ class RestoredRun(RecordedConfig):
         """The given checkpoint, the best one, or the last one. Raises: FileNotFoundError before the first."""
         path = self._checkpoint or self.run.best_checkpoint
         if path is None:
-            raise FileNotFoundError(f"run={self.run.folder} has no checkpoint yet: weights=FILE uses other weights")
+            raise FileNotFoundError(
+                f"run={self.run.folder} has no checkpoint yet: its first comes at the end of an epoch"
+            )
         return path
 
     @property

@@ -22,7 +22,7 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of an image; without probabilities, `error` says why it could not be read.
+    """The probabilities of an image, or the `error` for which it could not be read.
 
     `is_unsure` where the probability is below the threshold that an evaluation has fitted.
     """
