@@ -84,6 +84,9 @@ class ImageStream:
                     raise
                 self._again.extend(self._decoding)
                 self._decoding.clear()
+                if self._left:  # they follow those that are decoded again
+                    self._again.append(self._left)
+                    self._left = []
                 return True
             decoded = as_torch(output)  # (N, H, W, 3)
             images = self._transfer(decoded) if self._transfer else decoded.permute(0, 3, 1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,13 +51,15 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
     from pipeline.cli.console import main_console, print_facts
     from pipeline.evaluate.terminal import facts_of
     from pipeline.evaluate.write import subject_of, write_evaluation
+    from pipeline.runs.calibration import digest
     from pipeline.tracking.tracker import Tracker
 
     run, subject = job.model.run, subject_of(job.model, job.dataset, split=job.split, crop=crop)
     folder = Path(str(config.out)) if config.out is not None else run.run.evaluation / default_folder(config, job)
     index = job.dataset.index(job.split)
     files = write_evaluation(evaluation, subject, folder=folder, index=index, shards=job.dataset.root)
-    if config.dataset is None and config.size is None:
+    is_best = run.weights_file == run.run.best_checkpoint and digest(run.weights_file) == job.model.weights_sha256
+    if config.dataset is None and config.size is None and is_best:
         evaluation.calibration.save(run.run.calibration_file, weights=run.weights_file)
     console = main_console()
     print_facts(console, facts_of(evaluation, subject))
@@ -65,7 +68,10 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
     if tracker is not None:
         problem = tracker.attach(run.run)
         if problem is None:
-            tracker.log({f"{job.split}/{name}": value for name, value in evaluation.summary.items()}, 0)
+            # A training has curves of the same names for the split val.
+            prefix = "test" if folder.name == "test" else f"evaluation/{folder.name}"
+            finite = {name: value for name, value in evaluation.summary.items() if math.isfinite(value)}
+            tracker.log({f"{prefix}/{name}": value for name, value in finite.items()}, 0)
             for file in files:
                 tracker.log_file(file, f"evaluation/{folder.name}")
             problem = tracker.detach()
@@ -75,7 +81,13 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
 
 def default_folder(config: DictConfig, job: EvaluationJob) -> str:
     """Return the name of the folder: the split, then options that differ from their defaults."""
-    parts = [job.split, *([job.dataset.name] if config.dataset is not None else [])]
+    weights = job.model.run.weights_file
+    is_best = weights == job.model.run.run.best_checkpoint
+    parts = [
+        job.split,
+        *([] if is_best else [weights.stem]),
+        *([job.dataset.name] if config.dataset is not None else []),
+    ]
     parts += [f"size-{config.size}"] if config.size is not None else []
     parts += [f"versus-{job.other.run.run.name}"] if job.other is not None else []
     return "-".join(parts)
@@ -85,6 +97,10 @@ def check_values(config: DictConfig) -> None:
     """Raise ConfigError for numbers that no evaluation can have."""
     if not isinstance(config.batch_size, int) or config.batch_size < 1:
         raise ConfigError(f"batch_size={config.batch_size} must be an integer of at least 1")
+    if not isinstance(config.seed, int) or config.seed < 0:
+        raise ConfigError(f"seed={config.seed} must be an integer of at least 0")
+    if config.dataset == "":
+        raise ConfigError("data= is empty: give the folder of a packed data set, or leave it out")
     if not isinstance(config.precision, int | float) or not 0 < config.precision <= 1:
         raise ConfigError(f"precision={config.precision} must be a share above 0 and at most 1, such as 0.95")
 

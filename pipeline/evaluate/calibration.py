@@ -67,8 +67,8 @@ def abstention_threshold(answers: Answers, precision: float) -> float | None:
     enough = np.flatnonzero((shares >= precision) & last_of_ties)
     if not len(enough):
         return None
-    last = int(enough[-1])
-    return float(confidence[order][last : last + 2].mean())
+    last, least = int(enough[-1]), 1 / answers.log_probabilities.shape[1]  # no confidence is lower
+    return float(np.append(confidence[order], least)[last : last + 2].mean())
 
 
 def mcnemar(first: Answers, second: Answers) -> tuple[int, int, float]:

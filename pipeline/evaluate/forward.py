@@ -1,5 +1,6 @@
 """From a model and a split to its answers: log-probabilities of every image, on any number of ranks."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.loading.crops import CropPolicy, EvaluationCrop
-from data.loading.loader import Loader
+from data.loading.loader import Batch, Loader
 from data.loading.order import EvaluationPlan, StridedPlan
 from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
@@ -15,6 +16,7 @@ from pipeline.evaluate.metrics import Answers
 from pipeline.evaluate.ranks import Ranks
 from pipeline.runs.trained import TrainedModel
 
+Share = list[tuple[NDArray[np.int64], NDArray[np.float64]]]  # samples (n,), log-probabilities (n, K) by batch
 SIZES = (1.0, 8 / 7, 9 / 7, 10 / 7)  # of the image size, for `size=auto`: 224, 256, 288, 320
 STEP = 32  # px, by which networks halve their images
 
@@ -30,20 +32,35 @@ def answer_split(
     plan = StridedPlan(EvaluationPlan(len(index), batch_size), ranks.rank, ranks.world_size)
     labels = class_numbers(dataset, model)
     loader = Loader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=model.decode_settings)
-    parts: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
-    with torch.inference_mode():
-        for batch in loader if plan.num_steps else ():
-            logits = model.net(batch.images.to(model.device))
-            log_probabilities = torch.log_softmax(logits.double(), dim=1)
-            parts.append((batch.samples.numpy(), log_probabilities.cpu().numpy()))
-    gathered = [one for part in ranks.gather(parts) for one in part]
-    if not gathered:
+    gathered = ranks.gather(_answer_share(model, loader if plan.num_steps else ()))
+    errors = [share for share in gathered if isinstance(share, ValueError)]
+    if errors:
+        raise errors[0]
+    parts = [one for share in gathered if not isinstance(share, ValueError) for one in share]
+    if ranks.rank > 0:
         return None
-    samples, found = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
+    samples, found = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     order = np.argsort(samples, kind="stable")
     if not np.array_equal(samples[order], np.arange(len(index))):
         raise RuntimeError(f"{len(samples)} answers for {len(index)} images")  # an image was left out or came twice
+    if num_invalid := int((~np.isfinite(found).all(1)).sum()):
+        weights = model.run.weights_file
+        raise ValueError(f"{weights} gives NaN for {num_invalid:,} of {len(index):,} images: its training has diverged")
     return Answers(found[order], labels[index.rows(np.arange(len(index))).label])
+
+
+def _answer_share(model: TrainedModel, batches: Iterable[Batch]) -> Share | ValueError:
+    """Return samples and log-probabilities of this rank's batches, or the error, which rank 0 raises for all."""
+    share: Share = []
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                logits = model.net(batch.images.to(model.device))
+                log_probabilities = torch.log_softmax(logits.double(), dim=1)
+                share.append((batch.samples.numpy(), log_probabilities.cpu().numpy()))
+    except ValueError as error:
+        return type(error)(str(error))
+    return share
 
 
 def class_numbers(dataset: Dataset, model: TrainedModel) -> NDArray[np.int64]:

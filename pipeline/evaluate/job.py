@@ -64,7 +64,7 @@ class EvaluationJob:
             answers,
             classes=model.classes,
             calibration=calibration,
-            fitted_on=self.fit_split if self.calibration is None else OWN_IMAGES,
+            fitted_on=f"the split {self.fit_split}" if self.calibration is None else OWN_IMAGES,
             sizes=self._sizes(accuracies),
             seed=self.seed,
         )
@@ -101,6 +101,9 @@ def build_job(config: DictConfig, ranks: Ranks) -> EvaluationJob:
     dataset = model.run.open_dataset() if config.dataset is None else _open(Path(str(config.dataset)))
     class_numbers(dataset, model)
     split = _chosen_split(config.split, dataset)
+    if config.dataset is None and (changed := model.run.changed_splits(dataset)):
+        text = f"{', '.join(changed)} of {dataset.root} changed since {model.run.run.name} began"
+        main_console().print(text, highlight=False, markup=False, soft_wrap=True)
     calibration = model.calibration if config.dataset is not None and model.calibration != Calibration() else None
     cores = share_of_cores(ranks.local_world_size).cores
     for one in (model, other):

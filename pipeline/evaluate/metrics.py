@@ -37,9 +37,12 @@ class Answers:
         return -self.log_probabilities[np.arange(len(self.labels)), self.labels]
 
     def is_among_top(self, count: int) -> NDArray[np.bool_]:
-        """Whether the right class is among the `count` most probable ones (N,); ties count for the right class."""
-        right = self.log_probabilities[np.arange(len(self.labels)), self.labels][:, None]
-        is_among: NDArray[np.bool_] = (self.log_probabilities > right).sum(1) < count
+        """Whether the right class is among the `count` most probable ones (N,); of equal ones the first comes first."""
+        labels = self.labels[:, None]
+        right = np.take_along_axis(self.log_probabilities, labels, axis=1)
+        is_before = np.arange(self.log_probabilities.shape[1]) < labels
+        ahead = (self.log_probabilities > right) | ((self.log_probabilities == right) & is_before)
+        is_among: NDArray[np.bool_] = ahead.sum(1) < count
         return is_among
 
 
@@ -62,6 +65,7 @@ def class_metrics(answers: Answers) -> ClassMetrics:
     precision, recall, f1, images = precision_recall_fscore_support(
         answers.labels, answers.predicted, labels=every, zero_division=np.nan
     )
+    precision, f1 = (np.where(images > 0, one, np.nan) for one in (precision, f1))
     confusion = confusion_matrix(answers.labels, answers.predicted, labels=every)
     others = len(answers.labels) - confusion.sum(1)
     false_positives = confusion.sum(0) - np.diag(confusion)
@@ -88,7 +92,9 @@ def summarise(answers: Answers, classes: ClassMetrics) -> dict[str, float]:
         summary["top5"] = float(answers.is_among_top(TOP).mean())
     weights = classes.images[present]
     for name in ("precision", "recall", "f1", "roc_auc", "average_precision"):
-        values = np.nan_to_num(getattr(classes, name)[present])  # a class that is never predicted has precision 0
+        values = getattr(classes, name)[present]
+        if name == "precision":
+            values = np.nan_to_num(values)  # of a class that is never predicted
         summary[f"{name}_macro"] = float(values.mean())
         summary[f"{name}_weighted"] = float(np.average(values, weights=weights))
     return summary
@@ -106,12 +112,13 @@ def bootstrap_intervals(
     per_image = {"top1": answers.is_among_top(1).astype(float), "loss": answers.losses}
     if num_classes > TOP:
         per_image["top5"] = answers.is_among_top(TOP).astype(float)
+    all_predicted = answers.predicted
     drawn: dict[str, list[float]] = {name: [] for name in (*per_image, "balanced_accuracy", "f1_macro")}
     for _ in range(resamples):
         chosen = generator.integers(count, size=count)
         for name, values in per_image.items():
             drawn[name].append(float(values[chosen].mean()))
-        labels, predicted = answers.labels[chosen], answers.predicted[chosen]
+        labels, predicted = answers.labels[chosen], all_predicted[chosen]
         hits = np.bincount(labels[labels == predicted], minlength=num_classes)
         images, answered = (np.bincount(one, minlength=num_classes) for one in (labels, predicted))
         present = images > 0

@@ -55,4 +55,5 @@ def _abstention(evaluation: Evaluation) -> str:
         return f"no threshold gives {wanted}"
     coverage, accuracy = evaluation.abstention
     below = f"below {fixed(evaluation.calibration.threshold, 3)}, for {wanted}"
-    return f"{below}: {share(coverage)} answered, {share(accuracy)} of them right"
+    right = f", {share(accuracy)} of them right" if coverage > 0 else ""
+    return f"{below}: {share(coverage)} answered{right}"

@@ -20,7 +20,6 @@ from data.shards.images import UnreadableImage, shrink
 from pipeline.evaluate.assess import Evaluation, confident_mistakes, differing
 from pipeline.evaluate.metrics import TOP, worst_confusions
 from pipeline.pages.evaluation_page import Confusion, Curves, Picture, render_evaluation
-from pipeline.runs.calibration import digest
 from pipeline.runs.trained import TrainedModel
 
 PICTURES, PICTURE_SIDE = 24, 112  # px
@@ -44,7 +43,7 @@ def subject_of(model: TrainedModel, dataset: Dataset, *, split: str, crop: CropP
     """Describe an evaluation."""
     run = model.run
     name, weights = run.run.name, run.weights_file
-    return Subject(name, run.network, weights.name, digest(weights), dataset.name, split, crop.image_size)
+    return Subject(name, run.network, weights.name, model.weights_sha256, dataset.name, split, crop.image_size)
 
 
 def write_evaluation(
@@ -56,10 +55,10 @@ def write_evaluation(
     differences = _pictures(differing(evaluation, PICTURES), evaluation, index=index, shards=shards)
     files = [folder / name for name in (PAGE, TABLE, NUMBERS)]
     found, confusion, curves = numbers(evaluation, subject), confusion_of(evaluation), curves_of(evaluation)
+    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
     page = render_evaluation(found, confusion=confusion, curves=curves, mistakes=mistakes, differences=differences)
     write_atomically(files[0], page.encode())
     _write_table(files[1], evaluation, index=index)
-    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(files[2], text.encode() + b"\n")
     return files
 
@@ -92,7 +91,7 @@ def numbers(evaluation: Evaluation, subject: Subject) -> dict[str, Any]:
     return {
         **subject._asdict(),
         "images": len(evaluation.answers.labels),
-        "metrics": dict(evaluation.summary),
+        "metrics": {name: _number(value) for name, value in evaluation.summary.items()},
         "intervals_95": {name: list(ends) for name, ends in evaluation.intervals.items()},
         "calibration": {
             **asdict(evaluation.calibration),

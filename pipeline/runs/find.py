@@ -29,7 +29,7 @@ def find_run(text: str, *, runs: Path) -> FoundRun:
             raise FileNotFoundError(f"run={text} does not exist")
         return FoundRun(Run(path.absolute().parent.parent), path)
     if _is_run(path):
-        return FoundRun(Run(path))
+        return FoundRun(Run(path if path.name else path.absolute()))
     known = {folder.name: Run(folder) for folder in _folders(runs) if _is_run(folder)}
     if path.is_dir() and text not in known:  # a folder of photographs may have the name of a run
         raise FileNotFoundError(f"run={text} is not a run: it has no {Run(path).config_file.name}")

@@ -13,7 +13,7 @@ from data.shards.dataset import Dataset
 Fingerprint = Mapping[str, object]  # settings, digests and versions by name
 LIBRARIES = ("torch", "nvidia-dali-cuda130")
 CODECS = "nvidia-nvimgcodec-cu13"
-DECODER = "data.decoder"
+DECODER, DIGEST_OF = "data.decoder", "digest of "
 ADVICE = {
     DECODER: "continue it where it began, with a GPU that decodes or on a CPU",
     "global_batch_size": "let data.batch_size x recipe.accumulate x devices be what it was",
@@ -70,4 +70,4 @@ def recorded_decoder(before: Fingerprint) -> DecoderChoice:
 
 def digests(dataset: Dataset) -> dict[str, str]:
     """Return the digest of each split's index by name."""
-    return {f"digest of {name}": split.digest for name, split in dataset.splits.items()}
+    return {f"{DIGEST_OF}{name}": split.digest for name, split in dataset.splits.items()}

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
+from data.shards.dataset import Dataset
 from models.weights.load import load_weights
 from pipeline.build.recorded import RecordedConfig
+from pipeline.runs.fingerprint import DIGEST_OF, digests
 from pipeline.runs.run import Run
 
 
@@ -42,6 +44,12 @@ class RestoredRun(RecordedConfig):
             return None
         state = "is still training" if self.run.is_locked else "has not finished"
         return f"{self.run.folder} {state}: {self.weights_file.name} is its best so far"
+
+    def changed_splits(self, dataset: Dataset) -> list[str]:
+        """Return the splits whose samples differ from those with which the run began."""
+        recorded = json.loads(self.run.fingerprint_file.read_text())
+        current = digests(dataset)
+        return [name.removeprefix(DIGEST_OF) for name, value in current.items() if recorded.get(name) != value]
 
     def load_network(self) -> nn.Module:
         """Build the network with the run's best weights. Raises: FileNotFoundError, ValueError."""

@@ -13,7 +13,7 @@ from data.shards.inputs import Source, file_source
 from data.shards.parallel import available_cores
 from models.folding import fold_batch_norms
 from pipeline.build.recorded import DatasetFacts
-from pipeline.runs.calibration import read_calibration
+from pipeline.runs.calibration import digest, read_calibration
 from pipeline.runs.find import find_run
 from pipeline.runs.restore import RestoredRun
 
@@ -86,6 +86,7 @@ class TrainedModel:
         self.facts, self.crop = run.dataset_facts(), run.build_evaluation_crop()
         spare = range(len(self.facts.classes), run.num_classes)  # outputs beyond the data set's classes
         self.classes = (*self.facts.classes, *(f"output {number}" for number in spare))
+        self.weights_sha256 = digest(run.weights_file)
         self.net = run.load_network().eval().to(device).to(memory_format=torch.channels_last)
         self.calibration = read_calibration(run.run.calibration_file, weights=run.weights_file)
         temperature, fast = self.calibration.temperature, fold_batch_norms(self.net)

@@ -38,3 +38,26 @@ def test_a_folded_network_computes_the_same(name: str) -> None:
 def test_a_network_that_cannot_be_traced_stays() -> None:
     net = attention.coatnet("coatnet_0", num_classes=5, image_size=64).eval()
     assert fold_batch_norms(net) is net
+
+
+class Twice(nn.Module):
+    """Calls one convolution twice, once without the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(images)) + self.conv(2 * images)
+
+
+def test_a_convolution_that_is_called_twice_is_not_folded() -> None:
+    net = Twice().eval()
+    assert fold_batch_norms(net) is net
+
+
+def test_hooks_are_kept() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()
+    assert fold_batch_norms(net) is not net
+    net[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert fold_batch_norms(net) is net

@@ -68,3 +68,10 @@ def test_mcnemar_is_statsmodels() -> None:
     assert (only_first, only_second) == (table[0][1], table[1][0])
     assert p_value == pytest.approx(mcnemar(table, exact=True).pvalue, rel=1e-9)
     assert calibration.mcnemar(first, first) == (0, 0, 1.0)
+
+
+def test_a_threshold_for_all_images_lies_below_all() -> None:
+    answers = answers_of(200, 5)
+    threshold = calibration.abstention_threshold(answers, 0.01)
+    assert threshold is not None
+    assert 0.2 < threshold < answers.probabilities.max(1).min()

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from sklearn import metrics
 
+from data.loading.loader import Batch
 from data.shards.dataset import Dataset, read_manifest
+from data.shards.images import UnreadableImage
 from pipeline import load
 from pipeline.evaluate import __main__ as verb
+from pipeline.evaluate import forward
 from tests.support.commands import FinishedRun, Typed, run_module, typed
 from tests.support.paths import ROOT
 
@@ -60,7 +67,7 @@ def test_numbers_page_and_table_agree_with_scikit_learn_and_the_dashboard(
     assert "fitted on these same images" in page
     assert page.count("data:image/jpeg;base64,") == 24
     client, run = main_job.in_mlflow()
-    assert run.data.metrics["val/f1_macro"] == pytest.approx(found["metrics"]["f1_macro"])
+    assert run.data.metrics["evaluation/val/f1_macro"] == pytest.approx(found["metrics"]["f1_macro"])
     stored = [one.path for one in client.list_artifacts(run.info.run_id, "evaluation/val")]
     assert stored == [f"evaluation/val/{name}" for name in sorted(FILES)]
     assert run.info.status == "FINISHED"
@@ -162,3 +169,37 @@ def test_the_verb_is_a_command(main_job: FinishedRun) -> None:
         [sys.executable, "-m", "pipeline.evaluate", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "python -m pipeline.evaluate run=latest" in answer.stdout
+
+
+def test_weights_that_are_no_numbers_are_named(evaluate: Typed, main_job: FinishedRun, tmp_path: Path) -> None:
+    run = shutil.copytree(main_job.folder, tmp_path / "runs" / "diverged")
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    checkpoint["state_dict"] = {
+        name: value * float("nan") if "head" in name else value for name, value in checkpoint["state_dict"].items()
+    }
+    torch.save(checkpoint, run / "checkpoints" / "best.ckpt")
+    for words in ((f"run={run}",), ("run=latest", f"versus={run}")):
+        with pytest.raises(ValueError, match=r"best.ckpt gives NaN for 359 of 359 images: its training has diverged$"):
+            evaluate(*words, "mlflow=false", f"out={tmp_path / 'out'}")
+
+
+def test_other_weights_leave_the_calibration_of_the_best(
+    evaluate: Typed, main_job: FinishedRun, tmp_path: Path
+) -> None:
+    run = shutil.copytree(main_job.folder, tmp_path / "runs" / "copied")
+    evaluate(f"run={run}", "mlflow=false")
+    before = (run / "evaluation" / "calibration.json").read_bytes()
+    evaluate(f"run={run / 'checkpoints' / 'last.ckpt'}", "mlflow=false")
+    assert (run / "evaluation" / "calibration.json").read_bytes() == before
+    assert (run / "evaluation" / "val-last" / "evaluation.json").is_file()
+
+
+def test_an_error_of_a_rank_is_gathered_as_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged() -> Iterator[Batch]:
+        raise UnreadableImage("cannot be decoded: val-000000.tar: 7")
+        yield
+
+    found = forward._answer_share(SimpleNamespace(), damaged())
+    assert isinstance(found, UnreadableImage)
+    assert str(found) == "cannot be decoded: val-000000.tar: 7"
+    assert pickle.loads(pickle.dumps(found)).args == found.args  # as it travels to the first rank

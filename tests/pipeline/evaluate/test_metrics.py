@@ -71,13 +71,22 @@ def test_intervals_are_scipys() -> None:
     assert bootstrap_intervals(answers, resamples=50) == bootstrap_intervals(answers, resamples=50)
 
 
-def test_ties_count_for_the_right_class() -> None:
-    answers = Answers(np.log(np.full((2, 4), 0.25)), np.array([0, 3]))
-    assert answers.is_among_top(1).all()
-
-
 def test_the_most_frequent_mistakes_come_first() -> None:
     labels = np.array([0, 0, 0, 1, 1, 2])
     predicted = np.array([1, 1, 0, 0, 1, 0])
     answers = Answers(np.log(np.eye(3)[predicted] * 0.7 + 0.1), labels)
     assert worst_confusions(answers, 2) == [(0, 1, 2), (1, 0, 1)]
+
+
+def test_equal_probabilities_are_right_once() -> None:
+    answers = Answers(np.log(np.full((4, 4), 0.25)), np.arange(4))
+    assert answers.is_among_top(1).tolist() == (answers.predicted == answers.labels).tolist() == [True] + [False] * 3
+    assert answers.is_among_top(2).tolist() == [True, True, False, False]
+
+
+def test_a_metric_that_is_undefined_is_no_number() -> None:
+    answers = Answers(np.log(np.array([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1]])), np.array([0, 0]))
+    found = class_metrics(answers)
+    for values in (found.precision[1:], found.f1[1:]):
+        assert np.isnan(values).all(), "classes without images"
+    assert np.isnan(summarise(answers, found)["roc_auc_macro"])
