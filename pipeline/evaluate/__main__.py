@@ -83,11 +83,8 @@ def default_folder(config: DictConfig, job: EvaluationJob) -> str:
     """Return the name of the folder: the split, then options that differ from their defaults."""
     weights = job.model.run.weights_file
     is_best = weights == job.model.run.run.best_checkpoint
-    parts = [
-        job.split,
-        *([] if is_best else [weights.stem]),
-        *([job.dataset.name] if config.dataset is not None else []),
-    ]
+    parts = [job.split] if is_best else [job.split, weights.stem]
+    parts += [job.dataset.name] if config.dataset is not None else []
     parts += [f"size-{config.size}"] if config.size is not None else []
     parts += [f"versus-{job.other.run.run.name}"] if job.other is not None else []
     return "-".join(parts)

@@ -17,7 +17,7 @@ from pipeline.runs.trained import Probabilities, TrainedModel
 
 
 def write_tensors(model: TrainedModel, form: Form, *, path: Path) -> str | None:
-    """Write the parameters and their JSON; return what the library's network needs to be told, None if nothing.
+    """Write the parameters and their JSON; return a note on the arguments of the library's network, None without one.
 
     Raises: ValueError for names of a publisher that has no such network.
     """

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.export.settings import ONNX, PROGRAM, Form
 from pipeline.export.tensors import read_back
-from pipeline.runs.trained import TrainedModel
+from pipeline.runs.trained import Probabilities, TrainedModel
 
 Answer = Callable[[Tensor], Tensor]  # crops (N, H, W, 3) uint8 -> probabilities (N, K)
 
@@ -27,10 +27,12 @@ def open_file(path: Path, form: Form, *, model: TrainedModel) -> Answer:
 def largest_difference(answer: Answer, model: TrainedModel, *, crops: Tensor, batch_size: int) -> float:
     """Return the largest difference of a probability between a file and the network; NaN counts as 1.
 
-    Batches of one image are compared too.
+    Batches of one image are compared too. The network is the trained one, with its batch norms not folded.
     """
+    trained = Probabilities(model.net, model.facts, temperature=model.calibration.temperature).eval()
     batches = [*torch.split(crops, batch_size), crops[:1]]
-    differences = [(answer(batch) - model(batch)).abs().nan_to_num(nan=1.0).max() for batch in batches]
+    with torch.inference_mode():
+        differences = [(answer(batch) - trained(batch)).abs().nan_to_num(nan=1.0).max() for batch in batches]
     return float(max(differences))
 
 

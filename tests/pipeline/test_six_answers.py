@@ -77,7 +77,7 @@ def test_all_ways_agree(root: Path) -> None:
         "torch.export": program(crops).detach().numpy(),
         "a server": np.array(served["predictions"]["probabilities"]),
     }
-    assert np.ptp(loaded, axis=0).max() > 100 * TOLERANCE, "the images are told apart"
+    assert np.ptp(loaded, axis=0).max() > 100 * TOLERANCE, "the predictions differ between images"
     for name, found in answers.items():
         assert np.abs(found - loaded).max() <= TOLERANCE, name
         assert (found.argmax(1) == loaded.argmax(1)).all(), name
