@@ -87,7 +87,7 @@ def check_regions(device: torch.device) -> Answer:
     sizes = (1, 16, 256) if device.type == "cuda" else (1, 16)
     decoders: list[GpuDecoder | None] = [None]
     if device.type == "cuda":
-        options = itertools.product((True, False), (0.65, 0.0), (True, False))
+        options = itertools.product((True, False), (1.0, 0.65, 0.0), (True, False))
         decoders = [GpuDecoder(scope, load, fancy) for scope, load, fancy in options]
     batches = {
         f"{size} of {mix}": list(itertools.islice(itertools.cycle(images), size))

@@ -8,7 +8,7 @@ import torch
 
 from data.arguments import require
 from data.loading.crops import CropPolicy
-from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder
+from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder, hardware_load_of
 from data.loading.loader import Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, TrainingPlan
 from data.loading.probe import Probe, choose_gpu_decoder
@@ -25,7 +25,8 @@ class LoaderSettings:
 
     `shuffle_window` samples are shuffled together, `readahead` batches are read early by `io_threads` threads,
     `prefetch` batches are decoded at the same time, the one in use included. `decoder` is "gpu", "cpu", or "auto" for
-    the GPU where one trains and can decode; `hw_decoder_load` is the share for its hardware decoder, None for 0.65.
+    the GPU where one trains and can decode; `hw_decoder_load` is the share of images for its hardware decoder, None for
+    1 on Hopper and 0.65 elsewhere.
     Raises: ValueError for another decoder, a share outside 0 to 1, and numbers below 1.
     """
 
@@ -44,7 +45,7 @@ class LoaderSettings:
         require(self.decoder in DECODERS, f"is not one of {', '.join(DECODERS)}", decoder=self.decoder)
         load = self.hw_decoder_load
         is_share = load is None or (isinstance(load, int | float) and not isinstance(load, bool) and 0 <= load <= 1)
-        require(is_share, "must be a number from 0 to 1, or null for 0.65", hw_decoder_load=load)
+        require(is_share, "must be a number from 0 to 1, or null", hw_decoder_load=load)
         for name in ("batch_size", "accumulate", "shuffle_window", "readahead", "threads", "io_threads", "prefetch"):
             value = getattr(self, name)
             is_valid = value is None or (isinstance(value, int) and value is not True and value >= 1)
@@ -164,9 +165,10 @@ class ShardData(pl.LightningDataModule):
 
     def _probe(self, device: torch.device) -> Probe:
         """The first training batch, for a GPU's decoder."""
-        load, default = self.settings.hw_decoder_load, GpuDecoder()
-        decoder = default if load is None else replace(default, hardware_load=load)
-        decode = replace(self._settings_on(device, num_devices=1), gpu_decoder=decoder)
+        load = self.settings.hw_decoder_load
+        if load is None:
+            load = hardware_load_of(torch.cuda.get_device_capability(device))
+        decode = replace(self._settings_on(device, num_devices=1), gpu_decoder=GpuDecoder(hardware_load=load))
         index, crop, plan = self.training_index, self.training_crop, self.training_plan(0, 1)
         loader = TrainingLoader(index, self._storage, plan=plan, crop=crop, decode=decode, seed=self.settings.seed)
         return Probe(loader.first_inputs(), decode, crop)

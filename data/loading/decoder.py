@@ -22,6 +22,15 @@ class GpuDecoder:
         return f"GPU, {scope}, at most {self.hardware_load:.0%} by its hardware decoder"
 
 
+def hardware_load_of(capability: tuple[int, int]) -> float:
+    """Choose the hardware decoder's share for a GPU of this compute capability.
+
+    Hopper's decoder (9.0) has 7 engines and keeps pace with training alone, for half of the CPU time
+    (benchmarks/README.md). Other GPUs have fewer or none, or were not measured: DALI's default.
+    """
+    return 1.0 if capability == (9, 0) else GpuDecoder.hardware_load
+
+
 @dataclass(frozen=True)
 class DecodeSettings:
     """How batches are read and decoded; `mean` and `std` are fractions of 255.

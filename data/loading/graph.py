@@ -61,7 +61,7 @@ def build_pipeline(
             part = dict(zip(("roi_start", "roi_end"), region, strict=False))  # empty without a margin
             resized = fn.resize(decoded, size=size, interp_type=linear, antialias=True, **part)
         if decode.crops_only:
-            pipeline.set_outputs(fn.flip(resized, horizontal=mirror))
+            pipeline.set_outputs(mirrored(resized, mirror, on_gpu=decode.graph_device is not None))
         else:
             pipeline.set_outputs(_normalize(resized, mirror, decode=decode))
     pipeline.build()
@@ -79,6 +79,15 @@ def decode_crops(encoded: DataNode, rectangle: tuple[DataNode, DataNode], *, dec
     if decoder.regions:
         return fn.decoders.image_slice(encoded, *rectangle, axis_names="HW", **options)
     return fn.slice(fn.decoders.image(encoded, **options), *rectangle, axis_names="HW")
+
+
+def mirrored(images: DataNode, mirror: DataNode, *, on_gpu: bool) -> DataNode:
+    """Mirror the images whose `mirror` is 1: uint8 (H, W, 3), unchanged but for the order of their columns."""
+    if not on_gpu:
+        return fn.flip(images, horizontal=mirror)
+    # `flip` launches a kernel for each image, all of which wait among those of the training; this one does for a batch.
+    unchanged = {"mean": [0.0], "std": [1.0], "dtype": types.DALIDataType.UINT8}
+    return fn.crop_mirror_normalize(images, mirror=mirror, output_layout="HWC", **unchanged)
 
 
 def _normalize(images: DataNode, mirror: DataNode, *, decode: DecodeSettings) -> DataNode:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import Pipeline, fn
 from torchvision.transforms.v2 import functional as v2
 
 from data import loading
@@ -31,6 +32,19 @@ def test_a_gpu_decoder_interpolates_chroma_as_the_cpu_does(
     assert options["device"] == "mixed"
     assert options["jpeg_fancy_upsampling"] is True  # DALI's default is False
     assert options["hw_decoder_load"] == decoder.hardware_load
+
+
+def test_images_are_mirrored_on_a_gpu_without_a_kernel_for_each() -> None:
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (24, 24, 3), dtype=np.uint8) for _ in range(6)]
+    mirror = [np.int32(number % 2) for number in range(6)]
+    with Pipeline(batch_size=6, num_threads=1, device_id=None, exec_dynamic=True) as pipeline:
+        inputs = fn.external_source(source=lambda: (images, mirror), num_outputs=2, layout=["HWC", ""])
+        pipeline.set_outputs(*(graph.mirrored(*inputs, on_gpu=on_gpu) for on_gpu in (True, False)))
+    expected = np.stack([image[:, ::-1] if flag else image for image, flag in zip(images, mirror, strict=True)])
+    for found in pipeline.run():
+        assert found.as_array().dtype == np.uint8
+        assert np.array_equal(found.as_array(), expected)
 
 
 def test_a_batch_on_a_gpu_is_imported_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:

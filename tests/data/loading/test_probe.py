@@ -103,7 +103,7 @@ def test_without_a_gpu_the_cpu_decodes(photographs: Dataset) -> None:
         data_of(photographs, decoder="gpu").choose_decoder(cpu, before=None, probes=True)
     with pytest.raises(ValueError, match=r"^decoder=tpu is not one of auto, gpu, cpu$"):
         data_of(photographs, decoder="tpu")
-    with pytest.raises(ValueError, match=r"^hw_decoder_load=1.5 must be a number from 0 to 1, or null for 0.65$"):
+    with pytest.raises(ValueError, match=r"^hw_decoder_load=1.5 must be a number from 0 to 1, or null$"):
         data_of(photographs, hw_decoder_load=1.5)
 
 
@@ -129,9 +129,20 @@ def test_a_gpu_is_probed_once_and_a_run_keeps_the_choice(photographs: Dataset, m
     assert data_of(photographs, decoder="cpu").choose_decoder(GPU, before=answer, probes=True).decoder is None
     assert len(probed) == 1
     monkeypatch.setattr("data.loading.datamodule.choose_gpu_decoder", lambda _: DecoderChoice(None, "no device"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     for probes in (True, False):  # all ranks fail together
         with pytest.raises(ValueError, match=r"^decoder=gpu does not decode this data set \(no device\): use cpu$"):
             data_of(photographs, decoder="gpu").choose_decoder(GPU, before=None, probes=probes)
+
+
+def test_the_hardware_of_hopper_decodes_all(photographs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+    for capability in ((8, 0), (9, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        probed = data_of(photographs)._probe(GPU).decode.gpu_decoder
+        assert probed is not None
+        loads.append(probed.hardware_load)
+    assert loads == [0.65, 1.0, 0.65]
 
 
 def test_a_run_whose_probe_fell_back_resumes_with_the_same_load(photographs: Dataset) -> None:
