@@ -52,6 +52,8 @@ def build_pipeline(
         encoded, anchor, shape, mirror, *region = fn.external_source(
             source=source, num_outputs=6 if crop.has_margin else 4, batch=True, no_copy=True
         )
+        # Headers first: now and then the process ends by SIGSEGV if it is a decoder that meets one it cannot parse.
+        anchor += 0 * fn.peek_image_shape(encoded, dtype=types.DALIDataType.INT32)[0]
         decoded = decode_crops(encoded, (anchor, shape), decoder=decode.gpu_decoder)
         if resizer == "torch":
             resize = _TorchResize(batch_size, crop.image_size, threads=decode.threads)

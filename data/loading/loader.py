@@ -25,7 +25,6 @@ from data.shards.dataset import Index
 from data.shards.images import UnreadableImage
 
 NAMED = 3  # damaged images in an error
-STARTS = (b"\xff\xd8\xff", b"\x89PN", b"RIF")  # of JPEG, PNG and WebP
 JPEG_START, JPEG_SCAN, JPEG_END, JPEG_TAIL = b"\xff\xd8", b"\xff\xda", b"\xff\xd9", 512
 SCARCE_MEMORY = 256 * 2**20  # bytes that are free on a GPU, with which a decoder may have failed for want of more
 # DALI's messages about images; only the first one names one, by its number in the batch.
@@ -154,7 +153,6 @@ class Loader:
         sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)  # (N, 2)
         crops = self.crop.crops(sizes, samples, seed=self._seed, epoch=position.epoch)
         batch = EncodedBatch(buffer, images, crops, rows.label.astype(np.int64), samples)
-        self._check_starts(batch)
         if self.decode.gpu_decoder is not None:
             self._check_ends(batch)
         return batch
@@ -178,15 +176,6 @@ class Loader:
         with self._explained_errors():
             images = self._transfer(decoded) if self._transfer else decoded.permute(0, 3, 1, 2)  # (N, 3, H, W), no copy
         return Batch(images, torch.from_numpy(encoded.labels), torch.from_numpy(encoded.samples))
-
-    def _check_starts(self, batch: EncodedBatch) -> None:
-        """Raise UnreadableImage naming bytes that are no image, with which DALI's CPU decoder can crash the process."""
-        foreign = [number for number, image in enumerate(batch.images) if image[:3].tobytes() not in STARTS]
-        if foreign:
-            reason = (
-                "not a JPEG, PNG or WebP image: changed after packing or indexing, replace it and pack or index again"
-            )
-            raise self._unreadable(batch.samples[foreign].tolist(), reason)
 
     def _check_ends(self, batch: EncodedBatch) -> None:
         """Raise UnreadableImage naming JPEGs without an end, of which a GPU says nothing: it leaves the rest grey."""

@@ -58,9 +58,10 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
     folder = Path(str(config.out)) if config.out is not None else run.run.evaluation / default_folder(config, job)
     index = job.dataset.index(job.split)
     files = write_evaluation(evaluation, subject, folder=folder, index=index, shards=job.dataset.root)
-    is_best = run.weights_file == run.run.best_checkpoint and digest(run.weights_file) == job.model.weights_sha256
-    if config.dataset is None and config.size is None and is_best:
-        evaluation.calibration.save(run.run.calibration_file, weights=run.weights_file)
+    sha256 = job.model.weights_sha256
+    is_best = run.weights_file == run.run.best_checkpoint and digest(run.weights_file) == sha256
+    if job.is_own and config.size is None and is_best:
+        evaluation.calibration.save(run.run.calibration_file, weights_sha256=sha256)
     console = main_console()
     print_facts(console, facts_of(evaluation, subject))
     console.print("wrote", ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
@@ -84,7 +85,7 @@ def default_folder(config: DictConfig, job: EvaluationJob) -> str:
     weights = job.model.run.weights_file
     is_best = weights == job.model.run.run.best_checkpoint
     parts = [job.split] if is_best else [job.split, weights.stem]
-    parts += [job.dataset.name] if config.dataset is not None else []
+    parts += [] if job.is_own else [job.dataset.name]
     parts += [f"size-{config.size}"] if config.size is not None else []
     parts += [f"versus-{job.other.run.run.name}"] if job.other is not None else []
     return "-".join(parts)
@@ -98,7 +99,8 @@ def check_values(config: DictConfig) -> None:
         raise ConfigError(f"seed={config.seed} must be an integer of at least 0")
     if config.dataset == "":
         raise ConfigError("data= is empty: give the folder of a packed data set, or leave it out")
-    if not isinstance(config.precision, int | float) or not 0 < config.precision <= 1:
+    precision = config.precision
+    if precision is not None and (not isinstance(precision, int | float) or not 0 < precision <= 1):
         raise ConfigError(f"precision={config.precision} must be a share above 0 and at most 1, such as 0.95")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,21 +33,28 @@ def answer_split(
     plan = StridedPlan(EvaluationPlan(len(index), batch_size), ranks.rank, ranks.world_size)
     labels = class_numbers(dataset, model)
     loader = Loader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=model.decode_settings)
-    gathered = ranks.gather(_answer_share(model, loader if plan.num_steps else ()))
-    errors = [share for share in gathered if isinstance(share, ValueError)]
-    if errors:
-        raise errors[0]
-    parts = [one for share in gathered if not isinstance(share, ValueError) for one in share]
-    if ranks.rank > 0:
+    shares = ranks.gather(_answer_share(model, loader if plan.num_steps else ()))
+    found = None if ranks.rank > 0 else _combine(shares, count=len(index), weights=model.run.weights_file)
+    ranks.raise_together(found if isinstance(found, ValueError) else None)
+    if found is None or isinstance(found, ValueError):
         return None
+    return Answers(found, labels[index.rows(np.arange(len(index))).label])
+
+
+def _combine(shares: Iterable[Share | ValueError], *, count: int, weights: Path) -> NDArray[np.float64] | ValueError:
+    """Return the log-probabilities of all images in their order (count, K), or the error that rank 0 must raise."""
+    parts = []
+    for share in shares:
+        if isinstance(share, ValueError):
+            return share
+        parts += share
     samples, found = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     order = np.argsort(samples, kind="stable")
-    if not np.array_equal(samples[order], np.arange(len(index))):
-        raise RuntimeError(f"{len(samples)} answers for {len(index)} images")  # an image was left out or came twice
+    if not np.array_equal(samples[order], np.arange(count)):
+        raise RuntimeError(f"{len(samples)} answers for {count} images")  # an image was left out or came twice
     if num_invalid := int((~np.isfinite(found).all(1)).sum()):
-        weights = model.run.weights_file
-        raise ValueError(f"{weights} gives NaN for {num_invalid:,} of {len(index):,} images: its training has diverged")
-    return Answers(found[order], labels[index.rows(np.arange(len(index))).label])
+        return ValueError(f"{weights} gives NaN for {num_invalid:,} of {count:,} images: its training has diverged")
+    return found[order]
 
 
 def _answer_share(model: TrainedModel, batches: Iterable[Batch]) -> Share | ValueError:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +19,25 @@ from pipeline.evaluate.forward import answer_split, class_numbers, crops_of_size
 from pipeline.evaluate.metrics import Answers
 from pipeline.evaluate.ranks import Ranks
 from pipeline.runs.calibration import Calibration
-from pipeline.runs.trained import TrainedModel, load_model
+from pipeline.runs.find import find_run
+from pipeline.runs.trained import TrainedModel, open_model
 
 PREFERRED = ("test", "val")  # splits, in the order in which they are taken
 OWN_IMAGES = "the run’s own data"
+PRECISION = 0.95  # share of right answers for which the threshold is fitted
 
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """Everything that an evaluation needs; `calibration` is None where it is fitted on the split `fit_split`."""
+    """Everything that an evaluation needs; `calibration` is None where it is fitted on the split `fit_split`.
+
+    `is_own` where the data set is that of the run.
+    """
 
     model: TrainedModel
     other: TrainedModel | None
     dataset: Dataset
+    is_own: bool
     split: str
     fit_split: str
     calibration: Calibration | None
@@ -88,9 +93,8 @@ class EvaluationJob:
 
 def build_job(config: DictConfig, ranks: Ranks) -> EvaluationJob:
     """Load the models and the data set of a config. Raises: FileNotFoundError, ValueError."""
-    device = config.device or (f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu")
-    load = partial(load_model, runs=str(config.runs), device=device, trust=bool(config.trust))
-    model, other = load(str(config.run)), None if config.versus is None else load(str(config.versus))
+    model, other = (None if config[key] is None else _load(config, key, ranks=ranks) for key in ("run", "versus"))
+    assert model is not None
     for one in (model, other):
         if one is not None and one.run.unfinished:
             main_console().print(one.run.unfinished, highlight=False, markup=False, soft_wrap=True)
@@ -98,13 +102,14 @@ def build_job(config: DictConfig, ranks: Ranks) -> EvaluationJob:
         raise ValueError(
             f"versus={config.versus} has other classes than run={config.run}: compare runs of one data set"
         )
-    dataset = model.run.open_dataset() if config.dataset is None else _open(Path(str(config.dataset)))
+    if config.dataset is None:
+        dataset, is_own = _own_dataset(model, split=config.split), True
+    else:
+        dataset = _open(Path(str(config.dataset)))
+        is_own = tuple(dataset.classes) == tuple(model.facts.classes) and not model.run.changed_splits(dataset)
     class_numbers(dataset, model)
     split = _chosen_split(config.split, dataset)
-    if config.dataset is None and (changed := model.run.changed_splits(dataset)):
-        text = f"{', '.join(changed)} of {dataset.root} changed since {model.run.run.name} began"
-        main_console().print(text, highlight=False, markup=False, soft_wrap=True)
-    calibration = model.calibration if config.dataset is not None and model.calibration != Calibration() else None
+    calibration = None if is_own else _own_calibration(model, precision=config.precision)
     cores = share_of_cores(ranks.local_world_size).cores
     for one in (model, other):
         if one is not None:
@@ -113,15 +118,56 @@ def build_job(config: DictConfig, ranks: Ranks) -> EvaluationJob:
         model,
         other,
         dataset,
+        is_own,
         split,
         "val" if "val" in dataset.splits else split,
         calibration,
         _accepted(crops_of_sizes(model.crop, config.size), model, size=config.size),
         config.batch_size,
-        float(config.precision),
+        PRECISION if config.precision is None else float(config.precision),
         config.seed,
         ranks,
     )
+
+
+def _load(config: DictConfig, key: str, *, ranks: Ranks) -> TrainedModel:
+    """Load the run that the config names under `run` or `versus`."""
+    found = find_run(str(config[key]), runs=Path(str(config.runs)), key=key)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return open_model(
+        found, device=f"cuda:{ranks.local_rank}" if device == "cuda" else device, trust=bool(config.trust)
+    )
+
+
+def _own_dataset(model: TrainedModel, *, split: str | None) -> Dataset:
+    """Open the run's data set; one that comes from a source is packed again where it is missing.
+
+    Raises: FileNotFoundError without it; ValueError where it has changed, its training images aside.
+    """
+    run = model.run
+    if not run.data_root.exists() and not run.values("data").get("source"):
+        raise FileNotFoundError(f"{run.run.name} was trained on {run.data_root}, which does not exist: add data=FOLDER")
+    dataset = run.open_dataset()
+    changed = [f"split {one}" for one in run.changed_splits(dataset) if one != "train" or split == "train"]
+    changed += ["its classes"] if tuple(dataset.classes) != tuple(model.facts.classes) else []
+    if changed:
+        began = f"{dataset.root} has changed since {run.run.name} began ({', '.join(changed)})"
+        raise ValueError(f"{began}: data={dataset.root} evaluates it as another data set")
+    return dataset
+
+
+def _own_calibration(model: TrainedModel, *, precision: float | None) -> Calibration | None:
+    """Return what was fitted on the run's own data, None where that was not done.
+
+    Raises: ValueError for another precision than that of its threshold.
+    """
+    calibration = model.calibration
+    if calibration == Calibration():
+        return None
+    if precision is not None and precision != calibration.precision:
+        fitted = f"the threshold of {model.run.run.name} is fitted for precision={calibration.precision}"
+        raise ValueError(f"{fitted}: leave precision={precision} out, or evaluate the run with it first")
+    return calibration
 
 
 def _open(root: Path) -> Dataset:

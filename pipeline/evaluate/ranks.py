@@ -39,6 +39,19 @@ class Ranks(NamedTuple):
         assert shared is not None
         return shared
 
+    def raise_together(self, error: ValueError | None) -> None:
+        """Raise the error of rank 0, which the other ranks leave without a word.
+
+        Raises: ValueError on rank 0, SystemExit on the others.
+        """
+        if self.world_size > 1:
+            errors = [error]
+            torch.distributed.broadcast_object_list(errors)
+            if errors[0] is not None and self.rank > 0:
+                raise SystemExit(1)
+        if error is not None:
+            raise error
+
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:

@@ -1,6 +1,7 @@
 """The files of an evaluation: a page, JSON for programs, a Parquet table with a row for each image."""
 
 import base64
+import io
 import json
 import math
 from collections.abc import Iterable
@@ -140,9 +141,9 @@ def _write_table(path: Path, evaluation: Evaluation, *, index: Index) -> None:
     if evaluation.versus is not None:
         columns |= {"versus_predicted": names[evaluation.versus.answers.predicted]}
         columns |= {"versus_right": evaluation.versus.answers.is_among_top(1)}
-    beside = path.with_suffix(".tmp")
-    pq.write_table(pa.table(columns), beside)
-    beside.replace(path)
+    content = io.BytesIO()
+    pq.write_table(pa.table(columns), content)
+    write_atomically(path, content.getvalue())
 
 
 def _pictures(samples: list[int], evaluation: Evaluation, *, index: Index, shards: Path) -> list[Picture]:

@@ -37,7 +37,7 @@ def describe_model(model: TrainedModel) -> dict[str, object]:
         "preprocessing": describe_preprocessing(model),
         "temperature": model.calibration.temperature,
         "weights": model.run.weights_file.name,
-        "weights_sha256": digest(model.run.weights_file),
+        "weights_sha256": model.weights_sha256,
     }
 
 

@@ -23,14 +23,14 @@ class Calibration:
         """Whether an answer of this probability is "unsure"."""
         return self.threshold is not None and probability < self.threshold
 
-    def save(self, file: Path, *, weights: Path) -> None:
+    def save(self, file: Path, *, weights_sha256: str) -> None:
         """Write it beside the digest of the weights for which it was fitted."""
-        values = {**asdict(self), "weights_sha256": digest(weights)}
+        values = {**asdict(self), "weights_sha256": weights_sha256}
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(values, indent=1).encode() + b"\n")
 
 
-def read_calibration(file: Path, *, weights: Path) -> Calibration:
+def read_calibration(file: Path, *, weights_sha256: str) -> Calibration:
     """Read the calibration of these weights; the default without a file or with one for other weights.
 
     Raises: ValueError for a damaged file.
@@ -46,7 +46,7 @@ def read_calibration(file: Path, *, weights: Path) -> Calibration:
         raise ValueError(f"{file} is damaged ({error}): evaluate the run again") from error
     if not valid:
         raise ValueError(f"{file} has temperature {calibration.temperature}: evaluate the run again")
-    return calibration if of_weights == digest(weights) else Calibration()
+    return calibration if of_weights == weights_sha256 else Calibration()
 
 
 def digest(file: Path) -> str:

@@ -18,23 +18,23 @@ class FoundRun(NamedTuple):
     checkpoint: Path | None = None
 
 
-def find_run(text: str, *, runs: Path) -> FoundRun:
+def find_run(text: str, *, runs: Path, key: str = "run") -> FoundRun:
     """Return the run that `text` means; names, ids and their beginnings are looked for in the folder `runs`.
 
-    Raises: FileNotFoundError when there is none, ValueError when several match.
+    `key` is what users typed before it. Raises: FileNotFoundError when there is none, ValueError when several match.
     """
     path = Path(text)
     if path.suffix == CHECKPOINT:
         if not path.is_file():
-            raise FileNotFoundError(f"run={text} does not exist")
+            raise FileNotFoundError(f"{key}={text} does not exist")
         return FoundRun(Run(path.absolute().parent.parent), path)
     if _is_run(path):
         return FoundRun(Run(path if path.name else path.absolute()))
     known = {folder.name: Run(folder) for folder in _folders(runs) if _is_run(folder)}
     if path.is_dir() and text not in known:  # a folder of photographs may have the name of a run
-        raise FileNotFoundError(f"run={text} is not a run: it has no {Run(path).config_file.name}")
+        raise FileNotFoundError(f"{key}={text} is not a run: it has no {Run(path).config_file.name}")
     if not known:
-        raise FileNotFoundError(f"run={text} does not exist, and {runs} has no runs: give the folder of one")
+        raise FileNotFoundError(f"{key}={text} does not exist, and {runs} has no runs: give the folder of one")
     if text == LATEST:
         return FoundRun(max(known.values(), key=_changed))
     exact = [run for name, run in known.items() if text in (name, run.tracking_id)]
@@ -42,10 +42,12 @@ def find_run(text: str, *, runs: Path) -> FoundRun:
         run for name, run in known.items() if name.startswith(text) or run.tracking_id.startswith(text)
     ]
     if not matching:
-        raise FileNotFoundError(f"run={text} is not one of the {len(known)} runs in {runs}{nearest(text, list(known))}")
+        raise FileNotFoundError(
+            f"{key}={text} is not one of the {len(known)} runs in {runs}{nearest(text, list(known))}"
+        )
     if len(matching) > 1:
         names = ", ".join(sorted(run.name for run in matching)[:3])
-        raise ValueError(f"run={text} matches {len(matching)} runs: {names}")
+        raise ValueError(f"{key}={text} matches {len(matching)} runs: {names}")
     return FoundRun(matching[0])
 
 

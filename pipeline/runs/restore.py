@@ -1,6 +1,7 @@
 """From a run's folder back to its network, recipe, data set and weights, for every verb that works on a run."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 from data.shards.dataset import Dataset
 from models.weights.load import load_weights
 from pipeline.build.recorded import RecordedConfig
+from pipeline.runs.calibration import digest
 from pipeline.runs.fingerprint import DIGEST_OF, digests
 from pipeline.runs.run import Run
 
@@ -27,14 +29,12 @@ class RestoredRun(RecordedConfig):
         super().__init__(self.run.config_file, trust=trust)
         self.precision: str = json.loads(self.run.fingerprint_file.read_text())["precision"]
 
-    @property
+    @cached_property  # a training may write its first best weights meanwhile
     def weights_file(self) -> Path:
         """The given checkpoint, the best one, or the last one. Raises: FileNotFoundError before the first."""
         path = self._checkpoint or self.run.best_checkpoint
         if path is None:
-            raise FileNotFoundError(
-                f"run={self.run.folder} has no checkpoint yet: its first comes at the end of an epoch"
-            )
+            raise FileNotFoundError(f"{self.run.folder} has no checkpoint yet: its first comes at the end of an epoch")
         return path
 
     @property
@@ -46,13 +46,20 @@ class RestoredRun(RecordedConfig):
         return f"{self.run.folder} {state}: {self.weights_file.name} is its best so far"
 
     def changed_splits(self, dataset: Dataset) -> list[str]:
-        """Return the splits whose samples differ from those with which the run began."""
-        recorded = json.loads(self.run.fingerprint_file.read_text())
-        current = digests(dataset)
-        return [name.removeprefix(DIGEST_OF) for name, value in current.items() if recorded.get(name) != value]
+        """Return the splits with which the run began that have other samples, or are missing."""
+        recorded, current = json.loads(self.run.fingerprint_file.read_text()), digests(dataset)
+        changed = [name for name in recorded if name.startswith(DIGEST_OF) and recorded[name] != current.get(name)]
+        return [name.removeprefix(DIGEST_OF) for name in changed]
 
-    def load_network(self) -> nn.Module:
-        """Build the network with the run's best weights. Raises: FileNotFoundError, ValueError."""
-        net = self.build_network()
-        load_weights(net, self.weights_file, norm_eps=self.norm_eps)
-        return net
+    def load_network(self) -> tuple[nn.Module, str]:
+        """Build the network with the run's weights, and return it with the SHA-256 of their file.
+
+        Raises: FileNotFoundError, ValueError.
+        """
+        sha256 = digest(self.weights_file)
+        while True:
+            net = self.build_network()
+            load_weights(net, self.weights_file, norm_eps=self.norm_eps)
+            before, sha256 = sha256, digest(self.weights_file)
+            if sha256 == before:  # else a training has replaced the file meanwhile
+                return net, sha256

@@ -13,8 +13,8 @@ from data.shards.inputs import Source, file_source
 from data.shards.parallel import available_cores
 from models.folding import fold_batch_norms
 from pipeline.build.recorded import DatasetFacts
-from pipeline.runs.calibration import digest, read_calibration
-from pipeline.runs.find import find_run
+from pipeline.runs.calibration import read_calibration
+from pipeline.runs.find import FoundRun, find_run
 from pipeline.runs.restore import RestoredRun
 
 BATCH_SIZE = 64
@@ -86,9 +86,9 @@ class TrainedModel:
         self.facts, self.crop = run.dataset_facts(), run.build_evaluation_crop()
         spare = range(len(self.facts.classes), run.num_classes)  # outputs beyond the data set's classes
         self.classes = (*self.facts.classes, *(f"output {number}" for number in spare))
-        self.weights_sha256 = digest(run.weights_file)
-        self.net = run.load_network().eval().to(device).to(memory_format=torch.channels_last)
-        self.calibration = read_calibration(run.run.calibration_file, weights=run.weights_file)
+        net, self.weights_sha256 = run.load_network()
+        self.net = net.eval().to(device).to(memory_format=torch.channels_last)
+        self.calibration = read_calibration(run.run.calibration_file, weights_sha256=self.weights_sha256)
         temperature, fast = self.calibration.temperature, fold_batch_norms(self.net)
         self.probabilities = Probabilities(fast, self.facts, temperature=temperature).to(device)
         self.decode_settings = DecodeSettings(
@@ -147,7 +147,11 @@ def load_model(
 
     `device` is a GPU where there is one. Raises: FileNotFoundError, ValueError.
     """
-    found = find_run(str(run), runs=Path(runs))
+    return open_model(find_run(str(run), runs=Path(runs)), device=device, trust=trust)
+
+
+def open_model(found: FoundRun, *, device: str | torch.device | None, trust: bool) -> TrainedModel:
+    """Return a run that was found as a model. Raises: FileNotFoundError, ValueError."""
     restored = RestoredRun(found.run.folder, trust=trust, checkpoint=found.checkpoint)
     return TrainedModel(restored, device=_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 

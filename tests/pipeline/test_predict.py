@@ -78,9 +78,9 @@ def test_a_list_on_standard_input_is_answered_on_standard_output(main_job: Finis
 
 def test_an_evaluations_temperature_and_threshold_are_used(main_job: FinishedRun, photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "fitted"
-    shutil.copytree(main_job.folder, folder)
+    shutil.copytree(main_job.folder, folder, ignore=shutil.ignore_patterns("evaluation"))
     plain, paths = load(folder), sorted((photos / "class1").iterdir())
-    Calibration(2.0, 0.9999, 0.99).save(folder / "evaluation" / "calibration.json", weights=plain.run.weights_file)
+    Calibration(2.0, 0.9999, 0.99).save(folder / "evaluation" / "calibration.json", weights_sha256=plain.weights_sha256)
     fitted = load(folder)
     for before, after in zip(plain.predict(paths), fitted.predict(paths), strict=True):
         flat = torch.softmax(before.probabilities.log() / 2, dim=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.export import __main__ as export_verb
-from pipeline.runs.calibration import Calibration
+from pipeline.runs.calibration import Calibration, digest
 from tests.support.commands import Typed, call_verb, typed
 
 TEMPERATURE = 0.2  # sharpens the answers of a network that has hardly been trained
@@ -20,8 +20,8 @@ def fitted_root(tmp_path_factory: pytest.TempPathFactory, lenet_root: Path) -> P
     root = tmp_path_factory.mktemp("fitted")
     run = shutil.copytree(lenet_root / "runs" / "mine", root / "runs" / "fitted")
     (root / "datasets").symlink_to(lenet_root / "datasets")
-    weights = run / "checkpoints" / "best.ckpt"
-    Calibration(TEMPERATURE).save(run / "evaluation" / "calibration.json", weights=weights)
+    weights_sha256 = digest(run / "checkpoints" / "best.ckpt")
+    Calibration(TEMPERATURE).save(run / "evaluation" / "calibration.json", weights_sha256=weights_sha256)
     return root
 
 

@@ -10,14 +10,12 @@ from pipeline.runs.calibration import Calibration, read_calibration
 
 
 def test_a_calibration_belongs_to_its_weights(tmp_path: Path) -> None:
-    weights, other, file = (tmp_path / name for name in ("best.ckpt", "other.ckpt", "evaluation/calibration.json"))
-    weights.write_bytes(b"one")
-    other.write_bytes(b"two")
-    assert read_calibration(file, weights=weights) == Calibration(1.0, None, None)
+    file = tmp_path / "evaluation" / "calibration.json"
+    assert read_calibration(file, weights_sha256="one") == Calibration(1.0, None, None)
     fitted = Calibration(1.7, 0.8, 0.99)
-    fitted.save(file, weights=weights)
-    assert read_calibration(file, weights=weights) == fitted
-    assert read_calibration(file, weights=other) == Calibration()
+    fitted.save(file, weights_sha256="one")
+    assert read_calibration(file, weights_sha256="one") == fitted
+    assert read_calibration(file, weights_sha256="other") == Calibration()
 
 
 def test_answers_below_the_threshold_are_unsure() -> None:
@@ -29,6 +27,5 @@ def test_answers_below_the_threshold_are_unsure() -> None:
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "calibration.json"
     file.write_text(text)
-    (tmp_path / "w").touch()
     with pytest.raises(ValueError, match=r"calibration.json .*: evaluate the run again"):
-        read_calibration(file, weights=tmp_path / "w")
+        read_calibration(file, weights_sha256="one")

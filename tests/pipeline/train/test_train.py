@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -84,7 +85,9 @@ def test_a_run_is_restored_from_its_folder(main_job: FinishedRun, monkeypatch: p
     monkeypatch.chdir(main_job.root)
     run = RestoredRun(main_job.folder)
     checkpoint = torch.load(run.weights_file, weights_only=True)
-    weights = {f"net.{name}": tensor for name, tensor in run.load_network().state_dict().items()}
+    net, sha256 = run.load_network()
+    assert sha256 == hashlib.sha256(run.weights_file.read_bytes()).hexdigest()
+    weights = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
     assert weights.keys() == checkpoint["state_dict"].keys()
     assert all(torch.equal(tensor, checkpoint["state_dict"][name]) for name, tensor in weights.items())
     assert len(run.open_dataset().classes) == 10
