@@ -110,7 +110,7 @@ def test_everything_that_is_shown_works(
     assert len(list((tmp_path / "runs").iterdir())) == sum("pipeline.train" in command for command in commands())
     capsys.readouterr()
     for code in blocks_of("python"):
-        exec(code, {"net": resnet("resnet18")})
+        exec(code.replace("runs/NAME", f"runs/{NAME}"), {"net": resnet("resnet18")})
     printed = capsys.readouterr().out
     assert "stages.stage4.1.conv2.0 Conv2d 3x3 (512, 7, 7)" in printed
     assert "photos/class1/00.jpg" in printed

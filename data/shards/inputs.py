@@ -3,6 +3,7 @@
 import glob
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -38,9 +39,16 @@ def find_images(text: str, *, lines: Iterable[str]) -> Iterator[Source]:
         found = sorted(one for one in path.rglob("*") if _is_image(one.name) or one.suffix == ".tar")
     else:
         found = sorted(map(Path, glob.glob(text, recursive=True)))
-        require(bool(found), "does not exist", input=text)
+        rule = "matches nothing" if glob.has_magic(text) else "does not exist"
+        require(bool(found), rule, input=text)
     require(bool(found), f"has no image: {', '.join(SUFFIXES)}, or tars of them", input=text)
     return (source for one in found if one.is_file() for source in _of_file(one))
+
+
+def ignored_suffixes(folder: Path) -> Counter[str]:
+    """Count the files that `find_images` leaves out, by suffix; none where this is not a folder."""
+    files = (one for one in folder.rglob("*") if one.is_file()) if folder.is_dir() else ()
+    return Counter(one.suffix or "suffixless" for one in files if not _is_image(one.name) and one.suffix != ".tar")
 
 
 def split_sources(dataset: Dataset, split: str, *, limit: int | None = None) -> list[tuple[Source, int]]:

@@ -95,7 +95,8 @@ def _plan_shards(source: Source, *, seed: int, shard_samples: int) -> list[_Shar
         permutation = draws.key(draws.PACK, seed, number)
         shuffled = [items[place] for place in draws.permute(np.arange(len(items)), len(items), permutation=permutation)]
         starts = range(0, len(items), shard_samples)
-        counts = statistics_shares(len(starts)) if split == "train" else [0] * len(starts)
+        measured = split == "train" or "train" not in source.splits
+        counts = statistics_shares(len(starts)) if measured else [0] * len(starts)
         for shard, (start, count) in enumerate(zip(starts, counts, strict=True)):
             tar = TarTask(f"{split}-{shard:06d}.tar", count)
             plans.append(_ShardPlan(split, tar, shuffled[start : start + shard_samples]))

@@ -59,9 +59,9 @@ def digits(name: str = "digits", *, val_fraction: float, seed: int) -> Source:
 def folder(root: Path | str, name: str, *, val_fraction: float, seed: int) -> Source:
     """Class folders of images, as torchvision's ImageFolder reads them, searched to any depth.
 
-    `train/` and `val/` (or `validation/`, `valid/`) or `test/` below `root` are the splits; without them
-    `val_fraction` of each class is split off by `seed`.
-    Raises: ValueError without the folder or classes, for a class without images or one that `train/` lacks.
+    `train/`, `val/` (or `validation/`, `valid/`) and `test/` below `root` are the splits, if `train/` is one of them or
+    there is nothing else; otherwise `val_fraction` of each class is split off by `seed`.
+    Raises: ValueError without the folder or classes, for a class without images or one that the first split lacks.
     """
     root = Path(root)
     require(root.is_dir(), "is not a folder", root=root)
@@ -69,8 +69,10 @@ def folder(root: Path | str, name: str, *, val_fraction: float, seed: int) -> So
     if list(folders) == ["train"]:
         root, folders = folders["train"], {}
     ignored: Counter[str] = Counter()
-    classes = _class_names(folders.get("train", root))
-    if "train" in folders:
+    if "train" not in folders and len(folders) < len(_class_names(root)):
+        folders = {}  # `val` or `test` is the name of a class
+    classes = _class_names(next(iter(folders.values()), root))
+    if folders:
         splits = {split: _class_items(path, classes, ignored=ignored) for split, path in folders.items()}
     else:
         splits = split_off(_class_items(root, classes, ignored=ignored), val_fraction=val_fraction, seed=seed)
@@ -114,7 +116,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
 def _class_items(root: Path, classes: tuple[str, ...], *, ignored: Counter[str]) -> list[Item]:
     unknown = sorted(set(_class_names(root)) - set(classes))
     if unknown:
-        raise ValueError(f"{root / unknown[0]} is a class that the training split does not have")
+        raise ValueError(f"{root / unknown[0]} is a class that the first split does not have")
     items: list[Item] = []
     keys: set[str] = set()
     for label, name in enumerate(classes):

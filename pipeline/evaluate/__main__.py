@@ -71,7 +71,8 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
         if problem is None:
             # A training has curves of the same names for the split val.
             prefix = "test" if folder.name == "test" else f"evaluation/{folder.name}"
-            finite = {name: value for name, value in evaluation.summary.items() if math.isfinite(value)}
+            values = {**evaluation.summary, "calibration_error": evaluation.reliability.error}
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}
             tracker.log({f"{prefix}/{name}": value for name, value in finite.items()}, 0)
             for file in files:
                 tracker.log_file(file, f"evaluation/{folder.name}")

@@ -1,6 +1,6 @@
 """From a model and a split to its answers: log-probabilities of every image, on any number of ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from pipeline.runs.trained import TrainedModel
 
 Share = list[tuple[NDArray[np.int64], NDArray[np.float64]]]  # samples (n,), log-probabilities (n, K) by batch
 SIZES = (1.0, 8 / 7, 9 / 7, 10 / 7)  # of the image size, for `size=auto`: 224, 256, 288, 320
+NAMED = 3  # classes in a message
 STEP = 32  # px, by which networks halve their images
 
 
@@ -76,10 +77,13 @@ def class_numbers(dataset: Dataset, model: TrainedModel) -> NDArray[np.int64]:
     numbers = {name: number for number, name in enumerate(model.classes)}
     unknown = [name for name in dataset.classes if name not in numbers]
     if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        known = ", ".join(model.classes[:3])
-        raise ValueError(f"the data set's class {unknown[0]}{more} is none of the run's {len(numbers)}: {known}, ...")
+        own = f"its own {len(numbers)} are {_first_names(model.classes)}"
+        raise ValueError(f"the run does not know the classes {_first_names(unknown)} of the data set: {own}")
     return np.array([numbers[name] for name in dataset.classes], np.int64)
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join([*names[:NAMED], *(["..."] if len(names) > NAMED else [])])
 
 
 def crops_of_sizes(crop: CropPolicy, size: str | int | None) -> list[CropPolicy]:

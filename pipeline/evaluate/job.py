@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from rich.console import Console
 
 from data.loading.crops import CropPolicy
 from data.shards.dataset import Dataset
 from data.shards.indexing import open_dataset
 from data.shards.parallel import share_of_cores
 from pipeline.build.network import check_forward
-from pipeline.cli.console import main_console
+from pipeline.cli.console import main_console, print_skipped
+from pipeline.cli.errors import config_keys_in_errors
 from pipeline.evaluate.assess import Evaluation, assess, compare, fit_calibration
 from pipeline.evaluate.forward import answer_split, class_numbers, crops_of_sizes
 from pipeline.evaluate.metrics import Answers
@@ -24,7 +26,7 @@ from pipeline.runs.trained import TrainedModel, open_model
 
 PREFERRED = ("test", "val")  # splits, in the order in which they are taken
 OWN_IMAGES = "the run’s own data"
-PRECISION = 0.95  # share of right answers for which the threshold is fitted
+PRECISION = 0.95  # share of right answers for which the first threshold is fitted
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def build_job(config: DictConfig, ranks: Ranks) -> EvaluationJob:
         calibration,
         _accepted(crops_of_sizes(model.crop, config.size), model, size=config.size),
         config.batch_size,
-        PRECISION if config.precision is None else float(config.precision),
+        config.precision or model.calibration.precision or PRECISION,
         config.seed,
         ranks,
     )
@@ -162,7 +164,7 @@ def _own_calibration(model: TrainedModel, *, precision: float | None) -> Calibra
     Raises: ValueError for another precision than that of its threshold.
     """
     calibration = model.calibration
-    if calibration == Calibration():
+    if not calibration.is_fitted:
         return None
     if precision is not None and precision != calibration.precision:
         fitted = f"the threshold of {model.run.run.name} is fitted for precision={calibration.precision}"
@@ -173,13 +175,15 @@ def _own_calibration(model: TrainedModel, *, precision: float | None) -> Calibra
 def _open(root: Path) -> Dataset:
     if not root.exists():
         raise FileNotFoundError(f"data={root} is not a folder: pack one with python -m pipeline.pack")
-    dataset, _ = open_dataset(root, None)
+    with config_keys_in_errors({"root": "data"}):
+        dataset, skipped = open_dataset(root, None)
+    print_skipped(Console(), skipped)
     return dataset
 
 
 def _chosen_split(wanted: str | None, dataset: Dataset) -> str:
     if wanted is not None and wanted not in dataset.splits:
-        raise ValueError(f"split={wanted} is none of {dataset.name}'s: {', '.join(dataset.splits)}")
+        raise ValueError(f"split={wanted} is not one of those of {dataset.name}: {', '.join(dataset.splits)}")
     found = wanted or next((one for one in PREFERRED if one in dataset.splits), None)
     if found is None:
         raise ValueError(f"{dataset.name} has no test and no val split: split=train evaluates what it was trained on")
@@ -197,4 +201,7 @@ def _accepted(crops: Sequence[CropPolicy], model: TrainedModel, *, size: object)
             reason = str(error)
     if not accepted:
         raise ValueError(f"size={size} does not suit {model.run.network}, trained with {model.image_size} px: {reason}")
+    if len(accepted) == 1 and len(crops) > 1:
+        text = f"size={size}: {model.run.network} takes only {accepted[0].image_size} px"
+        main_console().print(text, highlight=False, markup=False, soft_wrap=True)
     return accepted

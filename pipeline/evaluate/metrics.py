@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 RESAMPLES, CONFIDENCE = 1000, 0.95
@@ -105,7 +106,8 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Return percentile intervals of the headline metrics over resampled images (Efron 1979).
 
-    Intervals cover CONFIDENCE: top1, top5, loss, balanced accuracy and macro F1.
+    Intervals cover CONFIDENCE: top1, top5, loss, balanced accuracy and macro F1. An accuracy of 0 or 1, where resamples
+    cannot differ, has the exact interval of Clopper & Pearson 1934 instead.
     """
     generator, count = np.random.default_rng(seed), len(answers.labels)
     num_classes = answers.log_probabilities.shape[1]
@@ -125,7 +127,13 @@ def bootstrap_intervals(
         drawn["balanced_accuracy"].append(float((hits[present] / images[present]).mean()))
         drawn["f1_macro"].append(float((2 * hits[present] / (images + answered)[present]).mean()))
     tail = (1 - CONFIDENCE) / 2
-    return {name: tuple(np.quantile(values, [tail, 1 - tail]).tolist()) for name, values in drawn.items()}
+    intervals = {name: tuple(np.quantile(values, [tail, 1 - tail]).tolist()) for name, values in drawn.items()}
+    for name in {"top1", "top5"} & per_image.keys():
+        num_right = int(per_image[name].sum())
+        if num_right in (0, count):
+            low, high = binomtest(num_right, count).proportion_ci(CONFIDENCE, "exact")
+            intervals[name] = (float(low), float(high))
+    return intervals
 
 
 def worst_confusions(answers: Answers, count: int) -> list[tuple[int, int, int]]:

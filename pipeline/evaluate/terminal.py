@@ -14,7 +14,9 @@ def facts_of(evaluation: Evaluation, subject: Subject) -> Mapping[str, str]:
     """Return names and values, a line each."""
     summary, calibration = evaluation.summary, evaluation.calibration
     images = plural(len(evaluation.answers.labels), "image")
-    facts = {"evaluated": f"{subject.run}, {subject.weights}, on {images} of {subject.dataset}'s split {subject.split}"}
+    facts = {
+        "evaluated": f"{subject.run}, {subject.weights}, on {images} of split {subject.split} of {subject.dataset}"
+    }
     for name, words in (
         ("top1", "top-1"),
         ("top5", "top-5"),
@@ -26,8 +28,10 @@ def facts_of(evaluation: Evaluation, subject: Subject) -> Mapping[str, str]:
     low, high = evaluation.intervals["loss"]
     facts["loss"] = f"{fixed(summary['loss'], 4)} (95 %: {fixed(low, 4)} to {fixed(high, 4)})"
     error, before = evaluation.calibrated_reliability.error, evaluation.reliability.error
-    temperature = f"temperature {fixed(calibration.temperature, 2)}, fitted on {evaluation.fitted_on}"
-    facts["calibrated"] = f"error {share(error)}, {share(before)} without {temperature}"
+    is_same = evaluation.fitted_on == f"the split {subject.split}"
+    fitted = f"fitted on {'these same images, which is too good' if is_same else evaluation.fitted_on}"
+    with_it = f"error {share(error)} with temperature {fixed(calibration.temperature, 2)}"
+    facts["calibrated"] = f"{with_it}, {share(before)} without; {fitted}"
     facts["unsure"] = _abstention(evaluation)
     if len(evaluation.sizes) > 1:
         tried = ", ".join(f"{size} px {share(accuracy)}" for size, accuracy in evaluation.sizes.items())

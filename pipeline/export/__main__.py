@@ -53,7 +53,7 @@ def main(config: DictConfig) -> None:
         folder = model.run.run.export if config.out is None else Path(str(config.out))
         checks = _build_checks(config, model, forms=forms)
         exported = export_files(model, forms, folder=folder, checks=checks, opset=config.opset)
-        _print(exported, folder, checks=checks)
+        _print(exported, folder, checks=checks, uncalibrated=not model.calibration.is_fitted)
         if registry is not None:
             file = folder / next(form.file_name for form in forms if form.format == ONNX)
             _register(config, model, file=file, tracker=registry, checks=checks)
@@ -90,7 +90,7 @@ def _build_checks(config: DictConfig, model: TrainedModel, *, forms: list[Form])
     return Checks(images, tolerance, dataset if reports_accuracy else None, config.val_images, config.batch_size)
 
 
-def _print(exported: Exported, folder: Path, *, checks: Checks) -> None:
+def _print(exported: Exported, folder: Path, *, checks: Checks, uncalibrated: bool) -> None:
     from rich.console import Console
 
     from models.weights.files import shorten
@@ -105,7 +105,7 @@ def _print(exported: Exported, folder: Path, *, checks: Checks) -> None:
     if exported.top1 is not None:
         (count,) = counts
         console.print(f"the network itself: val top-1 {exported.top1:.4f} on {count:,} images", highlight=False)
-    notes = list(exported.notes)
+    notes = [*exported.notes, *(["no evaluation has fitted a temperature: it is 1"] if uncalibrated else [])]
     if exported.stale:
         notes.append(f"in {folder}, of another model or changed: {shorten(exported.stale)}; export them again")
     for note in notes:
@@ -135,11 +135,13 @@ def _register(config: DictConfig, model: TrainedModel, *, file: Path, tracker: M
 
     example = checks.images.crops[:1].expand(2, -1, -1, -1)
     exported = ExportedModel(file, INPUT, OUTPUT, example.numpy(), model(example).numpy(), describe_model(model))
-    alias = None if config.alias is None else str(config.alias)
-    registered = register(exported, str(config.register), alias=alias, run=model.run.run, tracker=tracker)
+    registered = register(
+        exported, str(config.register), alias=str(config.alias or "") or None, run=model.run.run, tracker=tracker
+    )
     console, variables = Console(), f"MLFLOW_TRACKING_URI={tracker.uri} MLFLOW_DISABLE_TELEMETRY=true"
     serve = f"{variables} mlflow models serve --env-manager local -m {registered.uri}"
-    lines = (f"registered as {registered.name} version {registered.version}", f"to serve it: {serve}")
+    moved = f", {config.alias} moved there from version {registered.before}" if registered.before else ""
+    lines = (f"registered as {registered.name} version {registered.version}{moved}", f"to serve it: {serve}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

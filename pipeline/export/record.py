@@ -36,6 +36,7 @@ def describe_model(model: TrainedModel) -> dict[str, object]:
         "classes": list(model.classes),
         "preprocessing": describe_preprocessing(model),
         "temperature": model.calibration.temperature,
+        "threshold": model.calibration.threshold,
         "weights": model.run.weights_file.name,
         "weights_sha256": model.weights_sha256,
     }
@@ -59,6 +60,8 @@ def onnx_facts(model: TrainedModel) -> dict[str, str]:
     names = ("image_size", "resize_shorter_side")
     facts = {name: str(preprocessing[name]) for name in names if name in preprocessing}
     facts |= {name: str(described[name]) for name in ("run", "network", "temperature", "weights_sha256")}
+    if model.calibration.threshold is not None:
+        facts["threshold"] = str(model.calibration.threshold)
     return facts | {"classes": json.dumps(model.classes, ensure_ascii=False)}
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from pipeline.cli.errors import ConfigError
 from pipeline.cli.run import fast_imports, run_verb
 from pipeline.cli.verb import Verb
+
+if TYPE_CHECKING:
+    from pipeline.runs.trained import TrainedModel
 
 VERB = Verb(
     "predict",
@@ -34,7 +38,7 @@ def main(config: DictConfig) -> None:
         from rich.console import Console
         from rich.progress import track
 
-        from data.shards.inputs import find_images
+        from data.shards.inputs import find_images, ignored_suffixes
         from pipeline.predict.rows import check_output, row_writer
         from pipeline.runs.trained import load_model
 
@@ -42,6 +46,10 @@ def main(config: DictConfig) -> None:
     check_output(out)
     model = load_model(str(config.run), runs=str(config.runs), device=config.device, trust=bool(config.trust))
     sources = find_images(str(config.input), lines=sys.stdin)
+    console.print(_describe(model), highlight=False, markup=False, soft_wrap=True)
+    if ignored := ignored_suffixes(Path(str(config.input))):
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common())
+        console.print(f"ignored files: {counts}", highlight=False, markup=False, soft_wrap=True)
     if model.run.unfinished:
         console.print(model.run.unfinished, highlight=False, markup=False, soft_wrap=True)
     count, unreadable, start = 0, 0, time.perf_counter()
@@ -55,6 +63,16 @@ def main(config: DictConfig) -> None:
     console.print(f"{count:,} images in {seconds:.1f} s ({count / seconds:,.0f}/s){failed}", highlight=False)
     if unreadable:
         raise SystemExit(UNREADABLE)
+
+
+def _describe(model: TrainedModel) -> str:
+    """The run, its weights and its calibration."""
+    calibration = model.calibration
+    fitted = "no temperature and no threshold: evaluate the run to fit them"
+    if calibration.is_fitted:
+        threshold = "no threshold" if calibration.threshold is None else f"unsure below {calibration.threshold:.3f}"
+        fitted = f"temperature {calibration.temperature:.2f}, {threshold}"
+    return f"{model.run.run.folder}, {model.run.weights_file.name}, {model.run.network}; {fitted}"
 
 
 if __name__ == "__main__":

@@ -31,9 +31,11 @@ Write = Callable[[Prediction], None]
 
 
 def check_output(out: Path | None) -> None:
-    """Raise ConfigError for a suffix that names no format."""
+    """Raise ConfigError for a suffix that names no format, or a folder that does not exist."""
     if out is not None and out.suffix not in SUFFIXES:
         raise ConfigError(f"out={out} must end in {', '.join(SUFFIXES)}")
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"out={out}: there is no folder {out.parent}")
 
 
 @contextmanager

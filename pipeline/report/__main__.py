@@ -29,7 +29,7 @@ VERB = Verb(
     required_group="model",
     alternatives=("models", "run", "net"),
     aliases={"weights": "weights.file"},
-    text_keys=("weights.file", "run", "out", "photographs"),
+    text_keys=("weights.file", "run", "runs", "out", "photographs"),
 )
 LAYER_CHOICES = ("some", "all", "none")
 

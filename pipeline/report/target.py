@@ -17,11 +17,11 @@ from pipeline.cli.check import check_targets
 from pipeline.cli.compose import choices, compose, flatten
 from pipeline.cli.errors import config_keys_in_errors, nearest
 from pipeline.report.measure import TrainingSettings
+from pipeline.runs.find import FoundRun, find_run
 from pipeline.runs.restore import RestoredRun
-from pipeline.runs.run import Run
 
 BATCH_SIZE, PRECISION, NUM_CLASSES = 32, "32-true", 1000  # where nothing says otherwise
-NOT_IN_FOLDER_NAME = ("out", "layers", "trust")
+NOT_IN_FOLDER_NAME = ("out", "layers", "trust", "run", "runs")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def output_folder(config: DictConfig, name: str) -> Path:
         return Path(str(config.out))
     settings = {key: value for key, value in flatten(config).items() if key not in NOT_IN_FOLDER_NAME}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-    folder = Path("reports") if config.run is None else Run(Path(str(config.run))).reports
+    folder = Path("reports") if config.run is None else _found(config).run.reports
     return folder / f"{name}-{digest[:8]}"
 
 
@@ -97,8 +97,13 @@ def _target_of_model(config: DictConfig) -> Target:
     return Target(network_name(config), skeleton, (channels, size, size), training, weights.description, load)
 
 
+def _found(config: DictConfig) -> FoundRun:
+    return find_run(str(config.run), runs=Path(str(config.runs)))
+
+
 def _target_of_run(config: DictConfig) -> Target:
-    run = RestoredRun(Path(str(config.run)), trust=bool(config.trust))
+    found = _found(config)
+    run = RestoredRun(found.run.folder, trust=bool(config.trust), checkpoint=found.checkpoint)
     given = build_object(config, "weights", kind=WeightsFile)
     weights = WeightsFile(str(run.weights_file)) if given.file is None else given
     size = config.data.image_size or run.image_size

@@ -19,6 +19,11 @@ class Calibration:
     threshold: float | None = None
     precision: float | None = None
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether an evaluation has fitted it."""
+        return self != Calibration()
+
     def is_unsure(self, probability: float) -> bool:
         """Whether an answer of this probability is "unsure"."""
         return self.threshold is not None and probability < self.threshold

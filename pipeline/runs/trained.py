@@ -4,7 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data.loading.decoder import DecodeSettings
@@ -104,14 +106,27 @@ class TrainedModel:
         """Side in pixels of the crops that the network takes."""
         return self.crop.image_size
 
+    def __repr__(self) -> str:
+        """Name the run, the network, and what it takes and returns."""
+        shape = f"{self.image_size} px, {len(self.classes)} classes"
+        return f"{type(self).__name__}({self.run.run.folder}: {self.run.network}, {shape}, {self.device})"
+
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return the probabilities (N, K) of uint8 RGB crops (N, H, W, 3)."""
+    def __call__(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
+        """Return the probabilities (N, K) of uint8 RGB crops (N, H, W, 3), a tensor or an array.
+
+        Raises: ValueError for another type or shape.
+        """
+        images = torch.as_tensor(images)
+        side, shape = self.image_size, tuple(images.shape)
+        if images.dtype != torch.uint8 or images.ndim != 4 or shape[1:] != (side, side, 3):
+            raise ValueError(f"images are {images.dtype} {shape}, not torch.uint8 (N, {side}, {side}, 3)")
         probabilities: Tensor = self.probabilities(images.to(self.device))
         return probabilities
 
-    def predict(self, paths: Iterable[str | Path], *, batch_size: int = BATCH_SIZE) -> list[Prediction]:
+    def predict(self, paths: str | Path | Iterable[str | Path], *, batch_size: int = BATCH_SIZE) -> list[Prediction]:
         """Return the predictions of image files, in their order; one that cannot be read has an error."""
+        paths = [paths] if isinstance(paths, str | Path) else paths
         return list(self.predict_sources(map(file_source, paths), batch_size=batch_size))
 
     def predict_sources(self, sources: Iterable[Source], *, batch_size: int = BATCH_SIZE) -> Iterator[Prediction]:

@@ -40,11 +40,12 @@ class ExportedModel(NamedTuple):
 
 
 class RegisteredModel(NamedTuple):
-    """A version in the registry, and the address under which MLflow loads it."""
+    """A version in the registry, the address under which MLflow loads it, and the version that had its alias before."""
 
     name: str
     version: str
     uri: str
+    before: str | None
 
 
 def register(
@@ -95,11 +96,12 @@ def _register(
         onnx_execution_providers=["CPUExecutionProvider"],  # those of the package in REQUIREMENTS
         save_as_external_data=False,
     )
-    number = str(info.registered_model_version)
+    number, before = str(info.registered_model_version), None
     if alias is not None:
         registry = mlflow.MlflowClient(tracker.uri, tracker.uri)  # `client` has the registry that was set before
+        before = registry.get_registered_model(name).aliases.get(alias)
         registry.set_registered_model_alias(name, alias, number)
-    return RegisteredModel(name, number, f"models:/{name}@{alias}" if alias else f"models:/{name}/{number}")
+    return RegisteredModel(name, number, f"models:/{name}@{alias}" if alias else f"models:/{name}/{number}", before)
 
 
 def _known_run(client: MlflowClient, run: Run) -> str | None:

@@ -106,8 +106,11 @@ def run_result(job: Job, result: Mapping[str, Any]) -> dict[str, str]:
         is_known = key != TOP1.key and result[TOP1.key] is not None
         top1 = f"; its {TOP1.key} is {result[TOP1.key]:.4f}" if is_known else ""
         facts[f"best {key}"] = f"{result[key]:.4f} on {evaluation_images(job.data)}{top1}"
-    command = tracker.command if tracker.link else None
-    return {**facts, "checkpoint": result["checkpoint"], "next": command or f"tail {job.run.journal.path}"}
+    facts["checkpoint"] = result["checkpoint"]
+    if tracker.link and tracker.command:
+        facts["dashboard"] = tracker.command
+    has_split = job.data.evaluation_split is not None
+    return facts | {"next": f"python -m pipeline.{'evaluate' if has_split else 'report'} run={job.run.folder}"}
 
 
 def evaluation_images(data: ShardData) -> str:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -118,6 +119,7 @@ def test_crops_are_the_same_as_files(main_job: FinishedRun, photos: Path) -> Non
     [
         (("run=nothing", "input=."), "error: run=nothing does not exist, and runs has no runs: give the folder of one"),
         (("run=latest", "input=.", "out=a.xlsx"), "error: out=a.xlsx must end in .csv, .jsonl, .parquet"),
+        (("run=latest", "input=.", "out=none/a.csv"), "error: out=none/a.csv: there is no folder none"),
         (("run=latest", "input=.", "top=0"), "error: top=0 must be an integer of at least 1"),
         (("run=latest",), "error: input has no default: add input=VALUE"),
     ],
@@ -130,3 +132,26 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, words: tuple[str, ...], messa
 def test_a_place_without_images_is_one_sentence(main_job: FinishedRun) -> None:
     answer = run_module(main_job.root, "pipeline.predict", "run=latest", "input=nowhere")
     assert (answer.returncode, answer.stderr) == (1, "error: input=nowhere does not exist\n")
+
+
+def test_other_files_of_a_folder_are_counted_and_the_calibration_is_named(
+    main_job: FinishedRun, photos: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photos / "class1", tmp_path / "mixed")
+    for name in ("a.gif", "b.gif", "notes"):
+        (tmp_path / "mixed" / name).touch()
+    shutil.copytree(main_job.folder, tmp_path / "plain", ignore=shutil.ignore_patterns("evaluation"))
+    answer = run_module(tmp_path, "pipeline.predict", "run=plain", "input=mixed")
+    assert "ignored files: 2 .gif, 1 suffixless" in answer.stderr
+    assert "plain, best.ckpt, resnet18; no temperature and no threshold: evaluate the run to fit them" in answer.stderr
+
+
+def test_a_model_names_what_it_cannot_take(main_job: FinishedRun, photos: Path) -> None:
+    model, file = load(main_job.folder), photos / "class1" / "00.jpg"
+    crops = np.zeros((2, 16, 16, 3), np.uint8)
+    assert torch.equal(model(crops), model(torch.from_numpy(crops)))
+    assert [one.label for one in model.predict(str(file))] == [one.label for one in model.predict([file])]
+    assert repr(model) == f"TrainedModel({main_job.folder}: resnet18, 16 px, 10 classes, {model.device})"
+    for wrong in (crops.astype(np.float32), crops[0], crops[:, :8], crops.transpose(0, 3, 1, 2)):
+        with pytest.raises(ValueError, match=r"^images are torch.* not torch.uint8 \(N, 16, 16, 3\)$"):
+            model(wrong)

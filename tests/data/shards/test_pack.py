@@ -101,6 +101,20 @@ def test_split_folders_are_the_splits(tmp_path: Path) -> None:
     assert {name: split.samples for name, split in dataset.splits.items()} == {"train": 18, "val": 9, "test": 6}
 
 
+def test_test_images_alone_are_a_split_to_evaluate(tmp_path: Path) -> None:
+    make_folder(tmp_path / "images" / "test", images=5)
+    dataset = pack_folder(tmp_path / "images", tmp_path / "packed").dataset
+    assert {name: split.samples for name, split in dataset.splits.items()} == {"test": 15}
+    assert dataset.classes == ("class0", "class1", "class2")
+    assert min(dataset.std) > 0.01, "of these images"
+
+
+def test_val_may_be_the_name_of_a_class(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    (root / "class1").rename(root / "val")
+    assert pack_folder(root, tmp_path / "packed").dataset.classes == ("class0", "class2", "val")
+
+
 def test_a_training_folder_alone_is_split(tmp_path: Path) -> None:
     make_folder(tmp_path / "images" / "train")
     dataset = pack_folder(tmp_path / "images", tmp_path / "packed").dataset

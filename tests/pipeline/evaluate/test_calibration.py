@@ -42,6 +42,12 @@ def test_the_temperature_minimises_the_loss_and_undoes_a_scale() -> None:
     assert after < before / 2
 
 
+def test_without_a_mistake_there_is_no_temperature() -> None:
+    answers = answers_of(50, 3)
+    right = Answers(answers.log_probabilities, answers.predicted)
+    assert calibration.fit_temperature(right) == 1.0
+
+
 def test_the_threshold_is_the_smallest_that_reaches_the_precision() -> None:
     answers = answers_of(1000, 5)
     threshold = calibration.abstention_threshold(answers, 0.9)

@@ -68,6 +68,8 @@ def test_numbers_page_and_table_agree_with_scikit_learn_and_the_dashboard(
     assert page.count("data:image/jpeg;base64,") == 24
     client, run = main_job.in_mlflow()
     assert run.data.metrics["evaluation/val/f1_macro"] == pytest.approx(found["metrics"]["f1_macro"])
+    error = found["calibration"]["expected_calibration_error"]
+    assert run.data.metrics["evaluation/val/calibration_error"] == pytest.approx(error)
     stored = [one.path for one in client.list_artifacts(run.info.run_id, "evaluation/val")]
     assert stored == [f"evaluation/val/{name}" for name in sorted(FILES)]
     assert run.info.status == "FINISHED"
@@ -146,7 +148,7 @@ def test_a_threshold_keeps_its_promise_on_the_images_it_was_fitted_on(
     ("words", "message"),
     [
         (("run=nothing",), "run=nothing is not one of the 1 runs in runs"),
-        (("run=latest", "split=test"), "split=test is none of digits's: train, val"),
+        (("run=latest", "split=test"), "split=test is not one of those of digits: train, val"),
         (("run=latest", "device=tpu"), "device=tpu is not cpu, cuda or cuda:NUMBER"),
         (("run=latest", "size=large"), "size=large is not auto, null or a number of pixels"),
         (("run=latest", "precision=2"), "precision=2 must be a share above 0 and at most 1, such as 0.95"),
@@ -160,7 +162,10 @@ def test_mistakes_are_answered_in_one_sentence(evaluate: Typed, words: tuple[str
 
 
 def test_foreign_classes_are_named(evaluate: Typed, photographs: Dataset) -> None:
-    with pytest.raises(ValueError, match=r"the data set's class class0 and 4 more is none of the run's 10: 0, 1, 2"):
+    sentence = (
+        "the run does not know the classes class0, class1, class2, ... of the data set: its own 10 are 0, 1, 2, ..."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         evaluate("run=latest", f"data={photographs.root}")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics as reference
+from statsmodels.stats.proportion import proportion_confint
 
 from pipeline.evaluate.metrics import Answers, bootstrap_intervals, class_metrics, summarise, worst_confusions
 from tests.support.answers import answers_of
@@ -69,6 +70,13 @@ def test_intervals_are_scipys() -> None:
     summary = summarise(answers, class_metrics(answers))
     assert all(low < summary[name] < high for name, (low, high) in found.items())
     assert bootstrap_intervals(answers, resamples=50) == bootstrap_intervals(answers, resamples=50)
+
+
+def test_an_accuracy_without_a_mistake_has_the_exact_interval() -> None:
+    answers = answers_of(9, 3)
+    right = Answers(answers.log_probabilities, answers.predicted)
+    expected = proportion_confint(9, 9, alpha=0.05, method="beta")
+    assert bootstrap_intervals(right, resamples=5)["top1"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_most_frequent_mistakes_come_first() -> None:

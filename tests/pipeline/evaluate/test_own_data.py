@@ -125,3 +125,22 @@ def test_all_ranks_end_with_one_sentence(root: Path, photographs: Dataset, what:
     assert len(errors) == 1, answer.stderr
     assert ("gives NaN for 359 of 359 images" if what == "weights" else "val-000000.tar") in errors[0]
     assert not (run / "evaluation").exists()
+
+
+def test_images_that_cannot_be_read_are_named_when_they_are_indexed(evaluate: Typed, root: Path) -> None:
+    shutil.copytree(root / "datasets" / "digits", root / "other", ignore=shutil.ignore_patterns("*.json", "*.parquet"))
+    tar = root / "other" / "val-000000.tar"
+    content = bytearray(tar.read_bytes())
+    start = content.index(b"\xff\xd8\xff")
+    content[start : start + 200] = bytes(200)
+    tar.write_bytes(content)
+    printed = evaluate("data=other")
+    assert "1 skipped in all" in printed
+    assert "on 358 images of split val of other" in printed
+
+
+def test_a_precision_stays(evaluate: Typed, root: Path) -> None:
+    evaluate("precision=0.8")
+    evaluate()
+    found = json.loads((root / "runs" / "mine" / "evaluation" / "calibration.json").read_text())
+    assert found["precision"] == 0.8

@@ -141,7 +141,7 @@ def test_a_report_uses_a_file_of_weights(report: Typed, tmp_path: Path) -> None:
         (("models=[]",), "a report needs exactly one of +model=NAME, net=FUNCTION, run=FOLDER, models="),
         (("models=[lenet]", "run=runs/mine"), "a report needs exactly one of +model=NAME, net=FUNCTION"),
         (("models=[lenet]", "check=true"), "check=true is for the report of one network"),
-        (("run=nowhere",), "run=nowhere is not a run: it has no config.yaml"),
+        (("run=nowhere",), "run=nowhere does not exist, and runs has no runs: give the folder of one"),
         (("net=timm.models.resnet10t",), "model._target_=timm.models.resnet10t is outside models., data., pipeline., "),
         (("net=torchvision.models.vgg11",), "torchvision.models.vgg11 is not built for one image size: add"),
         (("net=os.getcwd", "trust=true"), "net=os.getcwd returns str, not Module"),

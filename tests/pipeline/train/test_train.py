@@ -45,7 +45,8 @@ def test_the_main_job_prints_header_progress_and_result(main_job: FinishedRun) -
         r"epoch 2/2 .*val/top1 [\d.]+.* images 359",
         r"best val/top1 +[\d.]+ on 359 images of split val",
         r"checkpoint +runs/\S+/checkpoints/best.ckpt",
-        r"next +make ui",
+        r"dashboard +make ui",
+        rf"next +python -m pipeline.evaluate run=runs/{main_job.folder.name}",
     ):
         assert re.search(line, main_job.printed), line
 
