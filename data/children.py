@@ -6,6 +6,7 @@ import signal
 import sys
 
 PARENT = "CONVOY_PARENT"  # environment variable: the process with which those that it starts end
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # which it gives to its processes
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -15,11 +16,11 @@ def end_with_me() -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process as soon as the one that asked for it has ended, however it ended.
+    """Let the kernel kill this process as soon as the one that asked for it, or torchrun, has ended, however it ended.
 
     Linux only; elsewhere, and where nobody asked, nothing happens. Raises: SystemExit if it has ended already.
     """
-    parent = os.environ.pop(PARENT, None)
+    parent = os.environ.pop(PARENT, str(os.getppid()) if TORCHRUN in os.environ else None)
     if parent is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -167,5 +167,8 @@ def read_manifest(folder: Path, root: Path) -> Dataset:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file beside `path` and rename it, so that no reader gets a part of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -36,6 +36,7 @@ def open_dataset(
     folder = folder or root
     require(root.is_dir(), "is not a folder: give the one that contains the tars", root=root)
     tars = _find_tars(root)
+    _check_complete(root, folder)
     current = partial(_current_dataset, root, folder, tars=tars, label_field=label_field)
     if dataset := current():
         return dataset, []
@@ -67,6 +68,18 @@ def _find_tars(root: Path) -> dict[str, list[str]]:
         problem = f" is not a data set: it contains neither {MANIFEST} nor a .tar file"
         raise NotADatasetError(("root", root), problem)
     return {split: splits[split] for split in SPLITS if split in splits}
+
+
+def _check_complete(root: Path, folder: Path) -> None:
+    """Raise ValueError for a tar that the manifest lists and that is not there."""
+    if not (folder / MANIFEST).is_file():
+        return
+    listed = [shard.file for split in read_manifest(folder, root).splits.values() for shard in split.shards]
+    missing = [file for file in listed if not (root / file).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        advice = f"put it back, or remove {MANIFEST}, with the names of the classes, to index the rest"
+        raise ArgumentError(("root", root), f" lacks {missing[0]}{more}, which its {MANIFEST} lists: {advice}")
 
 
 def _current_dataset(root: Path, folder: Path, *, tars: dict[str, list[str]], label_field: str) -> Dataset | None:

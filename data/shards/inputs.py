@@ -14,6 +14,7 @@ import numpy as np
 from data.arguments import require
 from data.shards.dataset import Dataset
 from data.shards.images import SUFFIXES
+from data.shards.tars import read_members
 
 STANDARD_INPUT = "-"
 
@@ -28,8 +29,10 @@ class Source(NamedTuple):
 def find_images(text: str, *, lines: Iterable[str]) -> Iterator[Source]:
     """Yield the images that `text` means, sorted by path; `-` means the paths in `lines`, one a line.
 
-    Images in tars are named TAR/MEMBER. Raises: ArgumentError for a path that does not exist or holds no image.
+    Images in tars are named TAR/MEMBER; a damaged tar is itself a source that cannot be read.
+    Raises: ArgumentError for a path that does not exist or holds no image.
     """
+    require(bool(text), "is empty: give a file, a folder or a pattern", input=text)
     if text == STANDARD_INPUT:
         return map(file_source, filter(None, (line.rstrip("\r\n") for line in lines)))
     path = Path(text)
@@ -42,7 +45,7 @@ def find_images(text: str, *, lines: Iterable[str]) -> Iterator[Source]:
         rule = "matches nothing" if glob.has_magic(text) else "does not exist"
         require(bool(found), rule, input=text)
     require(bool(found), f"has no image: {', '.join(SUFFIXES)}, or tars of them", input=text)
-    return (source for one in found if one.is_file() for source in _of_file(one))
+    return (source for one in found if not one.is_dir() for source in _of_file(one))
 
 
 def ignored_suffixes(folder: Path) -> Counter[str]:
@@ -74,16 +77,27 @@ def _of_file(path: Path) -> Iterator[Source]:
 
 def file_source(path: str | Path) -> Source:
     """Return an image file that has not been read yet."""
-    return Source(str(path), Path(path).read_bytes)
+    return Source(_printable(path), Path(path).read_bytes)
+
+
+def _printable(path: str | Path) -> str:
+    """A path with escapes for bytes that are no text."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _of_tar(path: Path) -> Iterator[Source]:
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if member.isfile() and _is_image(member.name):
-                yield Source(
-                    f"{path}/{member.name}", partial(_read_part, path, offset=member.offset_data, size=member.size)
-                )
+    try:
+        with path.open("rb") as stream:
+            for member in read_members(stream):
+                if member.isfile() and _is_image(member.name):
+                    read = partial(_read_part, path, offset=member.offset_data, size=member.size)
+                    yield Source(_printable(f"{path}/{member.name}"), read)
+    except (OSError, tarfile.TarError) as error:
+        yield Source(_printable(path), partial(_raise, ValueError(f"the tar is damaged, or compressed: {error}")))
+
+
+def _raise(error: ValueError) -> bytes:
+    raise error
 
 
 def _read_part(path: Path, *, offset: int, size: int) -> bytes:

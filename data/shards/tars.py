@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,22 +94,27 @@ def _list_samples(stream: BinaryIO) -> tuple[dict[str, dict[str, Place]], list[s
     """List the files of a tar by sample key (up to the first dot of the name) and lower-case suffix; repeated names."""
     samples: dict[str, dict[str, Place]] = {}
     repeated = []
+    for member in read_members(stream):
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        if not member.isfile() or not stem or RESERVED.match(member.name):
+            continue
+        files = samples.setdefault(folder + slash + stem, {})
+        if suffix.lower() in files:
+            repeated.append(member.name)
+        files.setdefault(suffix.lower(), (member.offset_data, member.size))
+    return samples, repeated
+
+
+def read_members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar. Raises: tarfile.TarError when it is not a tar, or after what precedes the damage."""
     stream.seek(0)
     with tarfile.open(fileobj=stream, mode="r:") as tar:
-        for member in tar:
-            folder, slash, name = member.name.rpartition("/")
-            stem, _, suffix = name.partition(".")
-            if not member.isfile() or not stem or RESERVED.match(member.name):
-                continue
-            files = samples.setdefault(folder + slash + stem, {})
-            if suffix.lower() in files:
-                repeated.append(member.name)
-            files.setdefault(suffix.lower(), (member.offset_data, member.size))
+        yield from tar
         stream.seek(tar.offset)
     # A tar ends in blocks of zeros. Python accepts one that is cut between two files or continues as garbage.
     if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("no end-of-archive mark after the last complete file")
-    return samples, repeated
 
 
 def _read_row(stream: BinaryIO, key: str, *, files: dict[str, Place], label_field: str, size_of: SizeOf) -> SampleRow:

@@ -1,10 +1,11 @@
 """From the config that a run has recorded to its parts, for verbs that work on runs."""
 
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from yaml import YAMLError  # type: ignore[import-untyped]  # it has no stubs
 
 from data.loading.crops import CropPolicy
 from data.shards.dataset import Dataset
@@ -39,8 +40,11 @@ class RecordedConfig:
     """
 
     def __init__(self, path: Path, *, trust: bool) -> None:
-        config = OmegaConf.load(path)
-        if not isinstance(config, DictConfig):
+        try:
+            config = OmegaConf.load(path)
+        except (YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        if not isinstance(config, DictConfig) or not {"model", "recipe", "data", "augment"} <= config.keys():
             raise ValueError(f"{path} is not the config of a training")
         self._config = OmegaConf.masked_copy(config, ["model", "recipe", "data", "augment", "dataset", "tracking"])
         if not trust:
@@ -75,12 +79,12 @@ class RecordedConfig:
 
         Raises: FileNotFoundError, ValueError.
         """
-        recorded = self._config.get("dataset")
-        if recorded is None:
+        if self._config.get("dataset") is None:
             dataset = self.open_dataset()
             return DatasetFacts(dataset.name, dataset.mean, dataset.std, tuple(dataset.classes))
-        mean, std = tuple(recorded.mean), tuple(recorded.std)
-        return DatasetFacts(str(recorded.name), mean, std, tuple(map(str, recorded.classes)))
+        recorded: Any = OmegaConf.to_container(self._config.dataset, resolve=False)  # a class may be named ${x}
+        mean, std = tuple(recorded["mean"]), tuple(recorded["std"])
+        return DatasetFacts(str(recorded["name"]), mean, std, tuple(map(str, recorded["classes"])))
 
     def build_tracking(self, kind: type[Built]) -> Built | None:
         """Build what mirrors the run on a dashboard, None where it records nothing of that."""

@@ -12,6 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from data.arguments import ArgumentError as DataArgumentError
 from models.arguments import ArgumentError as ModelArgumentError
 
+INTERRUPTED = 128 + 2  # exit code, as a shell counts it: 128 + SIGINT
+
 
 class ConfigError(ValueError):
     """A mistake on the command line or in a config, explained in one sentence."""
@@ -25,6 +27,8 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:  # whoever read the output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         text = str(root_cause(error) if isinstance(error, HydraException) else error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)

@@ -35,11 +35,12 @@ def main(config: DictConfig) -> None:
     """Print the metrics, and write a page, JSON and a table of predictions."""
     check_values(config)
     with fast_imports():
+        from pipeline.build.memory import memory_errors
         from pipeline.evaluate.job import build_job
         from pipeline.evaluate.ranks import joined_ranks
 
-    with joined_ranks() as ranks:
-        job = build_job(config, ranks)
+    with joined_ranks() as ranks, memory_errors(config.batch_size):
+        job = ranks.together(lambda: build_job(config, ranks))
         found = job.evaluate()
     if found is not None:
         evaluation, crop = found
@@ -60,9 +61,13 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
     files = write_evaluation(evaluation, subject, folder=folder, index=index, shards=job.dataset.root)
     sha256 = job.model.weights_sha256
     is_best = run.weights_file == run.run.best_checkpoint and digest(run.weights_file) == sha256
-    if job.is_own and config.size is None and is_best:
-        evaluation.calibration.save(run.run.calibration_file, weights_sha256=sha256)
     console = main_console()
+    if job.is_own and config.size is None and is_best:
+        try:
+            evaluation.calibration.save(run.run.calibration_file, weights_sha256=sha256)
+        except OSError as error:
+            text = f"temperature and threshold are not kept for predict: {error}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
     print_facts(console, facts_of(evaluation, subject))
     console.print("wrote", ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
     tracker = run.build_tracking(Tracker) if config.mlflow else None
@@ -86,7 +91,7 @@ def default_folder(config: DictConfig, job: EvaluationJob) -> str:
     weights = job.model.run.weights_file
     is_best = weights == job.model.run.run.best_checkpoint
     parts = [job.split] if is_best else [job.split, weights.stem]
-    parts += [] if job.is_own else [job.dataset.name]
+    parts += [] if job.is_own else [Path(job.dataset.name).name]  # a name could be a path
     parts += [f"size-{config.size}"] if config.size is not None else []
     parts += [f"versus-{job.other.run.run.name}"] if job.other is not None else []
     return "-".join(parts)
@@ -98,10 +103,13 @@ def check_values(config: DictConfig) -> None:
         raise ConfigError(f"batch_size={config.batch_size} must be an integer of at least 1")
     if not isinstance(config.seed, int) or config.seed < 0:
         raise ConfigError(f"seed={config.seed} must be an integer of at least 0")
+    if config.out is not None and Path(str(config.out)).is_file():
+        raise ConfigError(f"out={config.out} is a file: give a folder")
     if config.dataset == "":
         raise ConfigError("data= is empty: give the folder of a packed data set, or leave it out")
     precision = config.precision
-    if precision is not None and (not isinstance(precision, int | float) or not 0 < precision <= 1):
+    is_number = isinstance(precision, int | float) and not isinstance(precision, bool)
+    if precision is not None and not (is_number and 0 < precision <= 1):
         raise ConfigError(f"precision={config.precision} must be a share above 0 and at most 1, such as 0.95")
 
 

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -38,6 +38,20 @@ class Ranks(NamedTuple):
         (shared,) = values
         assert shared is not None
         return shared
+
+    def together(self, work: Callable[[], Part]) -> Part:
+        """Do the same work on every rank; rank 0 raises what any has raised. Raises: ValueError, OSError."""
+        if self.world_size == 1:
+            return work()
+        found, error = None, None
+        try:
+            found = work()
+        except (ValueError, OSError) as raised:
+            error = ValueError(str(raised))
+        errors = self.gather(error)
+        self.raise_together(errors[0] if errors else None)
+        assert found is not None
+        return found
 
     def raise_together(self, error: ValueError | None) -> None:
         """Raise the error of rank 0, which the other ranks leave without a word.

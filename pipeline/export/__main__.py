@@ -18,6 +18,7 @@ from pipeline.cli.verb import Verb
 if TYPE_CHECKING:
     from pipeline.export.files import Checks, Exported
     from pipeline.export.settings import Form
+    from pipeline.runs.restore import RestoredRun
     from pipeline.runs.trained import TrainedModel
     from pipeline.tracking.mlflow_tracker import MLflowTracker
 
@@ -50,13 +51,21 @@ def main(config: DictConfig) -> None:
         model = load_model(str(config.run), runs=str(config.runs), device="cpu", trust=bool(config.trust))
         if config.image_size is not None:
             _resize(model, config.image_size)
-        folder = model.run.run.export if config.out is None else Path(str(config.out))
+        folder = _default_folder(model.run) if config.out is None else Path(str(config.out))
         checks = _build_checks(config, model, forms=forms)
         exported = export_files(model, forms, folder=folder, checks=checks, opset=config.opset)
-        _print(exported, folder, checks=checks, uncalibrated=not model.calibration.is_fitted)
+        own = [] if model.calibration.is_fitted else ["no evaluation has fitted a temperature: it is 1"]
+        own += [model.run.unfinished] if model.run.unfinished else []
+        _print(exported, folder, checks=checks, notes=own)
         if registry is not None:
             file = folder / next(form.file_name for form in forms if form.format == ONNX)
             _register(config, model, file=file, tracker=registry, checks=checks)
+
+
+def _default_folder(run: RestoredRun) -> Path:
+    """Return the run's folder for exports; other weights than the best have a folder in it."""
+    folder, weights = run.run.export, run.weights_file
+    return folder if weights == run.run.best_checkpoint else folder / weights.stem
 
 
 def _resize(model: TrainedModel, image_size: int) -> None:
@@ -82,15 +91,15 @@ def _build_checks(config: DictConfig, model: TrainedModel, *, forms: list[Form])
     from pipeline.export.files import Checks
     from pipeline.export.images import comparison_images, validation_data
 
-    dataset = validation_data(model)
     given = None if config.input is None else str(config.input)
-    images = comparison_images(model, dataset, given=given, count=config.compare_images)
     reports_accuracy = any(form.precision != "float32" for form in forms)
+    dataset = validation_data(model) if given is None or reports_accuracy else None
+    images = comparison_images(model, dataset, given=given, count=config.compare_images)
     tolerance = {str(name): float(value) for name, value in config.tolerance.items()}
     return Checks(images, tolerance, dataset if reports_accuracy else None, config.val_images, config.batch_size)
 
 
-def _print(exported: Exported, folder: Path, *, checks: Checks, uncalibrated: bool) -> None:
+def _print(exported: Exported, folder: Path, *, checks: Checks, notes: list[str]) -> None:
     from rich.console import Console
 
     from models.weights.files import shorten
@@ -105,7 +114,7 @@ def _print(exported: Exported, folder: Path, *, checks: Checks, uncalibrated: bo
     if exported.top1 is not None:
         (count,) = counts
         console.print(f"the network itself: val top-1 {exported.top1:.4f} on {count:,} images", highlight=False)
-    notes = [*exported.notes, *(["no evaluation has fitted a temperature: it is 1"] if uncalibrated else [])]
+    notes = [*notes, *exported.notes]
     if exported.stale:
         notes.append(f"in {folder}, of another model or changed: {shorten(exported.stale)}; export them again")
     for note in notes:
@@ -136,7 +145,11 @@ def _register(config: DictConfig, model: TrainedModel, *, file: Path, tracker: M
     example = checks.images.crops[:1].expand(2, -1, -1, -1)
     exported = ExportedModel(file, INPUT, OUTPUT, example.numpy(), model(example).numpy(), describe_model(model))
     registered = register(
-        exported, str(config.register), alias=str(config.alias or "") or None, run=model.run.run, tracker=tracker
+        exported,
+        str(config.register),
+        alias=None if config.alias == "none" else str(config.alias),
+        run=model.run.run,
+        tracker=tracker,
     )
     console, variables = Console(), f"MLFLOW_TRACKING_URI={tracker.uri} MLFLOW_DISABLE_TELEMETRY=true"
     serve = f"{variables} mlflow models serve --env-manager local -m {registered.uri}"

@@ -1,6 +1,7 @@
 """Write the files of an export, compare them with the network, and only then move them into their folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,8 +50,10 @@ def export_files(model: TrainedModel, forms: list[Form], *, folder: Path, checks
     Raises: DifferentAnswersError; ValueError for a network that a format cannot express.
     """
     described = describe_model(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".partial-") as name:
+    for name in (RECORD, *(form.file_name for form in forms)):
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is a folder: remove it, or add out=FOLDER")
+    with _kept_if_filled(folder), TemporaryDirectory(dir=folder, prefix=".partial-") as name:
         partial = Path(name)
         paths = {form: partial / form.file_name for form in forms}
         notes = [note for form, path in paths.items() if (note := _write(model, form, path=path, opset=opset))]
@@ -77,6 +80,18 @@ def export_files(model: TrainedModel, forms: list[Form], *, folder: Path, checks
     facts = {"compared_on": checks.images.description, "top1": top1.get(NETWORK), "files": listed}
     write_record(folder, described | facts)
     return Exported(files, top1.get(NETWORK), notes, [name for name in others if name not in files])
+
+
+@contextmanager
+def _kept_if_filled(folder: Path) -> Iterator[None]:
+    """Create a folder, and remove it after an error if it is empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def _write(model: TrainedModel, form: Form, *, path: Path, opset: int) -> str | None:

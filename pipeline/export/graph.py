@@ -1,6 +1,7 @@
 """A model as a torch.export program with a batch of any size."""
 
 import copy
+import io
 import warnings
 from pathlib import Path
 
@@ -51,8 +52,10 @@ def export_program(module: Probabilities, image_size: int) -> ExportedProgram:
 
 def write_program(program: ExportedProgram, path: Path) -> None:
     """Write a program for `torch.export.load`."""
+    content = io.BytesIO()  # torch's writer has no error of its own for a full disk
     with warnings.catch_warnings(action="ignore"):  # of views of weights, which are complete here
-        torch.export.save(program, path)
+        torch.export.save(program, content)
+    path.write_bytes(content.getvalue())
 
 
 def first_line(error: Exception) -> str:

@@ -25,11 +25,11 @@ class Images(NamedTuple):
 
 
 def validation_data(model: TrainedModel) -> Dataset | None:
-    """Open the data set of the run; None where it is not there, has other classes, or no validation split."""
+    """Open the data set of the run; None where it is not there, or has no validation split or another one than then."""
     if not model.run.data_root.exists():
         return None
     dataset = model.run.open_dataset()
-    is_same = tuple(dataset.classes) == tuple(model.facts.classes)
+    is_same = tuple(dataset.classes) == tuple(model.facts.classes) and SPLIT not in model.run.changed_splits(dataset)
     return dataset if is_same and SPLIT in dataset.splits else None
 
 
@@ -47,7 +47,8 @@ def comparison_images(model: TrainedModel, dataset: Dataset | None, *, given: st
     else:
         sources = find_images(str(distribution("scikit-learn").locate_file(PHOTOGRAPHS)), lines=())
         description = "scikit-learn's photographs"
-    crops = torch.cat([model.crops(batch) for batch in model.decode(islice(sources, count))])
+    found = [model.crops(batch) for batch in model.decode(islice(sources, count))]
+    crops = torch.cat(found) if found else torch.empty(0)
     if not len(crops):
         raise ValueError(f"none of the first {count} images of {description} can be read")
     return Images(crops, f"{len(crops)} {'image' if len(crops) == 1 else 'images'} of {description}")

@@ -71,10 +71,11 @@ def earlier_files(folder: Path, described: Mapping[str, object]) -> tuple[dict[s
         record = json.loads((folder / RECORD).read_text())
         files = dict(record["files"])
         is_same = all(record[name] == described[name] for name in DECIDING)
+        digests = {name: str(values["sha256"]) for name, values in files.items()}
     except (OSError, ValueError, KeyError, TypeError):
         return {}, []
     present = {name: values for name, values in files.items() if (folder / name).is_file()}
-    kept = {name: one for name, one in present.items() if is_same and one["sha256"] == digest(folder / name)}
+    kept = {name: one for name, one in present.items() if is_same and digests[name] == digest(folder / name)}
     return kept, [name for name in present if name not in kept]
 
 

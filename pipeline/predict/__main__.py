@@ -27,23 +27,25 @@ VERB = Verb(
     text_keys=("run", "input", "out", "runs", "device"),
 )
 UNREADABLE = 2  # exit code
+MOST = 65_536  # images of a batch, classes of a row
 
 
 def main(config: DictConfig) -> None:
     """Write a row for each image; exit with code 2 if some could not be read."""
     for name in ("top", "batch_size"):
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise ConfigError(f"{name}={config[name]} must be an integer of at least 1")
+        if not isinstance(config[name], int) or not 1 <= config[name] <= MOST:
+            raise ConfigError(f"{name}={config[name]} must be an integer from 1 to {MOST:,}")
     with fast_imports():
         from rich.console import Console
         from rich.progress import track
 
         from data.shards.inputs import find_images, ignored_suffixes
+        from pipeline.build.memory import memory_errors
         from pipeline.predict.rows import check_output, row_writer
         from pipeline.runs.trained import load_model
 
     console, out = Console(stderr=True), None if config.out is None else Path(str(config.out))
-    check_output(out)
+    check_output(out, source=Path(str(config.input)))
     model = load_model(str(config.run), runs=str(config.runs), device=config.device, trust=bool(config.trust))
     sources = find_images(str(config.input), lines=sys.stdin)
     console.print(_describe(model), highlight=False, markup=False, soft_wrap=True)
@@ -53,7 +55,7 @@ def main(config: DictConfig) -> None:
     if model.run.unfinished:
         console.print(model.run.unfinished, highlight=False, markup=False, soft_wrap=True)
     count, unreadable, start = 0, 0, time.perf_counter()
-    with row_writer(out, top=min(config.top, len(model.classes))) as write:
+    with memory_errors(config.batch_size), row_writer(out, top=min(config.top, len(model.classes))) as write:
         predictions = model.predict_sources(sources, batch_size=config.batch_size)
         for prediction in track(predictions, "images", console=console, transient=True, disable=out is None):
             write(prediction)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,34 +31,53 @@ SCHEMA = pa.schema(
 Write = Callable[[Prediction], None]
 
 
-def check_output(out: Path | None) -> None:
-    """Raise ConfigError for a suffix that names no format, or a folder that does not exist."""
+def check_output(out: Path | None, *, source: Path) -> None:
+    """Raise ConfigError for a suffix that names no format, a folder that does not exist, or the file that is read."""
     if out is not None and out.suffix not in SUFFIXES:
         raise ConfigError(f"out={out} must end in {', '.join(SUFFIXES)}")
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"out={out}: there is no folder {out.parent}")
+    if out is not None and (out.is_dir() or (out.exists() and source.exists() and out.samefile(source))):
+        raise ConfigError(f"out={out} is {'a folder' if out.is_dir() else 'the input'}: give another file")
 
 
 @contextmanager
 def row_writer(out: Path | None, *, top: int) -> Iterator[Write]:
-    """Yield a function that writes a prediction with its `top` classes; None writes CSV to standard output."""
+    """Yield a function that writes a prediction with its `top` classes; None writes CSV to standard output.
+
+    A file appears at the end, complete; after an error there is none, and an earlier one stays.
+    """
     if out is None:
         yield _csv_writer(sys.stdout, top=top)
-    elif out.suffix == ".parquet":
-        with pq.ParquetWriter(out, SCHEMA) as writer:
-            rows: list[dict[str, object]] = []
-
-            def write(prediction: Prediction) -> None:
-                rows.append(_row(prediction, top=top))
-                if len(rows) == ROWS_AT_ONCE:
-                    writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-                    rows.clear()
-
-            yield write
-            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
     else:
-        with out.open("w", encoding="utf-8", newline="") as file:
-            yield _csv_writer(file, top=top) if out.suffix == ".csv" else _json_writer(file, top=top)
+        partial = out.with_name(f".{out.name}.{os.getpid()}")
+        try:
+            with (_parquet_writer if out.suffix == ".parquet" else _text_writer)(partial, out.suffix, top=top) as write:
+                yield write
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _parquet_writer(path: Path, _: str, *, top: int) -> Iterator[Write]:
+    with pq.ParquetWriter(path, SCHEMA) as writer:
+        rows: list[dict[str, object]] = []
+
+        def write(prediction: Prediction) -> None:
+            rows.append(_row(prediction, top=top))
+            if len(rows) == ROWS_AT_ONCE:
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                rows.clear()
+
+        yield write
+        writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+
+
+@contextmanager
+def _text_writer(path: Path, suffix: str, *, top: int) -> Iterator[Write]:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        yield _csv_writer(file, top=top) if suffix == ".csv" else _json_writer(file, top=top)
 
 
 def _csv_writer(file: TextIO, *, top: int) -> Write:

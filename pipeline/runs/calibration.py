@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,11 +47,13 @@ def read_calibration(file: Path, *, weights_sha256: str) -> Calibration:
         values = json.loads(file.read_text())
         of_weights = values.pop("weights_sha256")
         calibration = Calibration(**values)
-        valid = calibration.temperature > 0
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged ({error}): evaluate the run again") from error
+        valid = 0 < calibration.temperature < math.inf and all(
+            one is None or 0 <= one <= 1 for one in (calibration.threshold, calibration.precision)
+        )
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it, and evaluate the run again") from error
     if not valid:
-        raise ValueError(f"{file} has temperature {calibration.temperature}: evaluate the run again")
+        raise ValueError(f"{file} has impossible values: remove it, and evaluate the run again")
     return calibration if of_weights == weights_sha256 else Calibration()
 
 

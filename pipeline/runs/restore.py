@@ -1,9 +1,9 @@
 """From a run's folder back to its network, recipe, data set and weights, for every verb that works on a run."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from data.shards.dataset import Dataset
@@ -27,7 +27,8 @@ class RestoredRun(RecordedConfig):
             if not path.is_file():
                 raise FileNotFoundError(f"run={folder} is not a run: it has no {path.name}")
         super().__init__(self.run.config_file, trust=trust)
-        self.precision: str = json.loads(self.run.fingerprint_file.read_text())["precision"]
+        self._fingerprint = self.run.fingerprint()
+        self.precision = str(self._fingerprint.get("precision"))
 
     @cached_property  # a training may write its first best weights meanwhile
     def weights_file(self) -> Path:
@@ -47,7 +48,7 @@ class RestoredRun(RecordedConfig):
 
     def changed_splits(self, dataset: Dataset) -> list[str]:
         """Return the splits with which the run began that have other samples, or are missing."""
-        recorded, current = json.loads(self.run.fingerprint_file.read_text()), digests(dataset)
+        recorded, current = self._fingerprint, digests(dataset)
         changed = [name for name in recorded if name.startswith(DIGEST_OF) and recorded[name] != current.get(name)]
         return [name.removeprefix(DIGEST_OF) for name in changed]
 
@@ -56,10 +57,12 @@ class RestoredRun(RecordedConfig):
 
         Raises: FileNotFoundError, ValueError.
         """
-        sha256 = digest(self.weights_file)
-        while True:
+        sha256, before = digest(self.weights_file), ""
+        while sha256 != before:  # else a training has replaced the file meanwhile
             net = self.build_network()
             load_weights(net, self.weights_file, norm_eps=self.norm_eps)
             before, sha256 = sha256, digest(self.weights_file)
-            if sha256 == before:  # else a training has replaced the file meanwhile
-                return net, sha256
+        for name, tensor in net.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{self.weights_file}: {name} has NaN or infinite values: its training has diverged")
+        return net, sha256

@@ -54,7 +54,7 @@ class Run:
         """The decoder of an unfinished run, None before its first checkpoint."""
         if self.last_checkpoint is None or not self.fingerprint_file.is_file():
             return None
-        return recorded_decoder(self._fingerprint())
+        return recorded_decoder(self.fingerprint())
 
     @property
     def is_locked(self) -> bool:
@@ -64,6 +64,8 @@ class Run:
                 return False
         except Timeout:
             return True
+        except OSError:  # a folder that cannot be written to, where nothing trains
+            return False
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -92,14 +94,15 @@ class Run:
         path = self.fingerprint_file
         if not path.is_file():
             raise ValueError(f"{path} is missing, so the checkpoints cannot be matched with a config: add name=NAME")
-        check_unchanged(self._fingerprint(), fingerprint, run=self.folder)
+        check_unchanged(self.fingerprint(), fingerprint, run=self.folder)
 
-    def _fingerprint(self) -> Fingerprint:
+    def fingerprint(self) -> Fingerprint:
         """Read the fingerprint. Raises: ValueError where it is damaged."""
         try:
             found = json.loads(self.fingerprint_file.read_text())
             recorded_decoder(found)
-        except (ValueError, TypeError, AttributeError) as error:
+            found["precision"]
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{self.fingerprint_file} is damaged ({error}): add name=NAME for a new run") from error
         return dict(found)
 

@@ -148,11 +148,14 @@ class TrainedModel:
     def _predictions(self, batch: DecodedBatch) -> Iterator[Prediction]:
         found = iter(())
         if len(batch.images):
-            found = iter(self.probabilities.of_normalised(batch.images.to(self.device)).cpu())
+            probabilities = self.probabilities.of_normalised(batch.images.to(self.device)).cpu()
+            if not torch.isfinite(probabilities).all():
+                raise ValueError(f"{self.run.weights_file} gives NaN: its training has diverged")
+            found = iter(probabilities)
         for name, error in zip(batch.names, batch.errors, strict=True):
-            probabilities = None if error else next(found)
-            is_unsure = probabilities is not None and self.calibration.is_unsure(float(probabilities.max()))
-            yield Prediction(name, self.classes, probabilities, error, is_unsure)
+            answer = None if error else next(found)
+            is_unsure = answer is not None and self.calibration.is_unsure(float(answer.max()))
+            yield Prediction(name, self.classes, answer, error, is_unsure)
 
 
 def load_model(
@@ -175,7 +178,7 @@ def _device(name: str | torch.device) -> torch.device:
     """Return a device that this machine has. Raises: ValueError."""
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={name} is not cpu, cuda or cuda:NUMBER") from error
     if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
         raise ValueError(f"device={name} is not on this machine: leave it out, or give cpu")

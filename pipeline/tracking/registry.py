@@ -57,11 +57,12 @@ def register(
     """
     tracker.prepare_environment()
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         with redirect_stderr(StringIO()):  # MLflow prints the versions that it creates
             return _register(exported, name, alias=alias, run=run, tracker=tracker)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         raise RegistryError(f"register={name}: {tracker.uri} does not accept the model: {first_line(error)}") from error
 
 

@@ -2,13 +2,11 @@
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
@@ -17,8 +15,9 @@ from data.loading.datamodule import ShardData
 from models.arguments import require
 from models.learning.evaluation import TOP5
 from pipeline.build.choice import Choice
+from pipeline.build.memory import lacking_memory
 from pipeline.cli.console import is_main_process, main_console, print_facts
-from pipeline.cli.errors import config_keys_in_errors
+from pipeline.cli.errors import INTERRUPTED, config_keys_in_errors
 from pipeline.runs.checkpoint import AtomicCheckpointIO, BestCheckpoint, saved_step
 from pipeline.runs.fingerprint import fingerprint
 from pipeline.train.compiling import CompileNetwork
@@ -29,8 +28,8 @@ from pipeline.train.seeding import SeedEachBatch
 from pipeline.train.stopping import StopTogether
 from pipeline.train.summary import outcome, print_missing, run_header, run_result
 
-# The shell's exit codes for SIGTERM and Ctrl-C; schedulers tell a preempted job from a finished one by the first.
-TERMINATED, INTERRUPTED = 128 + 15, 128 + 2
+# The shell's exit code for SIGTERM, by which schedulers tell a preempted job from a finished one.
+TERMINATED = 128 + 15
 
 
 def prepare_process(seed: int) -> None:
@@ -166,18 +165,10 @@ def fit(job: Job, trainer: pl.Trainer) -> None:
         main_console().print(f"stopped: the same command {resume}", highlight=False)
         raise SystemExit(TERMINATED if isinstance(error, SIGTERMException) else INTERRUPTED) from error
     except (RuntimeError, MemoryError) as error:
-        memory = _lacking_memory(error)
+        memory = lacking_memory(error)
         if memory is None:
             raise
         raise ValueError(
             f"a batch of {job.data.settings.batch_size} images does not fit into {memory}: "
             "lower data.batch_size, and raise recipe.accumulate by the same factor to keep the global batch"
         ) from error
-
-
-def _lacking_memory(error: RuntimeError | MemoryError) -> str | None:
-    """Return which memory was too small, None where none was."""
-    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error):
-        return "the GPU's memory, with DALI's pools"
-    is_host = isinstance(error, MemoryError) or re.search("DefaultCPUAllocator|std::bad_alloc", str(error))
-    return "the memory of this machine" if is_host else None

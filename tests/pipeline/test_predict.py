@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,10 @@ import torch
 
 from data.shards.inputs import file_source
 from pipeline import load
+from pipeline.predict import __main__ as verb
 from pipeline.runs.calibration import Calibration
-from tests.support.commands import FinishedRun, run_module
+from pipeline.runs.trained import TrainedModel
+from tests.support.commands import FinishedRun, call_verb, run_module
 from tests.support.images import make_folder
 from tests.support.paths import ROOT
 
@@ -120,13 +124,24 @@ def test_crops_are_the_same_as_files(main_job: FinishedRun, photos: Path) -> Non
         (("run=nothing", "input=."), "error: run=nothing does not exist, and runs has no runs: give the folder of one"),
         (("run=latest", "input=.", "out=a.xlsx"), "error: out=a.xlsx must end in .csv, .jsonl, .parquet"),
         (("run=latest", "input=.", "out=none/a.csv"), "error: out=none/a.csv: there is no folder none"),
-        (("run=latest", "input=.", "top=0"), "error: top=0 must be an integer of at least 1"),
+        (("run=latest", "input=.", "top=0"), "error: top=0 must be an integer from 1 to 65,536"),
         (("run=latest",), "error: input has no default: add input=VALUE"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
     answer = run_module(tmp_path, "pipeline.predict", *words)
     assert (answer.returncode, answer.stderr) == (1, message + "\n")
+
+
+def test_a_batch_that_memory_cannot_hold_is_one_sentence(
+    main_job: FinishedRun, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(TrainedModel, "decode", decode)
+    with pytest.raises(ValueError, match=r"^a batch of 64 images does not fit into the memory of this machine: lower"):
+        call_verb(verb.VERB, verb.main, [f"run={main_job.folder}", f"input={photos}"])
 
 
 def test_a_place_without_images_is_one_sentence(main_job: FinishedRun) -> None:
@@ -155,3 +170,45 @@ def test_a_model_names_what_it_cannot_take(main_job: FinishedRun, photos: Path) 
     for wrong in (crops.astype(np.float32), crops[0], crops[:, :8], crops.transpose(0, 3, 1, 2)):
         with pytest.raises(ValueError, match=r"^images are torch.* not torch.uint8 \(N, 16, 16, 3\)$"):
             model(wrong)
+
+
+def test_a_file_appears_complete_or_not_at_all(main_job: FinishedRun, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.csv"
+    out.write_text("earlier\n")
+    damaged = shutil.copytree(main_job.folder, tmp_path / "damaged", ignore=shutil.ignore_patterns("evaluation"))
+    file = damaged / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["state_dict"] = {name: value * 1e37 for name, value in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, file)
+    answer = run_module(tmp_path, "pipeline.predict", "run=damaged", f"input={photos}", f"out={out}")
+    assert answer.returncode == 1
+    assert "damaged/checkpoints/best.ckpt gives NaN: its training has diverged" in answer.stderr
+    assert out.read_text() == "earlier\n"
+    answer = run_module(tmp_path, "pipeline.predict", f"run={main_job.folder}", f"input={out}", f"out={out}")
+    assert answer.stderr == f"error: out={out} is the input: give another file\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.csv", "damaged"]
+
+
+def test_names_that_are_no_text_and_damaged_tars_are_rows(main_job: FinishedRun, photos: Path, tmp_path: Path) -> None:
+    content = (photos / "class1" / "00.jpg").read_bytes()
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(content)
+    (folder / "gone.jpg").symlink_to("nowhere")
+    with tarfile.open(folder / "b.tar", "w") as tar:
+        for name in ("0.jpg", "1.jpg", "2.jpg"):
+            tar.add(photos / "class1" / f"0{name}", name)
+    bytes_of_tar = bytearray((folder / "b.tar").read_bytes())
+    bytes_of_tar[bytes_of_tar.index(b"1.jpg\0")] ^= 1  # the checksum of its header is wrong now
+    (folder / "b.tar").write_bytes(bytes_of_tar)
+    (folder / "c.tar").write_bytes(gzip.compress(bytes(bytes_of_tar)))
+    for suffix in ("csv", "jsonl", "parquet"):
+        words = (f"run={main_job.folder}", "input=mixed", f"out=out.{suffix}", "top=1")
+        answer = run_module(tmp_path, "pipeline.predict", *words)
+        assert answer.returncode == 2, answer.stderr
+    rows = {row["path"]: row for row in pq.read_table(tmp_path / "out.parquet").to_pylist()}
+    assert list(rows) == ["mixed/b.tar/0.jpg", "mixed/b.tar", "mixed/c.tar", "mixed/caf\\xe9.jpg", "mixed/gone.jpg"]
+    assert [row["error"] is None for row in rows.values()] == [True, False, False, True, False]
+    assert rows["mixed/b.tar"]["error"].startswith("the tar is damaged, or compressed: ")
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == list(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -250,3 +251,13 @@ def test_anything_else_is_rejected_by_name(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(ValueError, match="not the manifest"):
         open_dataset(tmp_path)
+
+
+def test_a_listed_tar_that_is_missing_is_named(photographs: Dataset, tmp_path: Path) -> None:
+    root = shutil.copytree(photographs.root, tmp_path / "packed")
+    first = next(iter(photographs.splits["train"].shards)).file
+    (root / first).rename(root / "elsewhere")
+    before = (root / "dataset.json").read_bytes()
+    with pytest.raises(ValueError, match=rf"^root={root} lacks {first}, which its dataset.json lists: put it back, or"):
+        open_dataset(root)
+    assert (root / "dataset.json").read_bytes() == before

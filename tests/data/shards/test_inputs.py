@@ -55,6 +55,7 @@ def test_images_in_tars_are_read_in_place(photos: Path) -> None:
     ("text", "message"),
     [
         ("nowhere", "^input=nowhere does not exist$"),
+        ("", "^input= is empty: give a file, a folder or a pattern$"),
         ("photos/*.gif", r"^input=photos/\*\.gif matches nothing$"),
         ("empty", "^input=empty has no image: jpg, jpeg, png, webp, or tars of them$"),
     ],

@@ -81,8 +81,9 @@ def test_missing_data_are_packed_again_or_asked_for(evaluate: Typed, root: Path)
 
 def test_a_missing_split_is_named(evaluate: Typed, root: Path) -> None:
     (root / "datasets" / "digits" / "val-000000.tar").unlink()
-    with pytest.raises(ValueError, match=r"^datasets/digits has changed since mine began \(split val\)"):
-        evaluate()
+    for words in ((), ("data=datasets/digits",)):
+        with pytest.raises(ValueError, match=r"=datasets/digits lacks val-000000.tar, which its dataset.json lists"):
+            evaluate(*words)
 
 
 def test_a_threshold_has_one_precision(evaluate: Typed, root: Path) -> None:
@@ -102,15 +103,17 @@ def test_the_run_that_was_not_found_is_named_as_it_was_typed(evaluate: Typed) ->
         evaluate("versus=mint")
 
 
-@pytest.mark.parametrize("what", ["weights", "image"])
+@pytest.mark.parametrize("what", ["weights", "image", "name"])
 def test_all_ranks_end_with_one_sentence(root: Path, photographs: Dataset, what: str) -> None:
     run, words = root / "runs" / "mine", ("run=mine", "mlflow=false", "batch_size=50")
     if what == "weights":
         import torch
 
         checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
-        checkpoint["state_dict"] = {name: value * float("nan") for name, value in checkpoint["state_dict"].items()}
+        checkpoint["state_dict"] = {name: value * 1e37 for name, value in checkpoint["state_dict"].items()}
         torch.save(checkpoint, run / "checkpoints" / "best.ckpt")
+    elif what == "name":
+        words = ("run=mint",)
     else:
         tar = root / "datasets" / "digits" / "val-000000.tar"
         content = bytearray(tar.read_bytes())
@@ -123,7 +126,8 @@ def test_all_ranks_end_with_one_sentence(root: Path, photographs: Dataset, what:
     assert answer.returncode == 1
     errors = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, answer.stderr
-    assert ("gives NaN for 359 of 359 images" if what == "weights" else "val-000000.tar") in errors[0]
+    texts = {"weights": "gives NaN for 359 of 359 images", "image": "val-000000.tar", "name": "did you mean mine?"}
+    assert texts[what] in errors[0]
     assert not (run / "evaluation").exists()
 
 

@@ -26,6 +26,7 @@ from tests.support.commands import Typed
         (("run=fitted", "format=safetensors", "names=timm"), "names=timm: timm has no network lenet5"),
         (("run=fitted", "image_size=40"), "image_size=40 does not suit lenet5, built for 32 pixels: "),
         (("run=fitted", "input=nowhere"), "input=nowhere does not exist"),
+        (("run=fitted", "format=onnx", "opset=99"), "opset=99 cannot be written, torch wrote 18: give a number from"),
     ],
 )
 def test_a_mistake_is_one_sentence(export: Typed, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
@@ -58,3 +59,27 @@ def test_a_target_from_elsewhere_needs_trust(export: Typed, fitted_root: Path, t
     config.write_text(text.replace("models.sequential.lenet", "os.system"))
     with pytest.raises(ValueError, match=r"model\._target_=os\.system is outside .*: add trust=true"):
         export(f"run={folder}")
+
+
+def test_a_failure_leaves_nothing_new(export: Typed, tmp_path: Path) -> None:
+    (tmp_path / "out" / "model.onnx").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"out/model\.onnx is a folder: remove it, or add out=FOLDER$"):
+        export("run=fitted", f"out={tmp_path / 'out'}")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]
+    with pytest.raises(SystemExit):
+        export(
+            "run=fitted", f"out={tmp_path / 'new'}", "tolerance.float32=0", "precision=float16", "tolerance.float16=0"
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_other_weights_and_changed_data_leave_the_best_alone(export: Typed, fitted_root: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(fitted_root / "runs" / "fitted", tmp_path / "copied", ignore=shutil.ignore_patterns("export"))
+    export(f"run={run / 'checkpoints' / 'last.ckpt'}", "format=safetensors", "compare_images=2")
+    assert (run / "export" / "last" / "model.json").is_file()
+    assert not (run / "export" / "model.json").exists()
+    record = run / "fingerprint.json"
+    record.write_text(record.read_text().replace('"digest of val": "', '"digest of val": "0'))
+    printed = export(f"run={run}", "format=safetensors", "precision=float16")
+    assert "of scikit-learn's photographs" in printed
+    assert "top-1" not in printed

@@ -64,7 +64,7 @@ def test_another_export_is_the_next_version(registered: str, export: Typed, fitt
     assert client.get_model_version_by_alias(NAME, "champion").version == before.version
     assert client.get_model_version_by_alias(NAME, "challenger").version == before.version + 1
     assert f", challenger moved there from version {int(before.version) + 1}" in export(*words, "alias=challenger")
-    assert "moved" not in export(*words, "alias=")
+    assert "moved" not in export(*words, "alias=none")
 
 
 def test_a_registry_that_is_away_is_one_sentence(

@@ -23,9 +23,22 @@ def test_answers_below_the_threshold_are_unsure() -> None:
     assert not Calibration().is_unsure(0.1)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weights_sha256": "", "temperature": -1}', '{"heat": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weights_sha256": "", "temperature": -1}',
+        '{"heat": 1}',
+        '{"weights_sha256": "one", "temperature": Infinity}',
+        '{"weights_sha256": "one", "threshold": 5}',
+        '{"weights_sha256": "one", "threshold": "0.5"}',
+        "[" * 100_000,
+    ],
+)
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "calibration.json"
     file.write_text(text)
-    with pytest.raises(ValueError, match=r"calibration.json .*: evaluate the run again"):
+    with pytest.raises(ValueError, match=r"calibration.json .*: remove it, and evaluate the run again"):
         read_calibration(file, weights_sha256="one")
