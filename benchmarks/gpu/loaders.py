@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu import samples
 from data.loading.crops import EvaluationCrop, TrainingCrop
-from data.loading.decoder import DecodeSettings, GpuDecoder, hardware_load_of
+from data.loading.decoder import DecodeSettings, GpuDecoder, choose_hardware_load
 from data.loading.loader import TrainingLoader
 from data.loading.order import TrainingPlan
 from data.loading.probe import Probe, choose_gpu_decoder
@@ -45,7 +45,7 @@ def make_probe(
 def find_decoder(device: torch.device) -> GpuDecoder | None:
     """The first GPU decoder that works, None for the CPU; the processes of the checks inherit the first answer."""
     if DECODER_VARIABLE not in os.environ:
-        decoder = GpuDecoder(hardware_load=hardware_load_of(torch.cuda.get_device_capability(device)))
+        decoder = GpuDecoder(hardware_load=choose_hardware_load(torch.cuda.get_device_capability(device)))
         choice = choose_gpu_decoder(make_probe(samples.jpegs(32), device, decoder=decoder))
         os.environ[DECODER_VARIABLE] = json.dumps(None if choice.decoder is None else vars(choice.decoder))
     known = json.loads(os.environ[DECODER_VARIABLE])

@@ -8,7 +8,7 @@ import torch
 
 from data.arguments import require
 from data.loading.crops import CropPolicy
-from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder, hardware_load_of
+from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder, choose_hardware_load
 from data.loading.loader import Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, TrainingPlan
 from data.loading.probe import Probe, choose_gpu_decoder
@@ -167,7 +167,7 @@ class ShardData(pl.LightningDataModule):
         """The first training batch, for a GPU's decoder."""
         load = self.settings.hw_decoder_load
         if load is None:
-            load = hardware_load_of(torch.cuda.get_device_capability(device))
+            load = choose_hardware_load(torch.cuda.get_device_capability(device))
         decode = replace(self._settings_on(device, num_devices=1), gpu_decoder=GpuDecoder(hardware_load=load))
         index, crop, plan = self.training_index, self.training_crop, self.training_plan(0, 1)
         loader = TrainingLoader(index, self._storage, plan=plan, crop=crop, decode=decode, seed=self.settings.seed)

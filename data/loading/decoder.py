@@ -22,7 +22,7 @@ class GpuDecoder:
         return f"GPU, {scope}, at most {self.hardware_load:.0%} by its hardware decoder"
 
 
-def hardware_load_of(capability: tuple[int, int]) -> float:
+def choose_hardware_load(capability: tuple[int, int]) -> float:
     """Choose the hardware decoder's share for a GPU of this compute capability.
 
     Hopper's decoder (9.0) has 7 engines and keeps pace with training alone, for half of the CPU time

@@ -53,7 +53,11 @@ def build_pipeline(
             source=source, num_outputs=6 if crop.has_margin else 4, batch=True, no_copy=True
         )
         # Headers first: now and then the process ends by SIGSEGV if it is a decoder that meets one it cannot parse.
-        anchor += 0 * fn.peek_image_shape(encoded, dtype=types.DALIDataType.INT32)[0]
+        zero = 0 * fn.peek_image_shape(encoded, dtype=types.DALIDataType.INT32)[0]
+        if decode.gpu_decoder is None or decode.gpu_decoder.regions:
+            anchor += zero  # the decoder waits for it
+        else:
+            encoded += fn.cast(zero, dtype=types.DALIDataType.UINT8)
         decoded = decode_crops(encoded, (anchor, shape), decoder=decode.gpu_decoder)
         if resizer == "torch":
             resize = _TorchResize(batch_size, crop.image_size, threads=decode.threads)
@@ -63,7 +67,7 @@ def build_pipeline(
             part = dict(zip(("roi_start", "roi_end"), region, strict=False))  # empty without a margin
             resized = fn.resize(decoded, size=size, interp_type=linear, antialias=True, **part)
         if decode.crops_only:
-            pipeline.set_outputs(mirrored(resized, mirror, on_gpu=decode.graph_device is not None))
+            pipeline.set_outputs(mirror_images(resized, mirror, on_gpu=decode.graph_device is not None))
         else:
             pipeline.set_outputs(_normalize(resized, mirror, decode=decode))
     pipeline.build()
@@ -83,7 +87,7 @@ def decode_crops(encoded: DataNode, rectangle: tuple[DataNode, DataNode], *, dec
     return fn.slice(fn.decoders.image(encoded, **options), *rectangle, axis_names="HW")
 
 
-def mirrored(images: DataNode, mirror: DataNode, *, on_gpu: bool) -> DataNode:
+def mirror_images(images: DataNode, mirror: DataNode, *, on_gpu: bool) -> DataNode:
     """Mirror the images whose `mirror` is 1: uint8 (H, W, 3), unchanged but for the order of their columns."""
     if not on_gpu:
         return fn.flip(images, horizontal=mirror)
@@ -141,7 +145,10 @@ class _TorchResize:
 
 
 def can_decode(encoded: NDArray[np.uint8], *, reach: tuple[int, int]) -> bool:
-    """Whether the CPU decodes an image completely, to at least `reach` rows and columns."""
+    """Whether the CPU decodes an image completely, to at least `reach` rows and columns.
+
+    One at a time: with others, a decoder that meets a damaged header can end the process.
+    """
     with Pipeline(batch_size=1, num_threads=1, device_id=None) as pipeline:
         source = fn.external_source(source=lambda: [encoded], batch=True)
         pipeline.set_outputs(fn.decoders.image(source, device="cpu", output_type=types.DALIImageType.RGB))

@@ -53,7 +53,8 @@ class Split:
 class Dataset:
     """A manifest; `root` is the folder of the tars, `folder` that of manifest and indexes, usually the same.
 
-    `mean` and `std` are those of the training pixels, red, green and blue, as fractions of 255.
+    `mean` and `std` are those of the training pixels, or of all without a split train: red, green and blue as
+    fractions of 255.
     """
 
     root: Path

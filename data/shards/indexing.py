@@ -31,12 +31,12 @@ def open_dataset(
     """Open a data set; index the tars first, in one process, if they have no manifest or have changed.
 
     `folder` is for manifest and indexes, by default `root`. Also returns the samples that indexing has just skipped.
-    Raises: ValueError when this is not a data set, a tar is damaged, or `folder` cannot be written to.
+    Raises: ValueError when this is not a data set, a tar is damaged or missing, or `folder` cannot be written to.
     """
     folder = folder or root
     require(root.is_dir(), "is not a folder: give the one that contains the tars", root=root)
-    tars = _find_tars(root)
     _check_complete(root, folder)
+    tars = _find_tars(root)
     current = partial(_current_dataset, root, folder, tars=tars, label_field=label_field)
     if dataset := current():
         return dataset, []
@@ -78,8 +78,8 @@ def _check_complete(root: Path, folder: Path) -> None:
     missing = [file for file in listed if not (root / file).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        advice = f"put it back, or remove {MANIFEST}, with the names of the classes, to index the rest"
-        raise ArgumentError(("root", root), f" lacks {missing[0]}{more}, which its {MANIFEST} lists: {advice}")
+        advice = "restore it, or remove that file to index the remaining tars (class names in it are lost)"
+        raise ArgumentError(("root", root), f" lacks {missing[0]}{more}, listed in {folder / MANIFEST}: {advice}")
 
 
 def _current_dataset(root: Path, folder: Path, *, tars: dict[str, list[str]], label_field: str) -> Dataset | None:

@@ -42,16 +42,19 @@ def find_images(text: str, *, lines: Iterable[str]) -> Iterator[Source]:
         found = sorted(one for one in path.rglob("*") if _is_image(one.name) or one.suffix == ".tar")
     else:
         found = sorted(map(Path, glob.glob(text, recursive=True)))
+        found = [one for one in found if one.is_file() or one.is_symlink()]
         rule = "matches nothing" if glob.has_magic(text) else "does not exist"
         require(bool(found), rule, input=text)
     require(bool(found), f"has no image: {', '.join(SUFFIXES)}, or tars of them", input=text)
-    return (source for one in found if not one.is_dir() for source in _of_file(one))
+    return (source for one in found if one.is_file() or one.is_symlink() for source in _of_file(one))
 
 
-def ignored_suffixes(folder: Path) -> Counter[str]:
+def count_ignored_files(folder: Path) -> Counter[str]:
     """Count the files that `find_images` leaves out, by suffix; none where this is not a folder."""
     files = (one for one in folder.rglob("*") if one.is_file()) if folder.is_dir() else ()
-    return Counter(one.suffix or "suffixless" for one in files if not _is_image(one.name) and one.suffix != ".tar")
+    return Counter(
+        one.suffix.lower() or "suffixless" for one in files if not _is_image(one.name) and one.suffix != ".tar"
+    )
 
 
 def split_sources(dataset: Dataset, split: str, *, limit: int | None = None) -> list[tuple[Source, int]]:
@@ -77,10 +80,10 @@ def _of_file(path: Path) -> Iterator[Source]:
 
 def file_source(path: str | Path) -> Source:
     """Return an image file that has not been read yet."""
-    return Source(_printable(path), Path(path).read_bytes)
+    return Source(_escape_path(path), Path(path).read_bytes)
 
 
-def _printable(path: str | Path) -> str:
+def _escape_path(path: str | Path) -> str:
     """A path with escapes for bytes that are no text."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -91,12 +94,14 @@ def _of_tar(path: Path) -> Iterator[Source]:
             for member in read_members(stream):
                 if member.isfile() and _is_image(member.name):
                     read = partial(_read_part, path, offset=member.offset_data, size=member.size)
-                    yield Source(_printable(f"{path}/{member.name}"), read)
-    except (OSError, tarfile.TarError) as error:
-        yield Source(_printable(path), partial(_raise, ValueError(f"the tar is damaged, or compressed: {error}")))
+                    yield Source(_escape_path(f"{path}/{member.name}"), read)
+    except OSError as error:
+        yield Source(_escape_path(path), partial(_raise, error))
+    except tarfile.TarError as error:
+        yield Source(_escape_path(path), partial(_raise, ValueError(f"the tar is damaged, or compressed: {error}")))
 
 
-def _raise(error: ValueError) -> bytes:
+def _raise(error: OSError | ValueError) -> bytes:
     raise error
 
 

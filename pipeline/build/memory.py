@@ -1,4 +1,4 @@
-"""Errors for want of memory, as a sentence."""
+"""Out-of-memory errors as one sentence."""
 
 import re
 from collections.abc import Iterator
@@ -6,11 +6,13 @@ from contextlib import contextmanager
 
 import torch
 
+GPU_MEMORY = "the GPU's memory"
 
-def lacking_memory(error: RuntimeError | MemoryError) -> str | None:
+
+def exhausted_memory(error: RuntimeError | MemoryError) -> str | None:
     """Return which memory was too small, None where none was."""
     if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error):
-        return "the GPU's memory, with DALI's pools"
+        return GPU_MEMORY
     is_host = isinstance(error, MemoryError) or re.search("DefaultCPUAllocator|std::bad_alloc", str(error))
     return "the memory of this machine" if is_host else None
 
@@ -21,7 +23,7 @@ def memory_errors(batch_size: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        memory = lacking_memory(error)
+        memory = exhausted_memory(error)
         if memory is None:
             raise
         raise ValueError(f"a batch of {batch_size:,} images does not fit into {memory}: lower batch_size") from error

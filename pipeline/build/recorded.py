@@ -44,7 +44,7 @@ class RecordedConfig:
             config = OmegaConf.load(path)
         except (YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-        if not isinstance(config, DictConfig) or not {"model", "recipe", "data", "augment"} <= config.keys():
+        if not isinstance(config, DictConfig) or not {"model", "data"} <= config.keys():
             raise ValueError(f"{path} is not the config of a training")
         self._config = OmegaConf.masked_copy(config, ["model", "recipe", "data", "augment", "dataset", "tracking"])
         if not trust:

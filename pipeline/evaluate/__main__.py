@@ -35,12 +35,11 @@ def main(config: DictConfig) -> None:
     """Print the metrics, and write a page, JSON and a table of predictions."""
     check_values(config)
     with fast_imports():
-        from pipeline.build.memory import memory_errors
         from pipeline.evaluate.job import build_job
         from pipeline.evaluate.ranks import joined_ranks
 
-    with joined_ranks() as ranks, memory_errors(config.batch_size):
-        job = ranks.together(lambda: build_job(config, ranks))
+    with joined_ranks() as ranks:
+        job = ranks.run_on_all(lambda: build_job(config, ranks))
         found = job.evaluate()
     if found is not None:
         evaluation, crop = found
@@ -60,7 +59,7 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
     index = job.dataset.index(job.split)
     files = write_evaluation(evaluation, subject, folder=folder, index=index, shards=job.dataset.root)
     sha256 = job.model.weights_sha256
-    is_best = run.weights_file == run.run.best_checkpoint and digest(run.weights_file) == sha256
+    is_best = run.is_best and digest(run.weights_file) == sha256
     console = main_console()
     if job.is_own and config.size is None and is_best:
         try:
@@ -88,9 +87,8 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
 
 def default_folder(config: DictConfig, job: EvaluationJob) -> str:
     """Return the name of the folder: the split, then options that differ from their defaults."""
-    weights = job.model.run.weights_file
-    is_best = weights == job.model.run.run.best_checkpoint
-    parts = [job.split] if is_best else [job.split, weights.stem]
+    run = job.model.run
+    parts = [job.split] if run.is_best else [job.split, run.weights_file.stem]
     parts += [] if job.is_own else [Path(job.dataset.name).name]  # a name could be a path
     parts += [f"size-{config.size}"] if config.size is not None else []
     parts += [f"versus-{job.other.run.run.name}"] if job.other is not None else []

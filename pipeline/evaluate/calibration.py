@@ -12,7 +12,6 @@ from pipeline.evaluate.metrics import Answers, Floats
 
 BINS = 15  # as Guo et al. 2017
 TEMPERATURES = (0.05, 20.0)
-EDGE = 1e-3  # of the logarithm of a temperature
 
 
 class Reliability(NamedTuple):
@@ -44,16 +43,16 @@ def reliability(answers: Answers, *, bins: int = BINS) -> Reliability:
 def fit_temperature(answers: Answers) -> float:
     """Return the temperature that minimises the cross-entropy (Guo et al. 2017, section 4.2).
 
-    It is 1 where there is no such temperature: without a mistake, say, a lower one is always better.
+    It is 1 without a mistake, where a lower one would always be better.
     """
+    if answers.is_among_top(1).all():
+        return 1.0
 
     def loss(log_temperature: float) -> float:
         scaled = log_softmax(answers.log_probabilities / np.exp(log_temperature), axis=1)
         return float(-scaled[np.arange(len(answers.labels)), answers.labels].mean())
 
-    low, high = np.log(TEMPERATURES)
-    found = float(minimize_scalar(loss, bounds=(low, high), method="bounded").x)
-    return float(np.exp(found)) if low + EDGE < found < high - EDGE else 1.0
+    return float(np.exp(minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded").x))
 
 
 def with_temperature(answers: Answers, temperature: float) -> Answers:

@@ -13,6 +13,7 @@ from data.loading.loader import Batch, Loader
 from data.loading.order import EvaluationPlan, StridedPlan
 from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
+from pipeline.build.memory import memory_errors
 from pipeline.evaluate.metrics import Answers
 from pipeline.evaluate.ranks import Ranks
 from pipeline.runs.trained import TrainedModel
@@ -34,7 +35,7 @@ def answer_split(
     plan = StridedPlan(EvaluationPlan(len(index), batch_size), ranks.rank, ranks.world_size)
     labels = class_numbers(dataset, model)
     loader = Loader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=model.decode_settings)
-    shares = ranks.gather(_answer_share(model, loader if plan.num_steps else ()))
+    shares = ranks.gather(_answer_share(model, loader if plan.num_steps else (), batch_size=batch_size))
     found = None if ranks.rank > 0 else _combine(shares, count=len(index), weights=model.run.weights_file)
     ranks.raise_together(found if isinstance(found, ValueError) else None)
     if found is None or isinstance(found, ValueError):
@@ -58,17 +59,19 @@ def _combine(shares: Iterable[Share | ValueError], *, count: int, weights: Path)
     return found[order]
 
 
-def _answer_share(model: TrainedModel, batches: Iterable[Batch]) -> Share | ValueError:
+def _answer_share(model: TrainedModel, batches: Iterable[Batch], *, batch_size: int) -> Share | ValueError:
     """Return samples and log-probabilities of this rank's batches, or the error, which rank 0 raises for all."""
     share: Share = []
     try:
-        with torch.inference_mode():
+        with memory_errors(batch_size), torch.inference_mode():
             for batch in batches:
                 logits = model.net(batch.images.to(model.device))
                 log_probabilities = torch.log_softmax(logits.double(), dim=1)
                 share.append((batch.samples.numpy(), log_probabilities.cpu().numpy()))
     except ValueError as error:
         return type(error)(str(error))
+    except OSError as error:
+        return ValueError(str(error))
     return share
 
 

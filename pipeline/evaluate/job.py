@@ -33,7 +33,7 @@ PRECISION = 0.95  # share of right answers for which the first threshold is fitt
 class EvaluationJob:
     """Everything that an evaluation needs; `calibration` is None where it is fitted on the split `fit_split`.
 
-    `is_own` where the data set is that of the run.
+    `is_own` is whether `dataset` is the run's own.
     """
 
     model: TrainedModel
@@ -95,8 +95,8 @@ class EvaluationJob:
 
 def build_job(config: DictConfig, ranks: Ranks) -> EvaluationJob:
     """Load the models and the data set of a config. Raises: FileNotFoundError, ValueError."""
-    model, other = (None if config[key] is None else _load(config, key, ranks=ranks) for key in ("run", "versus"))
-    assert model is not None
+    model = _load(config, "run", ranks=ranks)
+    other = _load(config, "versus", ranks=ranks) if config.versus is not None else None
     for one in (model, other):
         if one is not None and one.run.unfinished:
             main_console().print(one.run.unfinished, highlight=False, markup=False, soft_wrap=True)
@@ -104,31 +104,32 @@ def build_job(config: DictConfig, ranks: Ranks) -> EvaluationJob:
         raise ValueError(
             f"versus={config.versus} has other classes than run={config.run}: compare runs of one data set"
         )
-    if config.dataset is None:
-        dataset, is_own = _own_dataset(model, split=config.split), True
-    else:
-        dataset = _open(Path(str(config.dataset)))
-        is_own = tuple(dataset.classes) == tuple(model.facts.classes) and not model.run.changed_splits(dataset)
+    given = None if config.dataset is None else Path(str(config.dataset))
+    dataset = _open_own_dataset(model) if given is None else _open(given, model)
     class_numbers(dataset, model)
-    split = _chosen_split(config.split, dataset)
-    calibration = None if is_own else _own_calibration(model, precision=config.precision)
+    changes = _changes(dataset, model, split=config.split)
+    if given is None and changes:
+        began = f"{dataset.root} has changed since {model.run.run.name} began ({', '.join(changes)})"
+        raise ValueError(f"{began}: data={dataset.root} evaluates it as another data set")
+    split = _choose_split(config.split, dataset)
+    calibration = _read_own_calibration(model, precision=config.precision) if changes else None
     cores = share_of_cores(ranks.local_world_size).cores
     for one in (model, other):
         if one is not None:
             one.decode_settings = replace(one.decode_settings, threads=cores)
     return EvaluationJob(
-        model,
-        other,
-        dataset,
-        is_own,
-        split,
-        "val" if "val" in dataset.splits else split,
-        calibration,
-        _accepted(crops_of_sizes(model.crop, config.size), model, size=config.size),
-        config.batch_size,
-        config.precision or model.calibration.precision or PRECISION,
-        config.seed,
-        ranks,
+        model=model,
+        other=other,
+        dataset=dataset,
+        is_own=not changes,
+        split=split,
+        fit_split="val" if "val" in dataset.splits else split,
+        calibration=calibration,
+        crops=_accepted(crops_of_sizes(model.crop, config.size), model, size=config.size),
+        batch_size=config.batch_size,
+        precision=config.precision or model.calibration.precision or PRECISION,
+        seed=config.seed,
+        ranks=ranks,
     )
 
 
@@ -141,24 +142,23 @@ def _load(config: DictConfig, key: str, *, ranks: Ranks) -> TrainedModel:
     )
 
 
-def _own_dataset(model: TrainedModel, *, split: str | None) -> Dataset:
-    """Open the run's data set; one that comes from a source is packed again where it is missing.
-
-    Raises: FileNotFoundError without it; ValueError where it has changed, its training images aside.
-    """
+def _open_own_dataset(model: TrainedModel) -> Dataset:
+    """Open the run's data set; one that comes from a source is packed again where it is missing."""
     run = model.run
     if not run.data_root.exists() and not run.values("data").get("source"):
         raise FileNotFoundError(f"{run.run.name} was trained on {run.data_root}, which does not exist: add data=FOLDER")
-    dataset = run.open_dataset()
-    changed = [f"split {one}" for one in run.changed_splits(dataset) if one != "train" or split == "train"]
-    changed += ["its classes"] if tuple(dataset.classes) != tuple(model.facts.classes) else []
-    if changed:
-        began = f"{dataset.root} has changed since {run.run.name} began ({', '.join(changed)})"
-        raise ValueError(f"{began}: data={dataset.root} evaluates it as another data set")
-    return dataset
+    return run.open_dataset()
 
 
-def _own_calibration(model: TrainedModel, *, precision: float | None) -> Calibration | None:
+def _changes(dataset: Dataset, model: TrainedModel, *, split: str | None) -> list[str]:
+    """Name what differs from the run's data set: its classes, and splits that are read here or are missing."""
+    read = {split or _choose_split(None, dataset), "val"}
+    changed = [one for one in model.run.changed_splits(dataset) if one in read or one not in dataset.splits]
+    differs = tuple(dataset.classes) != tuple(model.facts.classes)
+    return [f"split {one}" for one in changed] + (["its classes"] if differs else [])
+
+
+def _read_own_calibration(model: TrainedModel, *, precision: float | None) -> Calibration | None:
     """Return what was fitted on the run's own data, None where that was not done.
 
     Raises: ValueError for another precision than that of its threshold.
@@ -172,16 +172,17 @@ def _own_calibration(model: TrainedModel, *, precision: float | None) -> Calibra
     return calibration
 
 
-def _open(root: Path) -> Dataset:
+def _open(root: Path, model: TrainedModel) -> Dataset:
     if not root.exists():
         raise FileNotFoundError(f"data={root} is not a folder: pack one with python -m pipeline.pack")
     with config_keys_in_errors({"root": "data"}):
-        dataset, skipped = open_dataset(root, None)
+        label_field = str(model.run.values("data").get("label_field") or "label")
+        dataset, skipped = open_dataset(root, None, label_field=label_field)
     print_skipped(Console(), skipped)
     return dataset
 
 
-def _chosen_split(wanted: str | None, dataset: Dataset) -> str:
+def _choose_split(wanted: str | None, dataset: Dataset) -> str:
     if wanted is not None and wanted not in dataset.splits:
         raise ValueError(f"split={wanted} is not one of those of {dataset.name}: {', '.join(dataset.splits)}")
     found = wanted or next((one for one in PREFERRED if one in dataset.splits), None)

@@ -39,8 +39,11 @@ class Ranks(NamedTuple):
         assert shared is not None
         return shared
 
-    def together(self, work: Callable[[], Part]) -> Part:
-        """Do the same work on every rank; rank 0 raises what any has raised. Raises: ValueError, OSError."""
+    def run_on_all(self, work: Callable[[], Part]) -> Part:
+        """Do the same work on every rank; rank 0 raises what any has raised.
+
+        Raises: ValueError, and OSError where this is the only rank.
+        """
         if self.world_size == 1:
             return work()
         found, error = None, None
@@ -54,10 +57,7 @@ class Ranks(NamedTuple):
         return found
 
     def raise_together(self, error: ValueError | None) -> None:
-        """Raise the error of rank 0, which the other ranks leave without a word.
-
-        Raises: ValueError on rank 0, SystemExit on the others.
-        """
+        """Raise the error of rank 0 there, and exit the other ranks with code 1. Raises: ValueError, SystemExit."""
         if self.world_size > 1:
             errors = [error]
             torch.distributed.broadcast_object_list(errors)

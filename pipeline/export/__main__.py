@@ -54,9 +54,9 @@ def main(config: DictConfig) -> None:
         folder = _default_folder(model.run) if config.out is None else Path(str(config.out))
         checks = _build_checks(config, model, forms=forms)
         exported = export_files(model, forms, folder=folder, checks=checks, opset=config.opset)
-        own = [] if model.calibration.is_fitted else ["no evaluation has fitted a temperature: it is 1"]
-        own += [model.run.unfinished] if model.run.unfinished else []
-        _print(exported, folder, checks=checks, notes=own)
+        notes = [model.calibration_advice] if model.calibration_advice else []
+        notes += [model.run.unfinished] if model.run.unfinished else []
+        _print(exported, folder, checks=checks, notes=notes)
         if registry is not None:
             file = folder / next(form.file_name for form in forms if form.format == ONNX)
             _register(config, model, file=file, tracker=registry, checks=checks)
@@ -64,8 +64,7 @@ def main(config: DictConfig) -> None:
 
 def _default_folder(run: RestoredRun) -> Path:
     """Return the run's folder for exports; other weights than the best have a folder in it."""
-    folder, weights = run.run.export, run.weights_file
-    return folder if weights == run.run.best_checkpoint else folder / weights.stem
+    return run.run.export if run.is_best else run.run.export / run.weights_file.stem
 
 
 def _resize(model: TrainedModel, image_size: int) -> None:

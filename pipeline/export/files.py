@@ -50,10 +50,7 @@ def export_files(model: TrainedModel, forms: list[Form], *, folder: Path, checks
     Raises: DifferentAnswersError; ValueError for a network that a format cannot express.
     """
     described = describe_model(model)
-    for name in (RECORD, *(form.file_name for form in forms)):
-        if (folder / name).is_dir():
-            raise ValueError(f"{folder / name} is a folder: remove it, or add out=FOLDER")
-    with _kept_if_filled(folder), TemporaryDirectory(dir=folder, prefix=".partial-") as name:
+    with _create_folder(folder), TemporaryDirectory(dir=folder, prefix=".partial-") as name:
         partial = Path(name)
         paths = {form: partial / form.file_name for form in forms}
         notes = [note for form, path in paths.items() if (note := _write(model, form, path=path, opset=opset))]
@@ -73,8 +70,11 @@ def export_files(model: TrainedModel, forms: list[Form], *, folder: Path, checks
             for form, path in paths.items()
         }
         kept, others = earlier_files(folder, described)
+        written = sorted(partial.iterdir())
+        if occupied := [path.name for path in (*written, folder / RECORD) if (folder / path.name).is_dir()]:
+            raise ValueError(f"{folder / occupied[0]} is a folder: remove it, or add out=FOLDER")
         (folder / RECORD).unlink(missing_ok=True)  # it would describe files that are replaced now
-        for path in sorted(partial.iterdir()):
+        for path in written:
             path.replace(folder / path.name)
     listed = kept | {name: asdict(one) for name, one in files.items()}
     facts = {"compared_on": checks.images.description, "top1": top1.get(NETWORK), "files": listed}
@@ -83,14 +83,16 @@ def export_files(model: TrainedModel, forms: list[Form], *, folder: Path, checks
 
 
 @contextmanager
-def _kept_if_filled(folder: Path) -> Iterator[None]:
-    """Create a folder, and remove it after an error if it is empty."""
+def _create_folder(folder: Path) -> Iterator[None]:
+    """Create a folder, and remove it after an error if it was created here and is empty."""
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        with suppress(OSError):
-            folder.rmdir()
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
         raise
 
 

@@ -55,7 +55,7 @@ def write_program(program: ExportedProgram, path: Path) -> None:
     content = io.BytesIO()  # torch's writer has no error of its own for a full disk
     with warnings.catch_warnings(action="ignore"):  # of views of weights, which are complete here
         torch.export.save(program, content)
-    path.write_bytes(content.getvalue())
+    path.write_bytes(content.getbuffer())
 
 
 def first_line(error: Exception) -> str:

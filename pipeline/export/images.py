@@ -46,7 +46,7 @@ def comparison_images(model: TrainedModel, dataset: Dataset | None, *, given: st
         description = f"split {SPLIT} of {dataset.name}"
     else:
         sources = find_images(str(distribution("scikit-learn").locate_file(PHOTOGRAPHS)), lines=())
-        description = "scikit-learn's photographs"
+        description = f"scikit-learn's photographs (the run's split {SPLIT} is not there, or has changed)"
     found = [model.crops(batch) for batch in model.decode(islice(sources, count))]
     crops = torch.cat(found) if found else torch.empty(0)
     if not len(crops):

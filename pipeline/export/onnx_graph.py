@@ -28,9 +28,9 @@ def write_onnx(program: ExportedProgram, path: Path, *, opset: int, facts: Mappi
         raise ValueError(f"torch.onnx cannot convert this network: {first_line(error)}") from error
     assert exported is not None
     graph = exported.model_proto
-    found = next(one.version for one in graph.opset_import if not one.domain)
-    if found != opset:
-        raise ValueError(f"opset={opset} cannot be written, torch wrote {found}: give a number from 18 on")
+    written_opset = next(one.version for one in graph.opset_import if not one.domain)
+    if written_opset != opset:
+        raise ValueError(f"opset={opset}: torch wrote {written_opset} instead: give opset={written_opset}")
     _tidy(graph)
     helper.set_model_props(graph, dict(facts))
     onnx.save_model(graph, path)

@@ -11,7 +11,7 @@ from pipeline.runs.calibration import digest
 from pipeline.runs.trained import TrainedModel
 
 RECORD = "export.json"
-DECIDING = ("weights_sha256", "temperature", "preprocessing", "classes")  # for what a file answers
+DECIDING = ("weights_sha256", "temperature", "threshold", "preprocessing", "classes")  # for what a file answers
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def earlier_files(folder: Path, described: Mapping[str, object]) -> tuple[dict[s
     try:
         record = json.loads((folder / RECORD).read_text())
         files = dict(record["files"])
-        is_same = all(record[name] == described[name] for name in DECIDING)
+        is_same = all(record.get(name) == described[name] for name in DECIDING)
         digests = {name: str(values["sha256"]) for name, values in files.items()}
     except (OSError, ValueError, KeyError, TypeError):
         return {}, []

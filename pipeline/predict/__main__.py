@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from pathlib import Path
@@ -27,19 +28,19 @@ VERB = Verb(
     text_keys=("run", "input", "out", "runs", "device"),
 )
 UNREADABLE = 2  # exit code
-MOST = 65_536  # images of a batch, classes of a row
+MAX_BATCH_SIZE = 65_536  # images of a batch, classes of a row
 
 
 def main(config: DictConfig) -> None:
     """Write a row for each image; exit with code 2 if some could not be read."""
     for name in ("top", "batch_size"):
-        if not isinstance(config[name], int) or not 1 <= config[name] <= MOST:
-            raise ConfigError(f"{name}={config[name]} must be an integer from 1 to {MOST:,}")
+        if not isinstance(config[name], int) or not 1 <= config[name] <= MAX_BATCH_SIZE:
+            raise ConfigError(f"{name}={config[name]} must be an integer from 1 to {MAX_BATCH_SIZE:,}")
     with fast_imports():
         from rich.console import Console
         from rich.progress import track
 
-        from data.shards.inputs import find_images, ignored_suffixes
+        from data.shards.inputs import count_ignored_files, find_images
         from pipeline.build.memory import memory_errors
         from pipeline.predict.rows import check_output, row_writer
         from pipeline.runs.trained import load_model
@@ -47,9 +48,11 @@ def main(config: DictConfig) -> None:
     console, out = Console(stderr=True), None if config.out is None else Path(str(config.out))
     check_output(out, source=Path(str(config.input)))
     model = load_model(str(config.run), runs=str(config.runs), device=config.device, trust=bool(config.trust))
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a path may have bytes that are no text
     sources = find_images(str(config.input), lines=sys.stdin)
     console.print(_describe(model), highlight=False, markup=False, soft_wrap=True)
-    if ignored := ignored_suffixes(Path(str(config.input))):
+    if ignored := count_ignored_files(Path(str(config.input))):
         counts = ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common())
         console.print(f"ignored files: {counts}", highlight=False, markup=False, soft_wrap=True)
     if model.run.unfinished:
@@ -69,11 +72,9 @@ def main(config: DictConfig) -> None:
 
 def _describe(model: TrainedModel) -> str:
     """The run, its weights and its calibration."""
-    calibration = model.calibration
-    fitted = "no temperature and no threshold: evaluate the run to fit them"
-    if calibration.is_fitted:
-        threshold = "no threshold" if calibration.threshold is None else f"unsure below {calibration.threshold:.3f}"
-        fitted = f"temperature {calibration.temperature:.2f}, {threshold}"
+    threshold, temperature = model.calibration.threshold, model.calibration.temperature
+    unsure = "no threshold" if threshold is None else f"unsure below {threshold:.3f}"
+    fitted = model.calibration_advice or f"temperature {temperature:.2f}, {unsure}"
     return f"{model.run.run.folder}, {model.run.weights_file.name}, {model.run.network}; {fitted}"
 
 

@@ -52,7 +52,9 @@ def row_writer(out: Path | None, *, top: int) -> Iterator[Write]:
     else:
         partial = out.with_name(f".{out.name}.{os.getpid()}")
         try:
-            with (_parquet_writer if out.suffix == ".parquet" else _text_writer)(partial, out.suffix, top=top) as write:
+            is_table = out.suffix == ".parquet"
+            opened = _parquet_writer(partial, top=top) if is_table else _text_writer(partial, out.suffix, top=top)
+            with opened as write:
                 yield write
             partial.replace(out)
         finally:
@@ -60,7 +62,7 @@ def row_writer(out: Path | None, *, top: int) -> Iterator[Write]:
 
 
 @contextmanager
-def _parquet_writer(path: Path, _: str, *, top: int) -> Iterator[Write]:
+def _parquet_writer(path: Path, *, top: int) -> Iterator[Write]:
     with pq.ParquetWriter(path, SCHEMA) as writer:
         rows: list[dict[str, object]] = []
 

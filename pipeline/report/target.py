@@ -21,7 +21,7 @@ from pipeline.runs.find import FoundRun, find_run
 from pipeline.runs.restore import RestoredRun
 
 BATCH_SIZE, PRECISION, NUM_CLASSES = 32, "32-true", 1000  # where nothing says otherwise
-NOT_IN_FOLDER_NAME = ("out", "layers", "trust", "run", "runs")
+NOT_IN_FOLDER_NAME = ("out", "layers", "trust", "runs")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def output_folder(config: DictConfig, name: str) -> Path:
         return Path(str(config.out))
     settings = {key: value for key, value in flatten(config).items() if key not in NOT_IN_FOLDER_NAME}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-    folder = Path("reports") if config.run is None else _found(config).run.reports
+    folder = Path("reports") if config.run is None else _find_run(config).run.reports
     return folder / f"{name}-{digest[:8]}"
 
 
@@ -97,12 +97,12 @@ def _target_of_model(config: DictConfig) -> Target:
     return Target(network_name(config), skeleton, (channels, size, size), training, weights.description, load)
 
 
-def _found(config: DictConfig) -> FoundRun:
+def _find_run(config: DictConfig) -> FoundRun:
     return find_run(str(config.run), runs=Path(str(config.runs)))
 
 
 def _target_of_run(config: DictConfig) -> Target:
-    found = _found(config)
+    found = _find_run(config)
     run = RestoredRun(found.run.folder, trust=bool(config.trust), checkpoint=found.checkpoint)
     given = build_object(config, "weights", kind=WeightsFile)
     weights = WeightsFile(str(run.weights_file)) if given.file is None else given

@@ -27,7 +27,8 @@ def find_run(text: str, *, runs: Path, key: str = "run") -> FoundRun:
     if path.suffix == CHECKPOINT:
         if not path.is_file():
             raise FileNotFoundError(f"{key}={text} does not exist")
-        return FoundRun(Run(path.absolute().parent.parent), path)
+        path = path.absolute()
+        return FoundRun(Run(path.parent.parent), path)
     if _is_run(path):
         return FoundRun(Run(path if path.name else path.absolute()))
     known = {folder.name: Run(folder) for folder in _folders(runs) if _is_run(folder)}

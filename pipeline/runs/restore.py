@@ -39,6 +39,11 @@ class RestoredRun(RecordedConfig):
         return path
 
     @property
+    def is_best(self) -> bool:
+        """Whether its weights are the best ones, for which an evaluation keeps temperature and threshold."""
+        return self.weights_file == self.run.best_checkpoint
+
+    @property
     def unfinished(self) -> str | None:
         """A sentence for a run that has not finished, of which the best weights so far are used."""
         if self.run.result_file.is_file():

@@ -64,7 +64,7 @@ class Run:
                 return False
         except Timeout:
             return True
-        except OSError:  # a folder that cannot be written to, where nothing trains
+        except OSError:  # a folder that this user cannot write to
             return False
 
     @contextmanager
@@ -101,9 +101,10 @@ class Run:
         try:
             found = json.loads(self.fingerprint_file.read_text())
             recorded_decoder(found)
-            found["precision"]
+            if "precision" not in found:
+                raise KeyError("precision")
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(f"{self.fingerprint_file} is damaged ({error}): add name=NAME for a new run") from error
+            raise ValueError(f"{self.fingerprint_file} is damaged ({error}): train again with name=NAME") from error
         return dict(found)
 
     def finish(self, result: Mapping[str, object]) -> None:

@@ -106,6 +106,14 @@ class TrainedModel:
         """Side in pixels of the crops that the network takes."""
         return self.crop.image_size
 
+    @property
+    def calibration_advice(self) -> str | None:
+        """A sentence for a model without temperature and threshold."""
+        if self.calibration.is_fitted:
+            return None
+        advice = "evaluate the run to fit them" if self.run.is_best else "they are fitted for the best weights"
+        return f"no temperature and no threshold: {advice}"
+
     def __repr__(self) -> str:
         """Name the run, the network, and what it takes and returns."""
         shape = f"{self.image_size} px, {len(self.classes)} classes"

@@ -15,7 +15,7 @@ from data.loading.datamodule import ShardData
 from models.arguments import require
 from models.learning.evaluation import TOP5
 from pipeline.build.choice import Choice
-from pipeline.build.memory import lacking_memory
+from pipeline.build.memory import GPU_MEMORY, exhausted_memory
 from pipeline.cli.console import is_main_process, main_console, print_facts
 from pipeline.cli.errors import INTERRUPTED, config_keys_in_errors
 from pipeline.runs.checkpoint import AtomicCheckpointIO, BestCheckpoint, saved_step
@@ -165,10 +165,11 @@ def fit(job: Job, trainer: pl.Trainer) -> None:
         main_console().print(f"stopped: the same command {resume}", highlight=False)
         raise SystemExit(TERMINATED if isinstance(error, SIGTERMException) else INTERRUPTED) from error
     except (RuntimeError, MemoryError) as error:
-        memory = lacking_memory(error)
+        memory = exhausted_memory(error)
         if memory is None:
             raise
+        pools = ", with DALI's pools" if memory == GPU_MEMORY else ""
         raise ValueError(
-            f"a batch of {job.data.settings.batch_size} images does not fit into {memory}: "
+            f"a batch of {job.data.settings.batch_size} images does not fit into {memory}{pools}: "
             "lower data.batch_size, and raise recipe.accumulate by the same factor to keep the global batch"
         ) from error

@@ -12,20 +12,22 @@ import psutil
 import pytest
 
 from data import children
-from data.children import PARENT, end_with_me, end_with_parent
+from data.children import PARENT, TORCHRUN, end_with_me, end_with_parent
 
 CHILD = "import time; from data.children import end_with_parent as end; end(); print('ready', flush=True); {}"
 PARENT_OF = """
 import subprocess, sys, os, time
 from data.children import end_with_me
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, **end_with_me()}, stdout=sys.stdout)
+asked = {"TORCHELASTIC_RUN_ID": "none"} if sys.argv[2] == "torchrun" else end_with_me()
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, **asked}, stdout=sys.stdout)
 print(child.pid, flush=True)
 time.sleep(60)
 """
 
 
-def test_a_killed_process_takes_its_child_along() -> None:
-    command = [sys.executable, "-c", PARENT_OF, CHILD.format("time.sleep(60)")]
+@pytest.mark.parametrize("parent_is", ["us", "torchrun"])
+def test_a_killed_process_takes_its_child_along(parent_is: str) -> None:
+    command = [sys.executable, "-c", PARENT_OF, CHILD.format("time.sleep(60)"), parent_is]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         lines = sorted([parent.stdout.readline(), parent.stdout.readline()])
@@ -46,7 +48,8 @@ def test_a_process_whose_parent_has_ended_does_not_start() -> None:
 
 
 def test_without_a_request_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(PARENT, raising=False)
+    for name in (PARENT, TORCHRUN):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(children.ctypes, "CDLL", lambda name: pytest.fail("the kernel was asked"))
     end_with_parent()
     assert end_with_me() == {PARENT: str(os.getpid())}

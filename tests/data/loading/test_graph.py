@@ -40,7 +40,7 @@ def test_images_are_mirrored_on_a_gpu_without_a_kernel_for_each() -> None:
     mirror = [np.int32(number % 2) for number in range(6)]
     with Pipeline(batch_size=6, num_threads=1, device_id=None, exec_dynamic=True) as pipeline:
         inputs = fn.external_source(source=lambda: (images, mirror), num_outputs=2, layout=["HWC", ""])
-        pipeline.set_outputs(*(graph.mirrored(*inputs, on_gpu=on_gpu) for on_gpu in (True, False)))
+        pipeline.set_outputs(*(graph.mirror_images(*inputs, on_gpu=on_gpu) for on_gpu in (True, False)))
     expected = np.stack([image[:, ::-1] if flag else image for image, flag in zip(images, mirror, strict=True)])
     for found in pipeline.run():
         assert found.as_array().dtype == np.uint8

@@ -258,6 +258,6 @@ def test_a_listed_tar_that_is_missing_is_named(photographs: Dataset, tmp_path: P
     first = next(iter(photographs.splits["train"].shards)).file
     (root / first).rename(root / "elsewhere")
     before = (root / "dataset.json").read_bytes()
-    with pytest.raises(ValueError, match=rf"^root={root} lacks {first}, which its dataset.json lists: put it back, or"):
+    with pytest.raises(ValueError, match=rf"^root={root} lacks {first}, listed in {root}/dataset.json: restore it"):
         open_dataset(root)
     assert (root / "dataset.json").read_bytes() == before

@@ -44,8 +44,9 @@ def test_the_temperature_minimises_the_loss_and_undoes_a_scale() -> None:
 
 def test_without_a_mistake_there_is_no_temperature() -> None:
     answers = answers_of(50, 3)
-    right = Answers(answers.log_probabilities, answers.predicted)
-    assert calibration.fit_temperature(right) == 1.0
+    for sharpness in (1.0, 10.0):
+        log_probabilities = log_softmax(answers.log_probabilities * sharpness, axis=1)
+        assert calibration.fit_temperature(Answers(log_probabilities, answers.predicted)) == 1.0
 
 
 def test_the_threshold_is_the_smallest_that_reaches_the_precision() -> None:

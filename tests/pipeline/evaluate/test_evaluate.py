@@ -206,7 +206,7 @@ def test_an_error_of_a_rank_is_gathered_as_an_answer(monkeypatch: pytest.MonkeyP
         raise UnreadableImage("cannot be decoded: val-000000.tar: 7")
         yield
 
-    found = forward._answer_share(SimpleNamespace(), damaged())
+    found = forward._answer_share(SimpleNamespace(), damaged(), batch_size=4)
     assert isinstance(found, UnreadableImage)
     assert str(found) == "cannot be decoded: val-000000.tar: 7"
     assert pickle.loads(pickle.dumps(found)).args == found.args  # as it travels to the first rank

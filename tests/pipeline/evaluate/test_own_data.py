@@ -81,9 +81,16 @@ def test_missing_data_are_packed_again_or_asked_for(evaluate: Typed, root: Path)
 
 def test_a_missing_split_is_named(evaluate: Typed, root: Path) -> None:
     (root / "datasets" / "digits" / "val-000000.tar").unlink()
+    sentence = "=datasets/digits lacks val-000000.tar, listed in datasets/digits/dataset.json: restore it, or"
     for words in ((), ("data=datasets/digits",)):
-        with pytest.raises(ValueError, match=r"=datasets/digits lacks val-000000.tar, which its dataset.json lists"):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
             evaluate(*words)
+
+
+def test_the_path_of_the_best_checkpoint_is_the_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed(verb.VERB, verb.main, capsys)("run=runs/mine/checkpoints/best.ckpt", "mlflow=false")
+    assert (root / "runs" / "mine" / "evaluation" / "calibration.json").is_file()
+    assert (root / "runs" / "mine" / "evaluation" / "val" / "evaluation.json").is_file()
 
 
 def test_a_threshold_has_one_precision(evaluate: Typed, root: Path) -> None:

@@ -26,7 +26,7 @@ from tests.support.commands import Typed
         (("run=fitted", "format=safetensors", "names=timm"), "names=timm: timm has no network lenet5"),
         (("run=fitted", "image_size=40"), "image_size=40 does not suit lenet5, built for 32 pixels: "),
         (("run=fitted", "input=nowhere"), "input=nowhere does not exist"),
-        (("run=fitted", "format=onnx", "opset=99"), "opset=99 cannot be written, torch wrote 18: give a number from"),
+        (("run=fitted", "format=onnx", "opset=99"), "opset=99: torch wrote 18 instead: give opset=18"),
     ],
 )
 def test_a_mistake_is_one_sentence(export: Typed, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
