@@ -29,6 +29,14 @@ FINAL_WAIT_SECONDS = {True: 60.0, False: 5.0}  # for queued messages, by whether
 REQUEST_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 
 
+def store_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of a server or a database that does not answer, or is none."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError
+
+
 class MLflowTracker(Tracker):
     """A run in MLflow: a SQLite file in the working folder by default, any server by `uri` or MLFLOW_TRACKING_URI."""
 
@@ -72,12 +80,11 @@ class MLflowTracker(Tracker):
     def _answer_of(self, task: Callable[[], None], problem: str) -> str | None:
         """Make a queue and do a task; return why the server refused it."""
         self.prepare_environment()
-        from mlflow.exceptions import MlflowException
-
-        self._queue = BackgroundQueue(MlflowException, OSError, ImportError)  # artifact stores may lack their library
+        expected = store_errors()
+        self._queue = BackgroundQueue(*expected, ImportError)  # artifact stores may lack their library
         try:
             task()
-        except (MlflowException, OSError) as error:
+        except expected as error:
             return f"{self.uri} {problem}: {first_line(error)}"
         return None
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.runs.run import Run
 from pipeline.tracking.background_queue import first_line
-from pipeline.tracking.mlflow_tracker import MLflowTracker
+from pipeline.tracking.mlflow_tracker import MLflowTracker, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,13 +56,10 @@ def register(
     Raises: RegistryError, in one sentence.
     """
     tracker.prepare_environment()
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
         with redirect_stderr(StringIO()):  # MLflow prints the versions that it creates
             return _register(exported, name, alias=alias, run=run, tracker=tracker)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except store_errors() as error:
         raise RegistryError(f"register={name}: {tracker.uri} does not accept the model: {first_line(error)}") from error
 
 

@@ -75,3 +75,14 @@ def test_a_dead_server_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     tracker.log({"train/loss": 1.0}, 5)
     tracker.log_file(tmp_path / "config.yaml", "config")
     assert tracker.finish(succeeded=True) is None  # start has reported it
+
+
+def test_a_file_that_is_no_database_is_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database, whatever its name")
+    run = Run(tmp_path / "runs" / "mine")
+    run.folder.mkdir(parents=True)
+    run.tracking_id_file.write_text("0123")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    problem = MLflowTracker(uri=uri).attach(run)
+    assert problem is not None
+    assert problem.startswith(f"{uri} does not show the run 0123: ")
