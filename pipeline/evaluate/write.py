@@ -20,6 +20,7 @@ from data.shards.dataset import Dataset, Index, write_atomically
 from data.shards.images import UnreadableImage, shrink
 from pipeline.evaluate.assess import Evaluation, confident_mistakes, differing
 from pipeline.evaluate.metrics import TOP, worst_confusions
+from pipeline.pages.charts import ConfidenceBins
 from pipeline.pages.evaluation_page import Confusion, Curves, Picture, render_evaluation
 from pipeline.runs.trained import TrainedModel
 
@@ -76,11 +77,12 @@ def confusion_of(evaluation: Evaluation) -> Confusion:
 
 def curves_of(evaluation: Evaluation) -> Curves:
     """Return the points of the charts."""
-    before, after = evaluation.reliability, evaluation.calibrated_reliability
+    both = (evaluation.reliability, evaluation.calibrated_reliability)
+    before, after = (ConfidenceBins(one.confidence, one.accuracy, one.images) for one in both)
     order = np.argsort(-evaluation.calibrated.probabilities.max(1), kind="stable")
     right = np.cumsum(evaluation.calibrated.is_among_top(1)[order])
     places = np.unique(np.linspace(1, len(order), min(len(order), CURVE_POINTS)).round().astype(int))
-    return Curves(before.edges, before.accuracy, after.accuracy, places / len(order), right[places - 1] / places)
+    return Curves(before, after, places / len(order), right[places - 1] / places)
 
 
 def numbers(evaluation: Evaluation, subject: Subject) -> dict[str, Any]:

@@ -37,6 +37,7 @@ DEPTH_WIDTH = 1040  # px, of the chart over the layers
 LETTER = 7.5  # px, a generous width of a letter
 HEAT_SIDE = 336  # px at most: more only makes the page larger
 HEAT_DECADES = 3
+RING, LARGEST_RING = 2.0, 14.0  # px, the radius for few images, and what is added for all
 GROUP = "{http://www.w3.org/2000/svg}g"
 ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
 
@@ -48,6 +49,14 @@ class Dot(NamedTuple):
     x: float
     y: float
     area: float
+
+
+class ConfidenceBins(NamedTuple):
+    """Images by confidence: mean confidence, accuracy and number of images of each bin (B,); NaN where it is empty."""
+
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+    images: NDArray[np.int64]
 
 
 def series_style(place: int, count: int) -> str:
@@ -133,16 +142,16 @@ def scatter(dots: Sequence[Dot], *, x: str, y: str, reference: tuple[float, str]
 
 
 @STYLE
-def calibration_curve(
-    edges: NDArray[np.float64], accuracy: NDArray[np.float64], *, with_temperature: NDArray[np.float64]
-) -> Markup:
-    """Accuracy by bins of confidence, before and with a temperature; NaN where a bin is empty."""
+def calibration_chart(before: ConfidenceBins, *, with_temperature: ConfidenceBins) -> Markup:
+    """Accuracy over confidence, a ring for each bin, the larger the more images it has."""
     axes = _unit_axes(x="confidence", y="accuracy", low=(0.0, 0.0))
     axes.plot([0, 1], [0, 1], color=ORANGE, linewidth=1.5, linestyle=(0, (3.5, 2.5)))
-    centers = (edges[:-1] + edges[1:]) / 2
-    for values, colour, width, size in ((accuracy, MUTED, 1.5, 5), (with_temperature, BLUE, 2.5, 7)):
-        known = ~np.isnan(values)
-        axes.plot(centers[known], values[known], color=colour, linewidth=width, marker="o", markersize=size, zorder=3)
+    for bins, colour in ((before, MUTED), (with_temperature, BLUE)):
+        for confidence, accuracy, images in zip(*bins, strict=True):
+            radius = RING + LARGEST_RING * math.sqrt(images / bins.images.sum())
+            ring = Circle((0, 0), radius, fill=False, edgecolor=colour, linewidth=2.0, zorder=3, clip_on=False)
+            if images:
+                _place(axes, ring, at=(confidence, accuracy))
     return _to_svg(axes, "Accuracy over confidence")
 
 

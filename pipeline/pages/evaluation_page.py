@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.pages import wording
-from pipeline.pages.charts import accuracy_over_coverage, calibration_curve
+from pipeline.pages.charts import ConfidenceBins, accuracy_over_coverage, calibration_chart
 from pipeline.pages.report_page import template
 
 FREQUENT = 10  # mistakes that the page names
@@ -43,9 +43,8 @@ class Confusion(NamedTuple):
 class Curves(NamedTuple):
     """The points of the charts, by equal bins of confidence and by share of answered images."""
 
-    edges: NDArray[np.float64]  # (B + 1,)
-    accuracy: NDArray[np.float64]  # (B,), NaN where no image is
-    accuracy_with_temperature: NDArray[np.float64]  # (B,)
+    bins: ConfidenceBins
+    bins_with_temperature: ConfidenceBins
     coverage: NDArray[np.float64]  # (C,)
     accuracy_of_answered: NDArray[np.float64]  # (C,)
 
@@ -62,9 +61,7 @@ def render_evaluation(
     calibration = numbers["calibration"]
     threshold = None if calibration["threshold"] is None else (calibration["answered"], calibration["top1_of_answered"])
     charts = {
-        "reliability": calibration_curve(
-            curves.edges, curves.accuracy, with_temperature=curves.accuracy_with_temperature
-        ),
+        "reliability": calibration_chart(curves.bins, with_temperature=curves.bins_with_temperature),
         "coverage": accuracy_over_coverage(curves.coverage, curves.accuracy_of_answered, threshold=threshold),
     }
     page = template("evaluation.html")

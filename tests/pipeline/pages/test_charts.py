@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.pages.charts import Dot, heat_map, layer_widths, line_over_layers, scatter, series_style
+from pipeline.pages.charts import (
+    ConfidenceBins,
+    Dot,
+    calibration_chart,
+    heat_map,
+    layer_widths,
+    line_over_layers,
+    scatter,
+    series_style,
+)
 
 HOSTILE = '<script>"&$x^2$\x0b'
 SIZES, STAGES = [3, None, 8, None], ["stem", "stem", HOSTILE, "head"]
@@ -37,6 +46,15 @@ def test_names_in_charts_are_escaped() -> None:
         assert "<script" not in svg
         assert "&lt;script&gt;" in svg
     assert '&lt;script&gt;"&amp;$x^2$' in texts(line()), "neither markup nor mathematics"
+
+
+def test_a_calibration_has_a_ring_for_each_bin_with_images() -> None:
+    values = np.array([0.2, 0.5, np.nan, 0.9])
+    bins = ConfidenceBins(values, values, np.array([3, 3, 0, 3]))
+    svg = calibration_chart(bins, with_temperature=bins)
+    for colour in ("muted", "blue"):
+        assert svg.count(f'style="fill: none; stroke: var(--{colour}); stroke-width: 2') == 3
+    assert not re.search(r"<use|url\(| id=", svg)
 
 
 def test_a_line_over_layers_shows_its_values() -> None:
