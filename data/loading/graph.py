@@ -52,7 +52,7 @@ def build_pipeline(
         encoded, anchor, shape, mirror, *region = fn.external_source(
             source=source, num_outputs=6 if crop.has_margin else 4, batch=True, no_copy=True
         )
-        # Headers first: now and then the process ends by SIGSEGV if it is a decoder that meets one it cannot parse.
+        # Headers are parsed first: a decoder that meets one it cannot parse ends the process with SIGSEGV now and then.
         zero = 0 * fn.peek_image_shape(encoded, dtype=types.DALIDataType.INT32)[0]
         if decode.gpu_decoder is None or decode.gpu_decoder.regions:
             anchor += zero  # the decoder waits for it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from data.loading.crops import CropPolicy
     from pipeline.evaluate.assess import Evaluation
     from pipeline.evaluate.job import EvaluationJob
+    from pipeline.runs.restore import RestoredRun
 
 VERB = Verb(
     "evaluate",
@@ -52,16 +54,13 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
     from pipeline.evaluate.terminal import facts_of
     from pipeline.evaluate.write import subject_of, write_evaluation
     from pipeline.runs.calibration import digest
-    from pipeline.tracking.tracker import Tracker
 
     run, subject = job.model.run, subject_of(job.model, job.dataset, split=job.split, crop=crop)
     folder = Path(str(config.out)) if config.out is not None else run.run.evaluation / default_folder(config, job)
     index = job.dataset.index(job.split)
     files = write_evaluation(evaluation, subject, folder=folder, index=index, shards=job.dataset.root)
-    sha256 = job.model.weights_sha256
-    is_best = run.is_best and digest(run.weights_file) == sha256
-    console = main_console()
-    if job.is_own and config.size is None and is_best:
+    console, sha256 = main_console(), job.model.weights_sha256
+    if job.is_own and config.size is None and run.is_best and digest(run.weights_file) == sha256:
         try:
             evaluation.calibration.save(run.run.calibration_file, weights_sha256=sha256)
         except OSError as error:
@@ -69,20 +68,25 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
             console.print(text, highlight=False, markup=False, soft_wrap=True)
     print_facts(console, facts_of(evaluation, subject))
     console.print("wrote", ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
-    tracker = run.build_tracking(Tracker) if config.mlflow else None
-    if tracker is not None:
-        problem = tracker.attach(run.run)
-        if problem is None:
-            # A training has curves of the same names for the split val.
-            prefix = "test" if folder.name == "test" else f"evaluation/{folder.name}"
-            values = {**evaluation.summary, "calibration_error": evaluation.reliability.error}
-            finite = {name: value for name, value in values.items() if math.isfinite(value)}
-            tracker.log({f"{prefix}/{name}": value for name, value in finite.items()}, 0)
-            for file in files:
-                tracker.log_file(file, f"evaluation/{folder.name}")
-            problem = tracker.detach()
-        if problem is not None:
-            console.print(f"not on the run's page: {problem}", highlight=False, markup=False, soft_wrap=True)
+    problem = add_to_page(run, evaluation, files=files) if config.mlflow else None
+    if problem is not None:
+        console.print(f"not on the run's page: {problem}", highlight=False, markup=False, soft_wrap=True)
+
+
+def add_to_page(run: RestoredRun, evaluation: Evaluation, *, files: Sequence[Path]) -> str | None:
+    """Add the metrics and the files to the run's page in MLflow; return what did not arrive and why."""
+    from pipeline.tracking.tracker import Tracker
+
+    tracker, name = run.build_tracking(Tracker), files[0].parent.name
+    problem = tracker.attach(run.run) if tracker is not None else None
+    if tracker is None or problem is not None:
+        return problem
+    prefix = "test" if name == "test" else f"evaluation/{name}"  # a training has curves `val/...`
+    values = {**evaluation.summary, "calibration_error": evaluation.reliability.error}
+    tracker.log({f"{prefix}/{key}": value for key, value in values.items() if math.isfinite(value)}, 0)
+    for file in files:
+        tracker.log_file(file, f"evaluation/{name}")
+    return tracker.detach()
 
 
 def default_folder(config: DictConfig, job: EvaluationJob) -> str:

@@ -52,9 +52,6 @@ def main(config: DictConfig) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")  # a path may have bytes that are no text
     sources = find_images(str(config.input), lines=sys.stdin)
     console.print(_describe(model), highlight=False, markup=False, soft_wrap=True)
-    if ignored := count_ignored_files(Path(str(config.input))):
-        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common())
-        console.print(f"ignored files: {counts}", highlight=False, markup=False, soft_wrap=True)
     if model.run.unfinished:
         console.print(model.run.unfinished, highlight=False, markup=False, soft_wrap=True)
     count, unreadable, start = 0, 0, time.perf_counter()
@@ -64,6 +61,9 @@ def main(config: DictConfig) -> None:
             write(prediction)
             count, unreadable = count + 1, unreadable + (prediction.error is not None)
     seconds = time.perf_counter() - start
+    if ignored := count_ignored_files(Path(str(config.input))):  # at the end: a large folder would delay the first row
+        counts = ", ".join(f"{number:,} {suffix}" for suffix, number in ignored.most_common())
+        console.print(f"ignored files: {counts}", highlight=False, markup=False, soft_wrap=True)
     failed = f", {unreadable:,} unreadable" if unreadable else ""
     console.print(f"{count:,} images in {seconds:.1f} s ({count / seconds:,.0f}/s){failed}", highlight=False)
     if unreadable:

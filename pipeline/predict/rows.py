@@ -33,12 +33,16 @@ Write = Callable[[Prediction], None]
 
 def check_output(out: Path | None, *, source: Path) -> None:
     """Raise ConfigError for a suffix that names no format, a folder that does not exist, or the file that is read."""
-    if out is not None and out.suffix not in SUFFIXES:
+    if out is None:
+        return
+    if out.suffix not in SUFFIXES:
         raise ConfigError(f"out={out} must end in {', '.join(SUFFIXES)}")
-    if out is not None and not out.parent.is_dir():
+    if not out.parent.is_dir():
         raise ConfigError(f"out={out}: there is no folder {out.parent}")
-    if out is not None and (out.is_dir() or (out.exists() and source.exists() and out.samefile(source))):
-        raise ConfigError(f"out={out} is {'a folder' if out.is_dir() else 'the input'}: give another file")
+    if out.is_dir():
+        raise ConfigError(f"out={out} is a folder: give a file")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ConfigError(f"out={out} is the input: give another file")
 
 
 @contextmanager

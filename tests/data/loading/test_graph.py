@@ -34,7 +34,7 @@ def test_a_gpu_decoder_interpolates_chroma_as_the_cpu_does(
     assert options["hw_decoder_load"] == decoder.hardware_load
 
 
-def test_images_are_mirrored_on_a_gpu_without_a_kernel_for_each() -> None:
+def test_both_ways_of_mirroring_only_reverse_the_columns() -> None:
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (24, 24, 3), dtype=np.uint8) for _ in range(6)]
     mirror = [np.int32(number % 2) for number in range(6)]
