@@ -12,7 +12,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint gpu-check ui browser lock clean
+.PHONY: help demo test test-all test-faults test-soak lint gpu-check ui browser lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST) | awk '{printf "  %s %-9s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -24,7 +24,13 @@ test: .venv/ready  ## run the tests, in 10 minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: .venv/ready  ## also run the slow tests, of every variant of every network
-	$(BIN)/python -m pytest $(PARALLEL) -m ""
+	$(BIN)/python -m pytest $(PARALLEL) -m "not faults and not soak"
+
+test-faults: .venv/ready  ## kill, signal, damage and starve trainings, in 10 minutes on two cores
+	$(BIN)/python -m pytest -m faults
+
+test-soak: .venv/ready  ## the same for an hour
+	$(BIN)/python -m pytest -m soak
 
 lint: .venv/ready  ## run ruff and mypy
 	$(BIN)/ruff check .

@@ -33,9 +33,9 @@ from pipeline.build.network import build_recipe
 from pipeline.build.trainer import choose_precision
 from pipeline.cli.compose import compose
 from pipeline.runs.run import Run
+from pipeline.train.callbacks.progress import ProgressCallback
+from pipeline.train.callbacks.seeding import SeedEachBatch
 from pipeline.train.fit import prepare_process
-from pipeline.train.progress import ProgressCallback
-from pipeline.train.seeding import SeedEachBatch
 
 WARMUP_STEPS = 10
 # The recipe of `train`; `optimizer` and `schedule` are the same without configs.

@@ -16,13 +16,14 @@ def end_with_me() -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process as soon as the one that asked for it, or torchrun, has ended, however it ended.
+    """Let the kernel send SIGTERM as soon as the process that asked for it, or torchrun, has ended, however it ended.
 
-    Linux only; elsewhere, and where nobody asked, nothing happens. Raises: SystemExit if it has ended already.
+    A process without a handler ends; the rank of a training saves first. Linux only; elsewhere, and where nobody asked,
+    nothing happens. Raises: SystemExit if it has ended already.
     """
     parent = os.environ.pop(PARENT, str(os.getppid()) if TORCHRUN in os.environ else None)
     if parent is None or sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):
         raise SystemExit(f"process {parent}, which started this one, has ended")

@@ -1,5 +1,12 @@
 """The verbs, one file or package each, and the rooms that they share."""
 
+import sys
+
+from pipeline.cli.signals import stop_signals
+
+if sys.argv[0] == "-m":  # `python -m pipeline.VERB` looks for the verb: before imports that take seconds
+    stop_signals.install()
+
 import data.loading  # noqa: F401  # loads nvJPEG before Lightning imports torchvision, which brings an older one
 
 

@@ -17,6 +17,9 @@ NOT_IN_NAME = (
     "runs",
     "trust",
     "log_every",
+    "checkpoint.",
+    "on_nonfinite",
+    "hang_seconds",
     "tracking.",
     "weights.file",  # its SHA-256 counts
     "data.root",
@@ -53,6 +56,10 @@ class RunSettings:
         self.name = None if config.name is None else str(config.name)
         self.seed: int = config.seed
         self.log_every: int = config.log_every
+        self.every_steps: int | None = config.checkpoint.every_steps
+        self.every_minutes: float | None = config.checkpoint.every_minutes
+        self.on_nonfinite: str = config.on_nonfinite
+        self.hang_seconds: float = config.hang_seconds
         self.compile: bool | str | None = config.trainer.get("compile")
         self.choice = build_choice(config)
         self.parameters = flatten(config) | {"weights.sha256": weights_sha256}

@@ -1,8 +1,10 @@
 """User errors: one line each, in the words of the command line, with the nearest valid word."""
 
 import difflib
+import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,28 +13,51 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.arguments import ArgumentError as DataArgumentError
 from models.arguments import ArgumentError as ModelArgumentError
+from pipeline.cli.signals import stop_signals
 
-INTERRUPTED = 128 + 2  # exit code, as a shell counts it: 128 + SIGINT
+USER_ERROR, FAILURE = 1, 2  # exit codes; those after signals are in `signals.EXIT_CODES`
 
 
 class ConfigError(ValueError):
     """A mistake on the command line or in a config, explained in one sentence."""
 
 
+class FailureError(Exception):
+    """A failure that no other command line avoids, explained in one sentence: a full disk, a rank that was killed."""
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print a user error as one line on stderr and exit with code 1."""
+    """Print an error as one line on stderr and exit with code 1 for user errors, 2 for failures.
+
+    A bug exits with code 2 after its traceback. After a signal to stop, every error has the signal's exit code.
+    """
     try:
         yield
     except BrokenPipeError:  # whoever read the output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        text = str(root_cause(error) if isinstance(error, HydraException) else error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(USER_ERROR) from None
+    except Exception as error:  # noqa: BLE001  # a bug too has an exit code
+        if stop_signals.exit_code is not None:
+            raise SystemExit(stop_signals.exit_code) from None
+        if isinstance(error, HydraException | OmegaConfBaseException | ValueError | OSError | FailureError):
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        raise SystemExit(exit_code(error)) from None
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of an error: 1 for what another command line avoids, else 2."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    is_user_error = isinstance(error, HydraException | OmegaConfBaseException | ValueError | OSError)
+    return USER_ERROR if is_user_error and not is_full else FAILURE
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line."""
+    text = str(root_cause(error) if isinstance(error, HydraException) else error)
+    return " ".join(text.split())
 
 
 @contextmanager

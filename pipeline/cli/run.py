@@ -41,6 +41,7 @@ def fast_imports() -> Iterator[None]:
 def run_verb(verb: Verb, main: Callable[[DictConfig], None]) -> None:
     """Check the command line, compose the config and call `main`; user errors exit with code 1."""
     end_with_parent()  # a rank that Lightning has started
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings about a lost rank have 20 lines of addresses
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints three more lines and exits
 
     def guarded(config: DictConfig) -> None:  # errors must not reach Hydra, which adds a line to them

@@ -1,5 +1,6 @@
 """`metrics.jsonl`: a line of JSON per logged step. It is the truth; the dashboard mirrors it."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,3 +39,8 @@ class Journal:
         kept = (line for line, point in zip(lines, points, strict=True) if point["step"] <= step)
         write_atomically(self.path, "".join(kept).encode())
         return {} if step < 0 else {key: point["step"] for point in points for key in point}
+
+    def digest(self) -> tuple[int, str]:
+        """Return length and SHA-256."""
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        return len(content), hashlib.sha256(content).hexdigest()

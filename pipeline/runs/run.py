@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from data.loading.decoder import DecoderChoice
 from data.shards.dataset import Dataset, write_atomically
 from pipeline.build.settings import RunSettings
+from pipeline.runs.checkpoints import CheckpointFolder, FoundCheckpoint
 from pipeline.runs.fingerprint import Fingerprint, check_unchanged, digests, recorded_decoder
 from pipeline.runs.journal import Journal
 
@@ -23,7 +24,8 @@ class Run:
         self.config_file = folder / "config.yaml"  # as composed, with everything resolved
         self.fingerprint_file = folder / "fingerprint.json"
         self.journal = Journal(folder / "metrics.jsonl")
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints = CheckpointFolder(folder / "checkpoints")
+        self.status_file = folder / "status.json"
         self.result_file = folder / "result.json"  # written last: it marks success
         self.initial_report = folder / "receptive_field"
         self.reports = folder / "reports"  # later ones
@@ -39,15 +41,13 @@ class Run:
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """The checkpoint from which an unfinished run continues, None before the first one."""
-        path = self.checkpoints / "last.ckpt"
-        return path if path.is_file() else None
+        """The newest checkpoint, None before the first one."""
+        return self.checkpoints.last
 
     @property
     def best_checkpoint(self) -> Path | None:
         """The checkpoint with the best evaluation, or the last one; None before the first."""
-        path = self.checkpoints / "best.ckpt"
-        return path if path.is_file() else self.last_checkpoint
+        return self.checkpoints.best or self.last_checkpoint
 
     @property
     def decoder(self) -> DecoderChoice | None:
@@ -83,7 +83,7 @@ class Run:
 
     def begin(self, fingerprint: Fingerprint, config: str) -> None:
         """Create the folder; write the fingerprint and the composed config, a YAML text."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.fingerprint_file, json.dumps(fingerprint, indent=1).encode() + b"\n")
         write_atomically(self.config_file, config.encode())
 
@@ -95,6 +95,17 @@ class Run:
         if not path.is_file():
             raise ValueError(f"{path} is missing, so the checkpoints cannot be matched with a config: add name=NAME")
         check_unchanged(self.fingerprint(), fingerprint, run=self.folder)
+
+    def newest_checkpoint(self) -> FoundCheckpoint:
+        """Return the newest intact checkpoint. Raises: ValueError where all are damaged, or of an earlier version."""
+        found, folder = self.checkpoints.newest(), self.checkpoints.path
+        if found.checkpoint is None and found.damaged:
+            raise ValueError(
+                f"{'; '.join(found.damaged)}: no checkpoint is left; remove {folder} to start the run over"
+            )
+        if found.checkpoint is None and self.last_checkpoint is not None:
+            raise ValueError(f"{self.last_checkpoint} has no manifest: remove {folder} to start the run over")
+        return found
 
     def fingerprint(self) -> Fingerprint:
         """Read the fingerprint. Raises: ValueError where it is damaged."""

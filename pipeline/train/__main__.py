@@ -41,7 +41,7 @@ def main(config: DictConfig) -> None:
     job = build_job(config, module, data=loaders, num_classes=num_classes)
     network.check_image_size(config, net, data=loaders)
     weights.load_initial_weights(job, norm_eps=config.model.get("norm_eps"))
-    callbacks, plugins = [*fit.own_callbacks(job), *trainer.build_callbacks(config)], fit.own_plugins()
+    callbacks, plugins = [*fit.own_callbacks(job), *trainer.build_callbacks(config)], fit.own_plugins(job)
     lightning = trainer.build_trainer(config, recipe, callbacks=callbacks, plugins=plugins, folder=job.run.folder)
     fit.train(job, lightning)
 

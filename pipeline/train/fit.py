@@ -5,10 +5,11 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.strategies.launchers import subprocess_script
 
 from data.children import end_with_me
 from data.loading.datamodule import ShardData
@@ -17,66 +18,77 @@ from models.learning.evaluation import TOP5
 from pipeline.build.choice import Choice
 from pipeline.build.memory import GPU_MEMORY, exhausted_memory
 from pipeline.cli.console import is_main_process, main_console, print_facts
-from pipeline.cli.errors import INTERRUPTED, config_keys_in_errors
-from pipeline.runs.checkpoint import AtomicCheckpointIO, BestCheckpoint, saved_step
-from pipeline.runs.fingerprint import fingerprint
-from pipeline.train.compiling import CompileNetwork
-from pipeline.train.early_stopping import StopEarly
+from pipeline.cli.errors import FAILURE, FailureError, config_keys_in_errors
+from pipeline.cli.signals import stop_signals
+from pipeline.runs.checkpoint_writer import CheckpointWriter
+from pipeline.runs.checkpoints import Checkpoint
+from pipeline.runs.fingerprint import Fingerprint, fingerprint
+from pipeline.runs.status import State, write_status
+from pipeline.train.callbacks.compiling import CompileNetwork
+from pipeline.train.callbacks.divergence import GuardFinite
+from pipeline.train.callbacks.early_stopping import StopEarly
+from pipeline.train.callbacks.progress import ProgressCallback
+from pipeline.train.callbacks.ranks import RankWatch
+from pipeline.train.callbacks.saving import SaveCheckpoints
+from pipeline.train.callbacks.seeding import SeedEachBatch
+from pipeline.train.callbacks.stopping import StopTogether
+from pipeline.train.ends import DivergedError, Ending, Stopped, ending_of
 from pipeline.train.job import Job
-from pipeline.train.progress import ProgressCallback
-from pipeline.train.seeding import SeedEachBatch
-from pipeline.train.stopping import StopTogether
 from pipeline.train.summary import outcome, print_missing, run_header, run_result
-
-# The shell's exit code for SIGTERM, by which schedulers tell a preempted job from a finished one.
-TERMINATED = 128 + 15
 
 
 def prepare_process(seed: int) -> None:
     """Seed every generator, and silence Lightning's advice on what this project decides itself. Raises: ValueError."""
     require(0 <= seed < 2**32, "must be at least 0 and less than 2^32", seed=seed)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for library in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     pl.seed_everything(seed, verbose=False)
 
 
 def own_callbacks(job: Job) -> list[pl.Callback]:
-    """Build the callbacks of every training: seeding, progress, checkpoints, ends before the last epoch."""
+    """Build the callbacks of every training; those that save and stop come after all that they depend on."""
 
     def record(values: Mapping[str, float], step: int) -> None:
         job.run.journal.record(values, step)
         job.tracker.log(values, step)
 
-    log_every, num_epochs = job.settings.log_every, job.module.recipe.epochs
-    progress = ProgressCallback(main_console(), record, data=job.data, log_every=log_every, num_epochs=num_epochs)
-    choice = job.settings.choice
+    settings, num_epochs, console = job.settings, job.module.recipe.epochs, main_console()
+    progress = ProgressCallback(console, record, data=job.data, log_every=settings.log_every, num_epochs=num_epochs)
+    choice = settings.choice
+    guard = GuardFinite(settings.on_nonfinite, data=job.data, report=progress.print)
     monitor = choice.metric.key if job.data.num_evaluation_images else None
-    checkpoint = BestCheckpoint(job.run.checkpoints, monitor=monitor, mode=choice.metric.mode)
-    stopping = [] if choice.patience is None else [StopEarly(choice, num_epochs=num_epochs)]
+    saving = SaveCheckpoints(
+        job.run.checkpoints, job.run.journal, guard=guard, monitor=monitor, mode=choice.metric.mode,
+        every_steps=settings.every_steps,
+    )  # fmt: skip
+    stopping = StopTogether(saving, guard, signals=stop_signals, every_minutes=settings.every_minutes)
+    early = [] if choice.patience is None else [StopEarly(choice, num_epochs=num_epochs)]
     with config_keys_in_errors({"compile": "trainer.compile"}):
-        compiling = [CompileNetwork(job.settings.compile, main_console())] if job.settings.compile else []
-    return [SeedEachBatch(job.settings.seed), progress, checkpoint, *stopping, StopTogether(), *compiling]
+        compiling = [CompileNetwork(settings.compile, console)] if settings.compile else []
+    return [SeedEachBatch(settings.seed), guard, *compiling, progress, *early, stopping, saving]
 
 
-def own_plugins() -> list[object]:
-    """Build the plugins of every training: atomic checkpoints, and no checkpoint or requeue by Lightning on Slurm."""
+def own_plugins(job: Job) -> list[object]:
+    """Build the plugins of every training: its checkpoints, and no checkpoint or requeue by Lightning on Slurm."""
     slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-    return [AtomicCheckpointIO(), *slurm]
+    return [CheckpointWriter(job.run.checkpoints), *slurm]
 
 
 def train(job: Job, trainer: pl.Trainer) -> None:
     """Fit the job's module, keep its results in the run's folder and print them.
 
-    Raises: ValueError, OSError for user errors; SystemExit(143) after SIGTERM, SystemExit(130) after Ctrl-C.
+    Raises: ValueError, OSError for user errors; FailureError for failures; SystemExit(143) after SIGTERM or SIGUSR1,
+    SystemExit(130) after Ctrl-C, whose state is saved if it has trained.
     """
     limit_epoch(trainer, job.data, num_epochs=job.module.recipe.epochs)
     check_choice(job, trainer)
     with config_keys_in_errors({"decoder": "data.decoder"}):
         device, probes = trainer.strategy.root_device, is_main_process()
         decoder = job.data.choose_decoder(device, before=job.run.decoder, probes=probes)
-    with tracked(job, trainer):
-        print_facts(main_console(), run_header(job, trainer, decoder=decoder))
-        fit(job, trainer)
+    with tracked(job, trainer) as resume:
+        print_facts(main_console(), run_header(job, trainer, decoder=decoder, resume=resume))
+        fit(job, trainer, resume=resume)
         result = outcome(job, trainer)
         if trainer.is_global_zero:
             job.run.finish(result)
@@ -118,58 +130,110 @@ def check_choice(job: Job, trainer: pl.Trainer) -> None:
 
 
 @contextmanager
-def tracked(job: Job, trainer: pl.Trainer) -> Iterator[None]:
-    """Create or continue the run's folder and its page on the dashboard; close the page however the block ends.
+def tracked(job: Job, trainer: pl.Trainer) -> Iterator[Checkpoint | None]:
+    """Create or continue the run's folder and its page on the dashboard; close both however the block ends.
 
-    Raises: ValueError when the folder is locked or was started with other settings.
+    Yields the checkpoint from which the training continues, None for a new start.
+    Raises: ValueError when the folder is locked, was started with other settings, or has only damaged checkpoints.
     """
     run, tracker = job.run, job.tracker
-    current = fingerprint(
-        job.settings.in_fingerprint,
-        job.data.dataset,
-        global_batch_size=job.data.training_plan(0, trainer.world_size).global_batch_size,
-        precision=str(trainer.precision),
-        decoder=job.data.gpu_decoder,
-    )
+    current = fingerprint_of(job, trainer)
     run.check(current)
     if not is_main_process():
-        yield
+        yield run.newest_checkpoint().checkpoint
         return
     with run.locked():
+        newest, damaged = run.newest_checkpoint()
+        for sentence in damaged:
+            main_console().print(f"damaged: {sentence}", highlight=False, soft_wrap=True)
         run.begin(current, job.settings.record)
-        last = run.last_checkpoint
-        logged = run.journal.truncate_after(-1 if last is None else saved_step(last))
+        run.checkpoints.tidy(newest)
+        logged = run.journal.truncate_after(-1 if newest is None else newest.step)
         print_missing(tracker.start(run, job.settings.parameters, logged=logged), run)
         tracker.log_file(run.config_file, "config")
         if not logged and tracker.link is not None:
             from pipeline.train.network_report import log_network_report  # half a second, for dashboards only
 
             log_network_report(job, precision=str(trainer.precision))
-        succeeded = False
+        start = 0 if newest is None else newest.step
+        write_status(run.status_file, State.TRAINING, step=start)
+        ending = Ending(State.FINISHED)
         try:
-            yield
-            succeeded = True
-        finally:
-            print_missing(tracker.finish(succeeded=succeeded), run)
-
-
-def fit(job: Job, trainer: pl.Trainer) -> None:
-    """Run Lightning's fit from the run's last checkpoint, and turn its ends into exit codes and user errors."""
-    os.environ |= end_with_me()  # for the ranks that Lightning starts
-    try:
-        with config_keys_in_errors({"clip_norm": "recipe.clip_norm"}):
-            trainer.fit(job.module, datamodule=job.data, ckpt_path=job.run.last_checkpoint, weights_only=True)
-    except SystemExit as error:  # raised by Lightning after a signal
-        last = job.run.last_checkpoint
-        resume = f"continues after step {saved_step(last)}" if last is not None else "restarts from step 0"
-        main_console().print(f"stopped: the same command {resume}", highlight=False)
-        raise SystemExit(TERMINATED if isinstance(error, SIGTERMException) else INTERRUPTED) from error
-    except (RuntimeError, MemoryError) as error:
-        memory = exhausted_memory(error)
-        if memory is None:
+            yield newest
+        except BaseException as error:
+            ending = ending_of(error)
             raise
-        pools = ", with DALI's pools" if memory == GPU_MEMORY else ""
-        raise ValueError(
-            f"a batch of {job.data.settings.batch_size} images does not fit into {memory}{pools}: "
-            "lower data.batch_size, and raise recipe.accumulate by the same factor to keep the global batch"
-        ) from error
+        finally:
+            close(job, ending, step=max(start, trainer.global_step))
+
+
+def close(job: Job, ending: Ending, *, step: int) -> None:
+    """Write how a training has ended, and end its page on the dashboard."""
+    write_status(job.run.status_file, ending.state, step=step, reason=ending.reason, exit_code=ending.exit_code)
+    print_missing(job.tracker.finish(succeeded=ending.state is State.FINISHED), job.run)
+
+
+def fingerprint_of(job: Job, trainer: pl.Trainer) -> Fingerprint:
+    """Return the fingerprint of a training."""
+    return fingerprint(
+        job.settings.in_fingerprint,
+        job.data.dataset,
+        global_batch_size=job.data.training_plan(0, trainer.world_size).global_batch_size,
+        precision=str(trainer.precision),
+        decoder=job.data.gpu_decoder,
+    )
+
+
+def fit(job: Job, trainer: pl.Trainer, *, resume: Checkpoint | None) -> None:
+    """Run Lightning's fit from a checkpoint, and turn its ends into user errors and exits of all ranks together."""
+    watch = watch_ranks(job, trainer, resume=resume)
+    os.environ |= end_with_me()  # for the ranks that Lightning starts
+    path = None if resume is None else job.run.checkpoints.path / resume.file
+    with stop_signals.deferred():
+        try:
+            with config_keys_in_errors({"clip_norm": "recipe.clip_norm"}):
+                trainer.fit(job.module, datamodule=job.data, ckpt_path=path, weights_only=True)
+        except Stopped as stopped:
+            watch.leave()
+            main_console().print(f"stopped: the same command continues after step {stopped.step}", highlight=False)
+            raise
+        except DivergedError:  # on every rank
+            watch.leave()
+            if not trainer.is_global_zero:
+                raise SystemExit(FAILURE) from None
+            raise
+        except Exception as error:
+            explained = explain_memory(error, batch_size=job.data.settings.batch_size)
+            watch.explain(explained)  # of several ranks, none comes back from it
+            raise explained from error
+
+
+def watch_ranks(job: Job, trainer: pl.Trainer, *, resume: Checkpoint | None) -> RankWatch:
+    """Add the watch over the ranks of a training to its callbacks."""
+
+    def facts() -> Mapping[str, object]:
+        return {**fingerprint_of(job, trainer), "steps": trainer.max_steps, "checkpoint": resume and resume.step}
+
+    def fail(cause: str, code: int) -> None:
+        for saving in trainer.checkpoint_callbacks:
+            saving.on_exception(trainer, job.module, FailureError(cause))
+        close(job, Ending(State.FAILED, cause, code), step=trainer.global_step)
+
+    watch = RankWatch(job.run.folder / "ranks", facts, hang_seconds=job.settings.hang_seconds, fail=fail)
+    attributes: Any = trainer  # whose callbacks have no type
+    attributes.callbacks.insert(0, watch)
+    launchers: Any = subprocess_script  # Lightning's observer would kill this process too, with signal 9
+    launchers._launch_process_observer = watch.observe
+    return watch
+
+
+def explain_memory(error: Exception, *, batch_size: int) -> Exception:
+    """Return advice for an error that means too little memory, otherwise the error."""
+    memory = exhausted_memory(error) if isinstance(error, RuntimeError | MemoryError) else None
+    if memory is None:
+        return error
+    pools = ", with DALI's pools" if memory == GPU_MEMORY else ""
+    return ValueError(
+        f"a batch of {batch_size} images does not fit into {memory}{pools}: "
+        "lower data.batch_size, and raise recipe.accumulate by the same factor to keep the global batch"
+    )

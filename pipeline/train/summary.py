@@ -11,13 +11,14 @@ from data.loading.decoder import DecoderChoice
 from models.learning.evaluation import TOP1
 from pipeline.build.trainer import no_gpu_reason
 from pipeline.cli.console import main_console
-from pipeline.runs.checkpoint import BestCheckpoint, saved_step
+from pipeline.runs.checkpoints import Checkpoint
 from pipeline.runs.run import Run
-from pipeline.train.early_stopping import StopEarly
+from pipeline.train.callbacks.early_stopping import StopEarly
+from pipeline.train.callbacks.saving import SaveCheckpoints
 from pipeline.train.job import Job
 
 
-def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice) -> dict[str, str]:
+def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice, resume: Checkpoint | None) -> dict[str, str]:
     """Return the settings and places of a run by name."""
     dataset, settings = job.data.dataset, job.data.settings
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in dataset.splits.items())
@@ -26,7 +27,7 @@ def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice) -> dict
     on_cpu = f"CPU, {torch.get_num_threads()} threads{unusable_gpu()}"
     device_name = torch.cuda.get_device_name(device) if is_gpu else on_cpu
     accumulate = f" x {settings.accumulate} accumulated" if settings.accumulate > 1 else ""
-    folder, last = job.run.folder, job.run.last_checkpoint
+    folder = job.run.folder
     image_size, link, command = job.data.training_crop.image_size, job.tracker.link, job.tracker.command
     share = job.data.core_share(trainer.num_devices)
     return {
@@ -37,7 +38,7 @@ def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice) -> dict
         "decoding": f"{decoder}; {share.cores} threads a rank ({share.reason})",
         "precision": f"{trainer.precision}, channels_last",
         "steps": describe_steps(job, trainer),
-        "folder": f"{folder} (continues from {last.name})" if last else str(folder),
+        "folder": f"{folder} (continues after step {resume.step})" if resume else str(folder),
         "dashboard": f"{link}{f' ({command})' if command else ''}" if link else "none",
     }
 
@@ -84,13 +85,13 @@ def outcome(job: Job, trainer: pl.Trainer) -> dict[str, object]:
 
     `chosen_by` names the metric that chose the checkpoint; its value and top-1 are those of this checkpoint.
     """
-    callback = next(one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
-    path, key, score = job.run.best_checkpoint, callback.monitor, callback.best_model_score
+    saving = next(one for one in trainer.checkpoint_callbacks if isinstance(one, SaveCheckpoints))
+    path, key, best = job.run.best_checkpoint, saving.monitor, saving.best
     values: dict[str, float | None] = {TOP1.key: None}
     if key is not None:
-        values[key] = None if score is None else float(score)
-    if path is not None and score is not None and key != TOP1.key:  # the journal has what the checkpoint has not
-        values[TOP1.key] = job.run.journal.values_at(saved_step(path)).get(TOP1.key)
+        values[key] = None if best is None else best.score
+    if best is not None and key != TOP1.key:  # the journal has what the checkpoint has not
+        values[TOP1.key] = job.run.journal.values_at(best.step).get(TOP1.key)
     stopped = [one.reason for one in trainer.early_stopping_callbacks if isinstance(one, StopEarly) and one.reason]
     early = {"stopped_early": stopped[0]} if stopped else {}
     return {**values, "chosen_by": key, "checkpoint": str(path), **early}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytorch_lightning as pl
 import torch
@@ -11,7 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from models.learning.classifier import Classifier
-from pipeline.runs.checkpoint import AtomicCheckpointIO, BestCheckpoint
+from pipeline.runs.checkpoint_writer import CheckpointWriter
+from pipeline.runs.checkpoints import CheckpointFolder
+from pipeline.runs.journal import Journal
+from pipeline.train.callbacks.divergence import GuardFinite
+from pipeline.train.callbacks.saving import SaveCheckpoints
 
 SCORES = {  # of the epochs of a `ScoredClassifier`
     "val/top1": (0.5, 0.75, 0.625, 0.625, 0.875, 0.5),
@@ -48,14 +54,24 @@ class ScoredClassifier(Classifier):
         super().log(name, value if known is None else torch.tensor(known[self.current_epoch]), *rest, **options)
 
 
+def saving_in(folder: Path, *, monitor: str | None = "val/top1", mode: str = "max") -> SaveCheckpoints:
+    """Return the callback that saves the checkpoints of a training in a folder."""
+    data = SimpleNamespace()  # only for the names of samples in a message
+    guard = GuardFinite("stop", data=data, report=print)
+    journal = Journal(folder / "metrics.jsonl")
+    return SaveCheckpoints(CheckpointFolder(folder), journal, guard=guard, monitor=monitor, mode=mode)
+
+
 def fit_scored(
     module: Scored, *callbacks: pl.Callback, num_epochs: int, resume: str | None = None, **options: object
 ) -> pl.Trainer:
     """Train epochs of three steps as `pipeline.train` does, from a checkpoint if one is given."""
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     length = {"max_epochs": -1, "max_steps": 3 * num_epochs, "num_sanity_val_steps": 0}
-    own = {"callbacks": list(callbacks), "plugins": [AtomicCheckpointIO()]}
-    own["enable_checkpointing"] = any(isinstance(one, BestCheckpoint) for one in callbacks)
+    saving = [one for one in callbacks if isinstance(one, SaveCheckpoints)]
+    guards = [one.guard for one in saving]
+    own = {"callbacks": [*guards, *callbacks], "plugins": [CheckpointWriter(one.folder) for one in saving]}
+    own["enable_checkpointing"] = bool(saving)
     trainer = pl.Trainer(accelerator="cpu", **own, **length, **quiet, **options)
     images = torch.randn(6, 1, generator=torch.Generator().manual_seed(0))
     batches = DataLoader(images, batch_size=2)

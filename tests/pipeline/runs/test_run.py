@@ -127,7 +127,7 @@ def test_a_run_resumes_only_with_its_own_settings(tmp_path: Path) -> None:
     run = open_run(settings_of(tmp_path, "name=mine"), DATASET)
     run.begin(current(), "")
     run.check(current("seed=1"))  # without a checkpoint it starts over
-    torch.save({"global_step": 20}, run.checkpoints / "last.ckpt")
+    torch.save({"global_step": 20}, run.checkpoints.path / "last.ckpt")
     # Other devices and other batches of the same sum are the same run.
     for same in (
         ("log_every=1",),
@@ -153,7 +153,7 @@ def test_a_run_keeps_its_decoder(tmp_path: Path, decoder: GpuDecoder | None) -> 
     run = open_run(settings_of(tmp_path, "name=mine"), DATASET)
     run.begin(fingerprint({}, DATASET, global_batch_size=1, precision="32-true", decoder=decoder), "")
     assert run.decoder is None, "without a checkpoint it starts over"
-    torch.save({"global_step": 20}, run.checkpoints / "last.ckpt")
+    torch.save({"global_step": 20}, run.checkpoints.path / "last.ckpt")
     assert run.decoder == DecoderChoice(decoder, "as the run began")
 
 
@@ -164,7 +164,7 @@ def test_another_nvjpeg_is_another_run_where_it_decodes(tmp_path: Path, monkeypa
 
     run = open_run(settings_of(tmp_path, "name=mine"), DATASET)
     run.begin(current((13, 3, 2), GpuDecoder()), "")
-    torch.save({"global_step": 20}, run.checkpoints / "last.ckpt")
+    torch.save({"global_step": 20}, run.checkpoints.path / "last.ckpt")
     run.check(current((13, 3, 2), GpuDecoder()))
     with pytest.raises(ValueError, match=r"mine was started with nvJPEG=13\.3\.2, not 13\.0\.1"):
         run.check(current((13, 0, 1), GpuDecoder()))
@@ -175,7 +175,7 @@ def test_another_nvjpeg_is_another_run_where_it_decodes(tmp_path: Path, monkeypa
 def test_a_damaged_fingerprint_is_named(tmp_path: Path, damaged: str) -> None:
     run = open_run(settings_of(tmp_path), DATASET)
     run.begin({"seed": 0}, "")
-    (run.checkpoints / "last.ckpt").touch()
+    (run.checkpoints.path / "last.ckpt").touch()
     run.fingerprint_file.write_text(damaged)
     for use in (lambda: run.decoder, lambda: run.check({"seed": 0})):
         with pytest.raises(ValueError, match=r"fingerprint.json is damaged \(.*\): train again with name=NAME$"):

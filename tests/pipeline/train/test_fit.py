@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import pytorch_lightning as pl
 import torch
 
-from pipeline.train.fit import fit
-from pipeline.train.progress import memory_gib
+from pipeline.train.callbacks.progress import memory_gib
+from pipeline.train.fit import explain_memory
 from pipeline.train.summary import unusable_gpu
 
 
@@ -27,22 +25,14 @@ from pipeline.train.summary import unusable_gpu
     ],
 )
 def test_memory_that_a_batch_lacks_is_a_batch_that_is_too_large(error: Exception, memory: str) -> None:
-    def fails(*arguments: object, **options: object) -> None:
-        raise error
-
-    data = SimpleNamespace(settings=SimpleNamespace(batch_size=256))
-    job = SimpleNamespace(module=None, data=data, run=SimpleNamespace(last_checkpoint=None))
-    with pytest.raises(ValueError, match=f"^a batch of 256 images does not fit into {memory}: lower data.batch_size"):
-        fit(job, SimpleNamespace(fit=fails))
+    explained = explain_memory(error, batch_size=256)
+    assert isinstance(explained, ValueError)
+    assert str(explained).startswith(f"a batch of 256 images does not fit into {memory}: lower data.batch_size")
 
 
 def test_another_error_stays_as_it_is() -> None:
-    def fails(*arguments: object, **options: object) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access")
-
-    job = SimpleNamespace(module=None, data=None, run=SimpleNamespace(last_checkpoint=None))
-    with pytest.raises(RuntimeError, match="an illegal memory access"):
-        fit(job, SimpleNamespace(fit=fails))
+    error = RuntimeError("CUDA error: an illegal memory access")
+    assert explain_memory(error, batch_size=256) is error
 
 
 def test_memory_counts_what_all_libraries_hold(monkeypatch: pytest.MonkeyPatch) -> None:

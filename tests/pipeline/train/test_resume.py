@@ -15,7 +15,9 @@ from mlflow import MlflowClient
 
 from pipeline.runs.run import Run
 from tests.support.commands import MINE, Typed, journal
+from tests.support.damage import flip_bit
 from tests.support.paths import ROOT
+from tests.support.resume import differences, results
 
 
 def stop_at(line: str, root: Path, words: tuple[str, ...], *, by: signal.Signals) -> tuple[int, str]:
@@ -41,12 +43,12 @@ def test_a_run_stopped_repeatedly_ends_in_the_same_bits(train: Typed, with_digit
     train(*words, "name=complete")
     runs, cut = with_digits / "runs", (*words, "name=cut")
     code, printed = stop_at("step 3/15", with_digits, cut, by=signal.SIGINT)
-    assert (code, "stopped: the same command restarts from step 0" in printed) == (130, True)
+    assert (code, "stopped: the same command continues after step " in printed) == (130, True)
     code, printed = stop_at("step 6/15", with_digits, cut, by=signal.SIGTERM)
-    assert (code, "stopped: the same command continues after step 5" in printed) == (143, True)
+    assert (code, "stopped: the same command continues after step " in printed) == (143, True)
     assert stop_at("step 12/15", with_digits, cut, by=signal.SIGKILL)[0] == -signal.SIGKILL
     assert not (runs / "cut" / "result.json").exists()
-    assert "continues from last.ckpt" in train(*cut)
+    assert "continues after step" in train(*cut)
     complete, resumed = journal(runs / "complete"), journal(runs / "cut")
     assert len(complete) == 5 + 3
     assert resumed == complete
@@ -66,7 +68,7 @@ def test_a_run_resumes_only_with_its_own_settings(train: Typed) -> None:
             train(*words, change)
     with pytest.raises(ValueError, match="started with global_batch_size=256, not 128"):
         train(*words, "data.batch_size=128")
-    assert "continues from last.ckpt" in train(*words, "data.batch_size=128", "recipe.accumulate=2")
+    assert "continues after step" in train(*words, "data.batch_size=128", "recipe.accumulate=2")
 
 
 def test_a_moved_run_keeps_its_best_score_and_its_page(
@@ -96,7 +98,12 @@ def test_one_process_at_a_time_trains_a_run(train: Typed, with_digits: Path) -> 
         train(*MINE, "tracking=none")
 
 
-def test_a_damaged_checkpoint_is_named(train: Typed, killed_run: Path) -> None:
-    (killed_run / "checkpoints" / "last.ckpt").write_bytes(b"PK no more")
-    with pytest.raises(ValueError, match=r"last.ckpt cannot be read .* remove it to start the run over"):
-        train(*MINE, "tracking=none")
+def test_a_damaged_checkpoint_is_named_and_the_older_one_continues_to_the_same_bits(
+    train: Typed, killed_run: Path, lenet_root: Path
+) -> None:
+    flip_bit(killed_run / "checkpoints" / "step-10.ckpt", 0.3)
+    printed = train(*MINE, "tracking=none")
+    assert "damaged: runs/mine/checkpoints/step-10.ckpt is damaged: its SHA-256 is not that of its manifest" in printed
+    assert "(continues after step 5)" in printed
+    found = differences(results(lenet_root / "runs" / "mine"), results(killed_run))
+    assert not found, "\n".join(found)

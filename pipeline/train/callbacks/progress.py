@@ -83,7 +83,7 @@ class ProgressCallback(pl.Callback):
             return
         self.record(values, trainer.global_step)
         metrics = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
-        self._print(f"{self._epoch(trainer)}  {metrics}  images {pl_module.evaluated_images:,}")
+        self.print(f"{self._epoch(trainer)}  {metrics}  images {pl_module.evaluated_images:,}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove the bar."""
@@ -133,13 +133,14 @@ class ProgressCallback(pl.Callback):
             return
         passed = time.perf_counter() - self.start
         eta = passed / max(1, step - self._first_step) * (trainer.max_steps - step)
-        self._print(
+        self.print(
             f"step {step}/{trainer.max_steps}  loss {values['train/loss']:.4f}  lr {values['train/lr']:.4g}  {speed}"
             f"  data wait {values['train/data_wait_fraction']:.0%}  memory {values['train/memory_gib']:.1f} GiB"
             f"  eta {timedelta(seconds=round(eta))}"
         )
 
-    def _print(self, line: str) -> None:
+    def print(self, line: str) -> None:
+        """Print a line, above the bar if there is one."""
         (self.bar.console if self.bar is not None else self.console).print(line, highlight=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipeline.train.compiling import CompileNetwork
+from pipeline.train.callbacks.compiling import CompileNetwork
 from tests.support.commands import Typed, journal
 
 
@@ -34,7 +34,7 @@ def test_a_compiled_network_trains_the_same(train: Typed, with_digits: Path) -> 
 def test_the_clock_runs_from_the_first_batch_to_the_first_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO())
     compiling, clock = CompileNetwork(True, console), iter([10.0, 15.0])
-    monkeypatch.setattr("pipeline.train.compiling.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("pipeline.train.callbacks.compiling.time.perf_counter", lambda: next(clock))
     for number in range(4):  # an accumulated batch
         compiling.on_train_batch_start(None, None, None, number)
     compiling.on_before_optimizer_step(None, None)

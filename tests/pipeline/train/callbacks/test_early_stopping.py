@@ -14,10 +14,9 @@ import torch
 from models.learning.classifier import Classifier
 from models.learning.evaluation import METRICS_BY_NAME
 from pipeline.build.choice import Choice
-from pipeline.runs.checkpoint import BestCheckpoint
-from pipeline.train.early_stopping import StopEarly
+from pipeline.train.callbacks.early_stopping import StopEarly
 from tests.support.commands import TWO_RANKS, Run, Typed, journal
-from tests.support.scored import SCORES, Scored, fit_scored
+from tests.support.scored import SCORES, Scored, fit_scored, saving_in
 
 # Its evaluations are those of `SCORES`; four steps an epoch.
 SCRIPTED = (
@@ -110,9 +109,9 @@ def test_a_killed_run_stops_at_the_same_epoch_with_the_same_bits(tmp_path: Path,
 
     def start(name: str, epoch: int | None) -> pl.Trainer:
         last = tmp_path / name / "last.ckpt"
-        stop, best = StopEarly(choice("top1", 3), num_epochs=8), BestCheckpoint(last.parent, monitor="val/top1")
+        stop, saving = StopEarly(choice("top1", 3), num_epochs=8), saving_in(last.parent)
         kill = Kill(99 if epoch is None else epoch)
-        callbacks = (stop, best, *([] if name == "complete" else [kill]))
+        callbacks = (stop, saving, *([] if name == "complete" else [kill]))
         resume = str(last) if last.exists() else None
         return fit_scored(Scored(scores), *callbacks, num_epochs=8, resume=resume)
 
@@ -183,7 +182,7 @@ def test_a_run_killed_twice_stops_as_one_that_was_not(
         with pytest.raises(Killed):
             train(*words, "name=cut")
     monkeypatch.setattr(Classifier, "training_step", step)
-    assert "continues from last.ckpt" in train(*words, "name=cut")
+    assert "continues after step" in train(*words, "name=cut")
     results = [json.loads((runs / name / "result.json").read_text()) for name in ("complete", "cut")]
     assert results[0]["stopped_early"] == "epoch 5 of 6: val/loss did not improve in the last 2 evaluations"
     assert results[1] == results[0] | {"checkpoint": "runs/cut/checkpoints/best.ckpt"}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional
 
-from pipeline.train.seeding import SeedEachBatch
+from pipeline.train.callbacks.seeding import SeedEachBatch
 
 
 def draw(*, seed: int = 0, step: int = 0, batch_index: int = 0, rank: int = 0) -> tuple[float, ...]:

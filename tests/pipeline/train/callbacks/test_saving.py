@@ -9,8 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from pipeline.runs.checkpoint import BestCheckpoint
-from tests.support.scored import Scored, fit_scored
+from tests.support.scored import Scored, fit_scored, saving_in
 
 SCORES = (0.5, 0.3, 0.7, 0.6, 0.2)
 
@@ -29,6 +28,7 @@ class Look(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch:
+            trainer.strategy.checkpoint_io.wait()
             self.look()
 
 
@@ -45,9 +45,9 @@ class Look(pl.Callback):
 def test_the_last_epoch_is_kept_whether_or_not_it_was_the_best(
     tmp_path: Path, mode: str, scores: tuple[float, ...], best_steps: tuple[int, ...]
 ) -> None:
-    look, best = Look(tmp_path), BestCheckpoint(tmp_path, monitor="val/top1", mode=mode)
-    fit_scored(Scored(scores), look, best, num_epochs=5)
+    look, saving = Look(tmp_path), saving_in(tmp_path, mode=mode)
+    fit_scored(Scored(scores), look, saving, num_epochs=5)
     look.look()
     assert look.steps == list(zip((3, 6, 9, 12, 15), best_steps, strict=True))
     if not any(best_steps):
-        assert best.best_model_score is None
+        assert saving.best is None

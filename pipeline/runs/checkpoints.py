@@ -1,0 +1,249 @@
+"""The checkpoints of a run on disk: each is complete or absent, and damage is found before one is used.
+
+A checkpoint is `step-N.ckpt` beside `step-N.json`, its manifest, which is written last. `last.ckpt` and `best.ckpt` are
+links to the newest one and to the one with the best evaluation.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch.utils.serialization import config as serialization
+
+FORMAT = 1
+KEPT = 2  # newest checkpoints, beside the best one of each
+LAST, BEST = "last.ckpt", "best.ckpt"
+FILE = re.compile(r"step-(\d+)\.(ckpt|json)")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The checkpoint with the best evaluation, and the value of its metric."""
+
+    step: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The manifest of a checkpoint: optimizer step, size and SHA-256, and `best` as it was at this step.
+
+    `journal` is the SHA-256 of the journal up to this step, and `journal_bytes` its length.
+    """
+
+    step: int
+    bytes: int
+    sha256: str
+    best: Best | None = None
+    journal_bytes: int = 0
+    journal: str = ""
+
+    @property
+    def file(self) -> str:
+        """Name of the file in the folder."""
+        return f"step-{self.step}.ckpt"
+
+
+class FoundCheckpoint(NamedTuple):
+    """The newest intact checkpoint, None without one, and a sentence for each damaged one."""
+
+    checkpoint: Checkpoint | None
+    damaged: list[str]
+
+
+class CheckpointFolder:
+    """A run's folder of checkpoints. One process writes; others may read meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, state: Mapping[str, object], checkpoint: Checkpoint) -> Checkpoint:
+        """Write a checkpoint, flush it to the disk, and remove older ones; size and SHA-256 are filled in.
+
+        Raises: OSError, after which the older checkpoints stand and no part of the new one is left.
+        """
+        partial, target = self.path / f".{checkpoint.file}", self.path / checkpoint.file
+        try:
+            with partial.open("wb") as file:
+                hashing = _HashingFile(file)
+                with _without_crc32():  # SHA-256 is the check
+                    torch.save(state, hashing)  # type: ignore[arg-type]  # it only writes and flushes
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        written = Checkpoint(**vars(checkpoint) | {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()})
+        self._write_manifest(written)
+        self._link(LAST, written.step)
+        if written.best is not None:
+            self._link(BEST, written.best.step)
+        self._remove_older()
+        return written
+
+    def manifests(self) -> Iterator[Path]:
+        """Yield the manifests of complete checkpoints, the newest first."""
+        found = [(int(match[1]), path) for path in self._files() if (match := FILE.fullmatch(path.name))]
+        yield from (path for _, path in sorted(found, reverse=True) if path.suffix == ".json")
+
+    def newest(self) -> FoundCheckpoint:
+        """Return the newest intact checkpoint, after reading each file until one is intact."""
+        damaged = []
+        for manifest in self.manifests():
+            try:
+                checkpoint = read_manifest(manifest)
+                check_intact(self.path / checkpoint.file, checkpoint)
+            except (ValueError, OSError) as error:
+                damaged.append(str(error))
+                continue
+            return FoundCheckpoint(checkpoint, damaged)
+        return FoundCheckpoint(None, damaged)
+
+    @property
+    def last(self) -> Path | None:
+        """The newest complete checkpoint, None without one."""
+        manifest = next(self.manifests(), None)
+        return self._existing(LAST) or (manifest and self._existing(f"{manifest.stem}.ckpt"))
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint with the best evaluation, None without one."""
+        return self._existing(BEST)
+
+    def find(self, step: int) -> Checkpoint | None:
+        """Return the manifest of a step, None without a readable one."""
+        with suppress(ValueError, OSError):
+            return read_manifest(self.path / f"step-{step}.json")
+        return None
+
+    def tidy(self, newest: Checkpoint | None) -> None:
+        """Remove what a kill has left, and checkpoints after `newest`, which are damaged; restore the links."""
+        manifests = {path.stem for path in self.manifests()}
+        for path in self._files():
+            match = FILE.fullmatch(path.name)
+            is_later = match is not None and (newest is None or int(match[1]) > newest.step)
+            is_partial = path.name.startswith(".") or (match is not None and path.stem not in manifests)
+            if is_partial or is_later:
+                path.unlink(missing_ok=True)
+        for name in (LAST, BEST):
+            (self.path / name).unlink(missing_ok=True)
+        if newest is not None:
+            self._link(LAST, newest.step)
+            if newest.best is not None:
+                self._link(BEST, newest.best.step)
+
+    def _existing(self, name: str) -> Path | None:
+        path = self.path / name
+        return path if path.is_file() else None
+
+    def _files(self) -> list[Path]:
+        return list(self.path.iterdir()) if self.path.is_dir() else []
+
+    def _write_manifest(self, checkpoint: Checkpoint) -> None:
+        content = {"format": FORMAT, **asdict(checkpoint)}
+        text = json.dumps({**content, "digest": _digest(content)}, indent=1)
+        path = self.path / f"step-{checkpoint.step}.json"
+        partial = path.with_name(f".{path.name}")
+        try:
+            with partial.open("w") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            flush_folder(self.path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def _link(self, name: str, step: int) -> None:
+        """Point a name to a checkpoint, atomically."""
+        partial = self.path / f".{name}"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(f"step-{step}.ckpt")
+        partial.replace(self.path / name)
+
+    def _remove_older(self) -> None:
+        """Keep the newest checkpoints and their best ones; a manifest goes before its file."""
+        steps: set[int] = set()
+        for manifest in list(self.manifests())[:KEPT]:
+            checkpoint = self.find(int(manifest.stem.removeprefix("step-")))
+            if checkpoint is not None:
+                steps |= {checkpoint.step} | ({checkpoint.best.step} if checkpoint.best else set())
+        for suffix in (".json", ".ckpt"):
+            for path in self._files():
+                match = FILE.fullmatch(path.name)
+                if match and path.suffix == suffix and int(match[1]) not in steps:
+                    path.unlink(missing_ok=True)
+
+
+class _HashingFile:
+    """A file that `torch.save` can write to, with the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> int:
+        """Write, and add to the digest."""
+        self.sha256.update(content)
+        self.bytes += len(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self._file.flush()
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Save without zip's check values, which cost more than SHA-256."""
+    before = serialization.save.compute_crc32
+    serialization.save.compute_crc32 = False
+    try:
+        yield
+    finally:
+        serialization.save.compute_crc32 = before
+
+
+def read_manifest(path: Path) -> Checkpoint:
+    """Read the manifest of a checkpoint. Raises: ValueError when it is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+        if content.pop("digest") != _digest(content) or content.pop("format") != FORMAT:
+            raise ValueError("its digest differs")
+        best = content.pop("best")
+        return Checkpoint(**content, best=Best(**best) if best else None)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def check_intact(file: Path, checkpoint: Checkpoint) -> None:
+    """Raise ValueError, naming the file, unless it has the size and SHA-256 of its manifest."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing")
+    size = file.stat().st_size
+    if size != checkpoint.bytes:
+        raise ValueError(f"{file} is damaged: it has {size:,} bytes, its manifest says {checkpoint.bytes:,}")
+    with file.open("rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() != checkpoint.sha256:
+            raise ValueError(f"{file} is damaged: its SHA-256 is not that of its manifest")
+
+
+def flush_folder(path: Path) -> None:
+    """Flush the names in a folder to the disk, so that a rename survives a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,132 @@
+"""Checkpoints on disk: complete or absent, the newest intact one is found, and every damage is named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.runs.checkpoints import Best, Checkpoint, CheckpointFolder, read_manifest
+from pipeline.runs.run import Run
+from tests.support.damage import damage
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"global_step": step, "state_dict": {"weight": torch.full((50,), float(step))}, "optimizer_states": []}
+
+
+def write(folder: CheckpointFolder, step: int, best: Best | None = None) -> Checkpoint:
+    folder.path.mkdir(exist_ok=True)
+    return folder.write(state(step), Checkpoint(step, 0, "", best))
+
+
+def names(folder: CheckpointFolder) -> list[str]:
+    return sorted(path.name for path in folder.path.iterdir())
+
+
+def test_two_checkpoints_are_kept_beside_the_best_one(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4), (6, 4), (7, 4)):
+        write(folder, step, Best(best, best / 10))
+        assert folder.best is not None
+        assert torch.load(folder.best, weights_only=True)["global_step"] == best
+        assert folder.last is not None
+        assert torch.load(folder.last, weights_only=True)["global_step"] == step
+        if step == 4:  # step 3 is the older one, for which the best is 1
+            assert {name for name in names(folder) if name.endswith("json")} == {f"step-{n}.json" for n in (1, 3, 4)}
+    expected = {f"step-{step}.{suffix}" for step in (4, 6, 7) for suffix in ("ckpt", "json")}
+    assert set(names(folder)) == expected | {"last.ckpt", "best.ckpt"}
+
+
+def test_the_newest_intact_checkpoint_is_taken_and_every_damaged_one_is_named(tmp_path: Path) -> None:
+    """Flips, cuts and zeros at 50 places, in the file or in its manifest."""
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    first, second = write(folder, 1), write(folder, 2)
+    assert folder.newest() == (second, [])
+    kept = {path.name: path.read_bytes() for path in folder.path.iterdir() if not path.is_symlink()}
+    for number in range(50):
+        file = folder.path / ("step-2.ckpt" if number % 2 else "step-2.json")
+        done = damage(file, number)
+        checkpoint, damaged = folder.newest()
+        assert checkpoint == first, (file.name, done)
+        assert len(damaged) == 1
+        assert "step-2." in damaged[0]
+        file.write_bytes(kept[file.name])
+    assert folder.newest() == (second, [])
+
+
+def test_a_manifest_without_its_file_is_named(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    first = write(folder, 1)
+    write(folder, 2)
+    (folder.path / "step-2.ckpt").unlink()
+    checkpoint, damaged = folder.newest()
+    assert checkpoint == first
+    assert damaged == [f"{folder.path / 'step-2.ckpt'} is missing"]
+
+
+def test_a_run_without_an_intact_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    write(run.checkpoints, 1)
+    damage(run.checkpoints.path / "step-1.ckpt", 2)
+    with pytest.raises(ValueError, match=r"step-1.ckpt is damaged: .*: no checkpoint is left; remove .*checkpoints to"):
+        run.newest_checkpoint()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.checkpoints.path.mkdir()
+    torch.save(state(5), run.checkpoints.path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last.ckpt has no manifest: remove .*checkpoints to start the run over"):
+        run.newest_checkpoint()
+
+
+def test_what_a_kill_leaves_is_removed_by_the_next_start(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    newest = write(folder, 1, Best(1, 0.5))
+    for name in (".step-2.ckpt", "step-2.ckpt", ".step-2.json", ".last.ckpt"):  # in the order in which they are written
+        (folder.path / name).write_bytes(b"cut o")
+    (folder.path / "last.ckpt").unlink()
+    assert folder.newest() == (newest, [])
+    folder.tidy(newest)
+    assert names(folder) == ["best.ckpt", "last.ckpt", "step-1.ckpt", "step-1.json"]
+    for name in ("last.ckpt", "best.ckpt"):
+        assert torch.load(folder.path / name, weights_only=True)["global_step"] == 1
+
+
+@pytest.mark.parametrize("fails_at", ["write", "fsync", "rename"])
+def test_a_full_disk_leaves_the_older_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    first, second = write(folder, 1), write(folder, 2)
+    before = names(folder)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = {"write": (torch, "save"), "fsync": (os, "fsync"), "rename": (Path, "replace")}[fails_at]
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, full)
+        with pytest.raises(OSError, match="No space left on device"):
+            write(folder, 3)
+    assert names(folder) == before
+    assert folder.newest() == (second, [])
+    assert read_manifest(folder.path / "step-1.json") == first
+
+
+def test_a_manifest_states_the_size_and_digest_of_its_file(tmp_path: Path) -> None:
+    import hashlib
+
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    write(folder, 3, Best(3, 0.25))
+    content = (folder.path / "step-3.ckpt").read_bytes()
+    manifest = json.loads((folder.path / "step-3.json").read_text())
+    assert manifest["sha256"] == hashlib.sha256(content).hexdigest()
+    assert manifest["bytes"] == len(content)
+    assert manifest["best"] == {"step": 3, "score": 0.25}

@@ -1,0 +1,87 @@
+"""A loss or a gradient that is not finite: the training ends, or leaves out one step, and no such state is saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.loading.order import TrainingPlan
+from data.shards.dataset import Dataset
+from pipeline.runs.checkpoint_writer import NonFiniteStateError, check_finite
+from pipeline.train.ends import DivergedError
+from tests.support.commands import Typed, journal
+from tests.support.resume import Stop, checkpoint, differences, train_until
+
+WORDS = (
+    "+model=mobilenet", "model.variant=mobilenet_v3_small", "trust=true", "tracking=none", "trainer=cpu", "name=mine",
+    "classifier._target_=tests.support.failing.Failing", "recipe.optimizer.lr=0.001", "data.batch_size=8",
+    "+trainer.limit_train_batches=4", "+trainer.limit_val_batches=1", "recipe.epochs=2", "log_every=1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "what", "words"),
+    [
+        ("nan", "loss", ()),
+        ("inf", "loss", ()),
+        ("gradient", "gradient", ()),
+        ("nan", "loss", ("trainer.precision=bf16-mixed",)),
+        ("inf", "loss", ("trainer.precision=16-mixed",)),
+        ("gradient", "gradient", ("recipe.clip_norm=1.0", "trainer.precision=64-true")),
+    ],
+)
+def test_a_divergence_names_step_rate_and_samples_and_keeps_the_last_sound_checkpoint(
+    train: Typed, with_digits: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, how: str, what: str,
+    words: tuple[str, ...],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("FAIL", f"0,5,{how}")  # after five steps: in the second of the second epoch
+    with pytest.raises(DivergedError) as error:
+        train(*WORDS, *words)
+    index = digits.index("train")
+    plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=4_000_000, batch_size=8)
+    names = index.keys(plan.samples(1, 1).tolist())
+    rate = next(line["train/lr"] for line in journal(with_digits / "runs" / "mine") if line["step"] == 5)
+    message = f"step 6 has a {what} that is not finite, at a learning rate of "
+    assert str(error.value).startswith(message)
+    assert float(str(error.value).removeprefix(message).split()[0]) != rate, "the schedule has moved on"
+    assert f"with the samples {', '.join(names[:3])} and 5 more: lower recipe.optimizer.lr" in str(error.value)
+    assert error.value.samples == tuple(names)
+    run = with_digits / "runs" / "mine"
+    assert checkpoint(run)["global_step"] == 4
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == ("failed", 5, 2)
+    assert not (run / "result.json").exists()
+
+
+def test_a_skipped_step_leaves_weights_momentum_and_statistics_as_they_were(
+    with_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(with_digits)
+    monkeypatch.setenv("FAIL", "0,5,nan")
+    words, run = (*WORDS, "on_nonfinite=skip", "checkpoint.every_steps=1"), with_digits / "runs" / "mine"
+    assert train_until(Stop(6), *words) == 143
+    before, after = (checkpoint(run, f"step-{step}.ckpt") for step in (5, 6))
+    assert differences(before["state_dict"], after["state_dict"]) == []
+    moments = [one["optimizer_states"][0]["state"] for one in (before, after)]
+    assert len(moments[0]) > 50
+    assert differences(*moments) == []
+    assert before["lr_schedulers"] != after["lr_schedulers"]
+    assert train_until(None, *words) == 0
+    last = checkpoint(run)
+    assert last["global_step"] == 8
+    assert differences(last["state_dict"], after["state_dict"]) != []
+    assert all(torch.isfinite(tensor).all() for tensor in last["state_dict"].values())
+    assert last["callbacks"]["GuardFinite"] == {"skipped": 1}
+
+
+@pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
+def test_no_checkpoint_holds_a_value_that_is_not_finite(part: str) -> None:
+    weights, moments = {"net.weight": torch.ones(3)}, [{"state": {0: {"momentum_buffer": torch.ones(3)}}}]
+    state = {"state_dict": weights, "optimizer_states": moments}
+    check_finite(state)
+    (weights["net.weight"] if part == "state_dict" else moments[0]["state"][0]["momentum_buffer"])[1] = torch.inf
+    with pytest.raises(NonFiniteStateError, match=r"weight|momentum_buffer"):
+        check_finite(state)

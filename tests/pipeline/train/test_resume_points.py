@@ -1,0 +1,44 @@
+"""A training of twelve steps, stopped after any of them: it continues to the same bits, also from there once more."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from tests.support.resume import EVALUATIONS, POINTS, TWELVE_STEPS, Stop, checkpoint, differences, results, train_until
+
+
+def train_in_parts(root: Path, *stops: Stop) -> Path:
+    """Train the run `cut` with these stops, to its end."""
+    shutil.rmtree(root / "runs" / "cut", ignore_errors=True)
+    for stop in stops:
+        assert train_until(stop, *TWELVE_STEPS, "name=cut") == 143
+        assert checkpoint(root / "runs" / "cut")["global_step"] == stop.step
+    assert train_until(None, *TWELVE_STEPS, "name=cut") == 0
+    return root / "runs" / "cut"
+
+
+@pytest.fixture
+def complete(with_digits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The undisturbed run."""
+    monkeypatch.chdir(with_digits)
+    assert train_until(None, *TWELVE_STEPS, "name=complete") == 0
+    return with_digits / "runs" / "complete"
+
+
+@pytest.mark.parametrize("stops", [(Stop(3), Stop(5)), (Stop(4), EVALUATIONS[0]), (Stop(12), EVALUATIONS[2])], ids=str)
+def test_a_training_in_parts_ends_in_the_same_bits(complete: Path, with_digits: Path, stops: tuple[Stop, ...]) -> None:
+    expected = results(complete)
+    assert len(expected["journal"]) == 4 + 3
+    assert differences(expected, results(train_in_parts(with_digits, *stops))) == []
+
+
+@pytest.mark.faults
+def test_all_pairs_of_resume_points_end_in_the_same_bits(complete: Path, with_digits: Path) -> None:
+    expected, pairs = results(complete), list(combinations(POINTS, 2))
+    assert len(pairs) == 66
+    for pair in [*pairs, *((stop, stop) for stop in EVALUATIONS)]:
+        assert differences(expected, results(train_in_parts(with_digits, *pair))) == [], pair
