@@ -18,7 +18,8 @@ from data.loading.crops import EvaluationCrop, TrainingCrop
 from data.loading.loader import Batch, Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, TrainingPlan
 from data.loading.storage import LocalShards
-from data.shards.dataset import Dataset, read_manifest
+from data.shards.dataset import Dataset
+from data.shards.indexing import open_dataset
 from data.shards.parallel import available_cores
 
 FOLDER = ROOT / "datasets" / "cifar10"
@@ -78,7 +79,7 @@ def train_cifar10(device: torch.device, folder: Path = FOLDER, *, epochs: float 
     if not (folder / "dataset.json").is_file():
         command = "python -m pipeline.pack source=folder source.root=PATH name=cifar10"
         return Answer(None, {"no data": f"{folder} is made by {command}"})
-    dataset = read_manifest(folder, folder)
+    dataset, _ = open_dataset(folder)
     if device.type == "cpu":
         epochs = min(epochs, EPOCHS_ON_CPU)
     _train(dataset, device, epochs=0.01)  # cuDNN chooses its algorithms

@@ -13,6 +13,7 @@ from PIL.TiffTags import LONG, SHORT
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXIF_ORIENTATION = 0x0112
+FILLED_ZEROS = 32  # more than a coder of WebP leaves at the end
 SWAPS_SIDES = (5, 6, 7, 8)  # orientations; others than 1 to 8 mean nothing
 # PIL's exceptions for bytes that are not an image, or only a part of one.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -45,6 +46,8 @@ def check_intact(encoded: bytes) -> None:
         end = encoded.rfind(b"IEND")  # followed by a checksum of 4 bytes; PIL does without both, DALI does not
         if image.format == "PNG" and not encoded.rfind(b"IDAT") < end <= len(encoded) - 8:
             raise ValueError("the end of the PNG is missing")
+        if _is_zero_filled(encoded):
+            raise ValueError("zeros have replaced its end")
 
 
 def colour_sums(encoded: bytes) -> NDArray[np.float64]:
@@ -90,6 +93,15 @@ def _orientation(image: Image.Image) -> int:
         if kind != SHORT and not (kind == LONG and exif.startswith(b"II")):  # DALI reads the first 16 bits
             raise ValueError("its EXIF orientation is not a 16-bit number")
     return int(orientation)
+
+
+def _is_zero_filled(encoded: bytes) -> bool:
+    """Whether a JPEG or WebP has a tail of zeros instead of its end. Decoders take them for data: the rest is grey."""
+    if not encoded.endswith(b"\0"):
+        return False
+    if encoded.startswith(b"\xff\xd8"):  # the end marker is missing after the last scan; a thumbnail has its own
+        return encoded.rfind(b"\xff\xd9") <= encoded.rfind(b"\xff\xda")
+    return encoded[12:15] == b"VP8" and encoded[15:16] in b" L" and encoded.endswith(bytes(FILLED_ZEROS))
 
 
 @contextmanager

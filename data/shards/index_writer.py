@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data.shards.dataset import SCHEMA, Dataset, Shard, Split
+from data.shards.manifest import write_manifest
 from data.shards.tars import SampleRow, ShardRows
 
 STATISTICS_IMAGES = 10_000
@@ -39,9 +40,9 @@ def statistics_shares(num_shards: int) -> list[int]:
     return [(number + 1) * total // num_shards - number * total // num_shards for number in range(num_shards)]
 
 
-def index_origin(tars: list[tuple[str, int, int]], *, label_field: str) -> bytes:
-    """Encode the origin of an index: the label field; name, size in bytes and modification time of each tar."""
-    return json.dumps({"label_field": label_field, "tars": tars}).encode()
+def index_origin(tars: list[tuple[str, int, int]], *, label_field: str) -> str:
+    """Return a digest of an index's origin: the label field; name, size in bytes and modification time of each tar."""
+    return hashlib.sha256(json.dumps({"label_field": label_field, "tars": tars}).encode()).hexdigest()
 
 
 def write_dataset(
@@ -61,11 +62,11 @@ def write_dataset(
         splits[split] = _write_index(folder / f"{split}.parquet", rows, classes=classes, origin=origin)
     colours = np.sum([shard.colours for rows in shards.values() for shard in rows], axis=0)  # (7,)
     dataset = Dataset(root, folder, name, classes, *_mean_and_std(colours), splits)
-    dataset.write()
+    write_manifest(dataset)
     return dataset
 
 
-def _write_index(path: Path, shards: list[ShardRows], *, classes: tuple[str, ...], origin: bytes) -> Split:
+def _write_index(path: Path, shards: list[ShardRows], *, classes: tuple[str, ...], origin: str) -> Split:
     """Write an index atomically, a row group per shard with samples."""
     partial_path = path.with_name(f".{path.name}.partial")
     digest = hashlib.sha256()
@@ -79,10 +80,11 @@ def _write_index(path: Path, shards: list[ShardRows], *, classes: tuple[str, ...
             for name in SCHEMA.names[:-1]:
                 digest.update(table.column(name).to_numpy().tobytes())
             digest.update("\n".join(columns["key"]).encode())
-        writer.add_key_value_metadata({"made": origin, "digest": digest.hexdigest()})
+    with partial_path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     partial_path.replace(path)
     tars = tuple(Shard(shard.file, len(shard.rows), shard.bytes, shard.sha256) for shard in shards)
-    return Split(tars, path.name, digest.hexdigest())
+    return Split(tars, path.name, digest.hexdigest(), sha256, origin)
 
 
 def _mean_and_std(colours: NDArray[np.float64]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

@@ -11,8 +11,9 @@ from filelock import FileLock
 
 from data.arguments import ArgumentError, require
 from data.shards import images
-from data.shards.dataset import MANIFEST, SPLITS, Dataset, read_manifest
+from data.shards.dataset import SCHEMA, SPLITS, Dataset, check_index
 from data.shards.index_writer import class_names, index_origin, merge_classes, statistics_shares, write_dataset
+from data.shards.manifest import MANIFEST, read_manifest, write_manifest
 from data.shards.parallel import available_cores, map_tasks
 from data.shards.sources import SPLIT_FOLDERS
 from data.shards.tars import ShardRows, SkippedSample, TarTask, read_shard
@@ -30,23 +31,31 @@ def open_dataset(
 ) -> tuple[Dataset, list[SkippedSample]]:
     """Open a data set; index the tars first, in one process, if they have no manifest or have changed.
 
-    `folder` is for manifest and indexes, by default `root`. Also returns the samples that indexing has just skipped.
-    Raises: ValueError when this is not a data set, a tar is damaged or missing, or `folder` cannot be written to.
+    `folder` is for manifest and indexes, by default `root`; both are checked. An edited manifest gets a new digest.
+    Also returns the samples that indexing has just skipped. Raises: ValueError when this is not a data set, a file is
+    damaged or missing, or `folder` cannot be written to.
     """
     folder = folder or root
     require(root.is_dir(), "is not a folder: give the one that contains the tars", root=root)
     _check_complete(root, folder)
     tars = _find_tars(root)
     current = partial(_current_dataset, root, folder, tars=tars, label_field=label_field)
-    if dataset := current():
+    dataset = current()
+    if dataset and not dataset.is_edited:
         return dataset, []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             dataset = current()  # another process may have been faster
-            return (dataset, []) if dataset else _index_tars(root, folder, tars=tars, label_field=label_field)
+            if dataset is None:
+                return _index_tars(root, folder, tars=tars, label_field=label_field)
+            if dataset.is_edited:
+                write_manifest(dataset)
+            return dataset, []
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if dataset:  # edited by someone who may write here
+                return dataset, []
             raise ArgumentError(f"{error}: ", ("folder", "FOLDER"), " puts manifest and index elsewhere") from error
         raise
 
@@ -91,13 +100,28 @@ def _current_dataset(root: Path, folder: Path, *, tars: dict[str, list[str]], la
         return None
     for name, split in dataset.splits.items():
         path = folder / split.index
-        metadata = pq.read_metadata(path).metadata if path.is_file() else {}
         status = [(file, os.stat(root / file)) for file in tars[name]]
         tars_now = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in status]
-        origin = index_origin(tars_now, label_field=label_field)
-        if (metadata.get(b"made"), metadata.get(b"digest")) != (origin, split.digest.encode()):
+        if not path.is_file() or split.origin != index_origin(tars_now, label_field=label_field):
             return None
+        check_index(path, split)
+    if dataset.is_edited:
+        _check_edit(dataset)
     return dataset
+
+
+def _check_edit(dataset: Dataset) -> None:
+    """Raise ValueError when an edited manifest does not fit its indexes."""
+    for split in dataset.splits.values():
+        path = dataset.folder / split.index
+        metadata = pq.read_metadata(path)
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        largest = max(group.column(SCHEMA.names.index("label")).statistics.max for group in groups)
+        edited = f"{dataset.folder / MANIFEST} was edited"
+        if [group.num_rows for group in groups] != [shard.samples for shard in split.shards]:
+            raise ValueError(f"{edited}: its shards are not those of {path}; restore them, or remove both files")
+        if largest >= len(dataset.classes):
+            raise ValueError(f"{edited}: it has {len(dataset.classes)} classes, but {path} has labels up to {largest}")
 
 
 def _index_tars(

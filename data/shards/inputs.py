@@ -14,7 +14,7 @@ import numpy as np
 from data.arguments import require
 from data.shards.dataset import Dataset
 from data.shards.images import SUFFIXES
-from data.shards.tars import read_members
+from data.shards.members import JoinedTars, read_members
 
 STANDARD_INPUT = "-"
 
@@ -97,6 +97,8 @@ def _of_tar(path: Path) -> Iterator[Source]:
                     yield Source(_escape_path(f"{path}/{member.name}"), read)
     except OSError as error:
         yield Source(_escape_path(path), partial(_raise, error))
+    except JoinedTars as error:
+        yield Source(_escape_path(path), partial(_raise, ValueError(str(error))))
     except tarfile.TarError as error:
         yield Source(_escape_path(path), partial(_raise, ValueError(f"the tar is damaged, or compressed: {error}")))
 

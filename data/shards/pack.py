@@ -13,8 +13,9 @@ import webdataset as wds
 from data import draws
 from data.arguments import require
 from data.shards import images
-from data.shards.dataset import SPLITS, Dataset, read_manifest
+from data.shards.dataset import SPLITS, Dataset
 from data.shards.index_writer import statistics_shares, write_dataset
+from data.shards.manifest import read_manifest
 from data.shards.parallel import available_cores, map_tasks
 from data.shards.sources import Item, Source
 from data.shards.tars import ShardRows, SkippedSample, TarTask, read_shard

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.shards import images
+from data.shards.members import JoinedTars, read_members
 
 RESERVED = re.compile(r"__[^/]*__($|/)")  # names that WebDataset reserves and skips
 # Height and width of an encoded image: `images.intact_size`, or `oriented_size` where each was decoded before.
@@ -66,7 +67,7 @@ class ShardRows:
 
 
 def read_shard(root: Path, task: TarTask, *, label_field: str, size_of: SizeOf) -> ShardRows:
-    """Read one tar. Raises: ValueError when it is cut short or not a tar."""
+    """Read one tar. Raises: ValueError when it is cut short, joined with another, or not a tar."""
     path, shard = root / task.file, ShardRows(task.file)
     with path.open("rb") as stream:
         shard.modified_ns = os.fstat(stream.fileno()).st_mtime_ns
@@ -74,12 +75,18 @@ def read_shard(root: Path, task: TarTask, *, label_field: str, size_of: SizeOf) 
         shard.bytes = stream.tell()
         try:
             samples, repeated = _list_samples(stream)
+        except JoinedTars as error:
+            raise ValueError(f"{path}: {error}") from error
         except tarfile.TarError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}): copy or pack it again") from error
+        last = max((place for files in samples.values() for place in files.values()), default=(0, 0))
         for key, files in samples.items():
             try:
                 shard.rows.append(_read_row(stream, key, files=files, label_field=label_field, size_of=size_of))
             except ValueError as error:
+                if last in files.values() and _bytes_at(stream, last).endswith(b"\0"):  # where an incomplete copy ends
+                    problem = f"its last file, of {key}, ends in zeros: {error}"
+                    raise ValueError(f"{path} is damaged or cut short ({problem}): copy or pack it again") from error
                 lacks_label_field = isinstance(error, MissingLabelField)
                 shard.skipped.append(SkippedSample(f"{path}: {key}", str(error), lacks_label_field))
         reason = "a second file of this name: the first is used"
@@ -106,17 +113,6 @@ def _list_samples(stream: BinaryIO) -> tuple[dict[str, dict[str, Place]], list[s
     return samples, repeated
 
 
-def read_members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a tar. Raises: tarfile.TarError when it is not a tar, or after what precedes the damage."""
-    stream.seek(0)
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
-        yield from tar
-        stream.seek(tar.offset)
-    # A tar ends in blocks of zeros. Python accepts one that is cut between two files or continues as garbage.
-    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("no end-of-archive mark after the last complete file")
-
-
 def _read_row(stream: BinaryIO, key: str, *, files: dict[str, Place], label_field: str, size_of: SizeOf) -> SampleRow:
     image = next((files[suffix] for suffix in images.SUFFIXES if suffix in files), None)
     if image is None:
@@ -127,6 +123,8 @@ def _read_row(stream: BinaryIO, key: str, *, files: dict[str, Place], label_fiel
         text = _json_label(_bytes_at(stream, files["json"]), label_field)
     else:
         raise ValueError("no label: neither a .cls nor a .json file")
+    if "\0" in text:
+        raise ValueError("its label has bytes of zeros")
     label = int(text) if re.fullmatch(r"[+-]?\d+", text) else text
     height, width = size_of(_bytes_at(stream, image))
     return SampleRow(key, *image, label, height, width)
