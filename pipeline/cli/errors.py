@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.arguments import ArgumentError as DataArgumentError
 from models.arguments import ArgumentError as ModelArgumentError
+from pipeline.cli.secrets import mask_address
 
 INTERRUPTED = 128 + 2  # exit code, as a shell counts it: 128 + SIGINT
 
@@ -29,9 +30,13 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    except RecursionError:
+        print("error: a config or a file is nested too deeply", file=sys.stderr)
+        raise SystemExit(1) from None
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        text = str(root_cause(error) if isinstance(error, HydraException) else error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        cause = root_cause(error)
+        text = str(cause if isinstance(error, HydraException) or isinstance(cause, ConfigError) else error)
+        print(f"error: {mask_address(' '.join(text.split()))}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
