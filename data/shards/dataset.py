@@ -157,9 +157,12 @@ def read_manifest(folder: Path, root: Path) -> Dataset:
         splits = {}
         for name, split in manifest["splits"].items():
             splits[name] = Split(tuple(Shard(**shard) for shard in split["shards"]), split["index"], split["digest"])
+            for file in (split["index"], *(shard.file for shard in splits[name].shards)):
+                if Path(file).is_absolute() or ".." in Path(file).parts:  # it may come from someone else
+                    raise ValueError(f"{path} lists {file}, which is outside of its folder: pack the data set again")
         classes, mean, std = (tuple(manifest[name]) for name in ("classes", "mean", "std"))
         return Dataset(root, folder, manifest["name"], classes, mean, std, splits)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         advice = "remove it to have the tars indexed again, or pack the data set again"
         reason = f"{path} is not the manifest of a data set ({type(error).__name__}: {error})"
         raise ValueError(f"{reason}: {advice}") from error

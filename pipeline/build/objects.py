@@ -40,8 +40,8 @@ def build_object(config: DictConfig, key: str, *, kind: type[Kind], **given: obj
     with config_keys_in_errors(_keys_in(node, key) if isinstance(node, DictConfig) else {}):
         built = _build(plain, key, trusted=trusted, given=given)
     if not isinstance(built, kind):
-        returned = f" returns {type(built).__name__}, not {kind.__name__}"
-        raise ArgumentError((f"{key}._target_", plain["_target_"]), returned)
+        named = (f"{key}._target_", plain["_target_"]) if "_target_" in plain else (key, plain)
+        raise ArgumentError(named, f" returns {type(built).__name__}, not {kind.__name__}")
     return built
 
 

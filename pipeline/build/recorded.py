@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from yaml import AliasEvent, SafeLoader, YAMLError, parse  # type: ignore[import-untyped]  # it has no stubs
+from yaml import CSafeLoader, YAMLError, parse  # type: ignore[import-untyped]  # it has no stubs
+from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent  # type: ignore[import-untyped]  # as above
 
 from data.loading.crops import CropPolicy
 from data.shards.dataset import Dataset
@@ -21,6 +22,7 @@ from pipeline.cli.targets import ADVICE, check_targets
 Built = TypeVar("Built")
 
 PARTS = ["model", "recipe", "data", "augment", "dataset", "tracking"]
+MAX_DEPTH = 50  # levels of a config; ours have 5
 
 
 class DatasetFacts(NamedTuple):
@@ -39,17 +41,27 @@ def _load(path: Path) -> DictConfig:
     """
     try:
         text = path.read_text()
-        has_alias = any(isinstance(event, AliasEvent) for event in parse(text, SafeLoader))
-        config = OmegaConf.create("" if has_alias else text)
-        plain = OmegaConf.to_container(config, resolve=False)
-    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+        is_plain = _is_plain(text)
+        config = OmegaConf.create(text if is_plain else "")
+        values = OmegaConf.to_container(config, resolve=False)
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    values = [value for key, value in plain.items() if key != "dataset"] if isinstance(plain, dict) else []
-    if has_alias or "${" in str(values):  # a class may be named ${x}
-        raise ValueError(f"{path} refers to other values, as no config of a run does")
+    texts = str([value for key, value in values.items() if key != "dataset"] if isinstance(values, dict) else [])
+    if not is_plain or "${" in texts:  # a class may be named ${x}
+        raise ValueError(f"{path} refers to other values or is nested deeply, as no config of a run does")
     if not isinstance(config, DictConfig) or not {"model", "data"} <= config.keys():
         raise ValueError(f"{path} is not the config of a training")
     return config
+
+
+def _is_plain(text: str) -> bool:
+    """Return whether a YAML has no alias and few levels, for which OmegaConf's loader takes minutes."""
+    depth = 0
+    for event in parse(text, CSafeLoader):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if isinstance(event, AliasEvent) or depth > MAX_DEPTH:
+            return False
+    return True
 
 
 class RecordedConfig:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]  # it has no stubs
 
 from data.arguments import ArgumentError as DataArgumentError
 from models.arguments import ArgumentError as ModelArgumentError
@@ -33,7 +34,7 @@ def one_line_errors() -> Iterator[None]:
     except RecursionError:
         print("error: a config or a file is nested too deeply", file=sys.stderr)
         raise SystemExit(1) from None
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         cause = root_cause(error)
         text = str(cause if isinstance(error, HydraException) or isinstance(cause, ConfigError) else error)
         print(f"error: {mask_address(' '.join(text.split()))}", file=sys.stderr)
