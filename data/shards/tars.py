@@ -131,7 +131,10 @@ def _read_row(stream: BinaryIO, key: str, *, files: dict[str, Place], label_fiel
 
 
 def _json_label(text: bytes, label_field: str) -> str:
-    fields = json.loads(text)
+    try:
+        fields = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its .json is nested too deeply") from error
     if not isinstance(fields, dict) or label_field not in fields:
         content = ", ".join(fields) if isinstance(fields, dict) else type(fields).__name__
         raise MissingLabelField(f"its .json has no field {label_field}: {content}")

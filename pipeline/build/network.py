@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig
@@ -20,8 +18,6 @@ if TYPE_CHECKING:  # reports load neither Lightning nor DALI
     from data.shards.dataset import Dataset
     from models.learning.classifier import Classifier
 
-Function = TypeVar("Function")
-
 
 def build_network(config: DictConfig, *, num_classes: int | None = None) -> nn.Module:
     """Build the network of `config.model`, for its own number of classes where none is given.
@@ -34,16 +30,7 @@ def build_network(config: DictConfig, *, num_classes: int | None = None) -> nn.M
 
 def build_recipe(config: DictConfig) -> Recipe:
     """Build the recipe. Raises: ValueError for values that no training can have."""
-    recipe = build_object(config, "recipe", kind=Recipe)
-    optimizer, schedule, loss = _plain(recipe.optimizer), _plain(recipe.schedule), _plain(recipe.loss)
-    return replace(recipe, optimizer=optimizer, schedule=schedule, loss=loss)
-
-
-def _plain(function: Function) -> Function:
-    """Replace Hydra's partial, which checks its target at every call and takes longer than LeNet's loss."""
-    if not isinstance(function, partial):
-        return function
-    return cast(Function, partial(function.func, *function.args, **function.keywords))
+    return build_object(config, "recipe", kind=Recipe)
 
 
 def build_module(config: DictConfig, net: nn.Module, *, num_classes: int, recipe: Recipe) -> Classifier:

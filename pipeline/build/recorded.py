@@ -1,26 +1,28 @@
 """From the config that a run has recorded to its parts, for verbs that work on runs."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from yaml import YAMLError  # type: ignore[import-untyped]  # it has no stubs
+from yaml import CSafeLoader, YAMLError, parse  # type: ignore[import-untyped]  # it has no stubs
+from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent  # type: ignore[import-untyped]  # as above
 
 from data.loading.crops import CropPolicy
 from data.shards.dataset import Dataset
 from models.learning.recipe import Recipe
 from pipeline.build.network import build_network, build_recipe, network_name
 from pipeline.build.objects import build_object
-from pipeline.cli.check import check_targets
+from pipeline.cli.environment import check_server
+from pipeline.cli.errors import ConfigError
+from pipeline.cli.secrets import MASK, mask_address
+from pipeline.cli.targets import ADVICE, check_targets
 
 Built = TypeVar("Built")
 
-# A run's folder may come from someone else, so fewer targets are trusted than on the command line.
-TRUSTED = (
-    *("models.", "data.loading.crops.", "pipeline.build.data.", "pipeline.tracking."),
-    *("torch.nn.functional.", "torch.optim.", "torchvision.models."),
-)
+PARTS = ["model", "recipe", "data", "augment", "dataset", "tracking"]
+MAX_DEPTH = 50  # levels of a config; ours have 5
 
 
 class DatasetFacts(NamedTuple):
@@ -32,6 +34,36 @@ class DatasetFacts(NamedTuple):
     classes: tuple[str, ...]
 
 
+def _load(path: Path) -> DictConfig:
+    """Read the config of a training, which has values only.
+
+    A reference could read the environment, or repeat a part of the file without end. Raises: ValueError.
+    """
+    try:
+        text = path.read_text()
+        is_plain = _is_plain(text)
+        config = OmegaConf.create(text if is_plain else "")
+        values = OmegaConf.to_container(config, resolve=False)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    texts = str([value for key, value in values.items() if key != "dataset"] if isinstance(values, dict) else [])
+    if not is_plain or "${" in texts:  # a class may be named ${x}
+        raise ValueError(f"{path} refers to other values or is nested deeply, as no config of a run does")
+    if not isinstance(config, DictConfig) or not {"model", "data"} <= config.keys():
+        raise ValueError(f"{path} is not the config of a training")
+    return config
+
+
+def _is_plain(text: str) -> bool:
+    """Return whether a YAML has no alias and few levels, for which OmegaConf's loader takes minutes."""
+    depth = 0
+    for event in parse(text, CSafeLoader):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if isinstance(event, AliasEvent) or depth > MAX_DEPTH:
+            return False
+    return True
+
+
 class RecordedConfig:
     """The config that a run has recorded; network, recipe and data set are built on demand.
 
@@ -40,15 +72,12 @@ class RecordedConfig:
     """
 
     def __init__(self, path: Path, *, trust: bool) -> None:
-        try:
-            config = OmegaConf.load(path)
-        except (YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-        if not isinstance(config, DictConfig) or not {"model", "data"} <= config.keys():
-            raise ValueError(f"{path} is not the config of a training")
-        self._config = OmegaConf.masked_copy(config, ["model", "recipe", "data", "augment", "dataset", "tracking"])
-        if not trust:
-            check_targets(self._config, trusted=TRUSTED)
+        config = _load(path)
+        if not trust and config.get("trust"):
+            raise ConfigError(f"{path} has trust={config.trust}, which does not count there: {ADVICE}")
+        self._config = OmegaConf.masked_copy(config, PARTS)
+        self._config.trust = trust
+        check_targets(self._config)
         self.network = network_name(config)
         self.image_size: int = config.data.image_size
         self.num_classes: int = config.model.num_classes
@@ -87,8 +116,22 @@ class RecordedConfig:
         return DatasetFacts(str(recorded["name"]), mean, std, tuple(map(str, recorded["classes"])))
 
     def build_tracking(self, kind: type[Built]) -> Built | None:
-        """Build what mirrors the run on a dashboard, None where it records nothing of that."""
-        return build_object(self._config, "tracking", kind=kind) if self._config.get("tracking") else None
+        """Build what mirrors the run on a dashboard, None where it records nothing of that.
+
+        A password in the address is not recorded: MLFLOW_TRACKING_URI has to be the same address with it.
+        Raises: ValueError where it is another one; ConfigError for a server that would be sent credentials.
+        """
+        tracking = self._config.get("tracking")
+        if not tracking:
+            return None
+        uri, current = str(tracking.get("uri")), os.environ.get("MLFLOW_TRACKING_URI", "")
+        if MASK in uri:
+            if mask_address(current) != uri:
+                raise ValueError(f"tracking.uri={uri} is recorded without its password: set MLFLOW_TRACKING_URI")
+            tracking.uri = None  # the tracker reads the variable
+        elif not self._config.trust:
+            check_server(tracking.get("uri"))
+        return build_object(self._config, "tracking", kind=kind)
 
     def open_dataset(self) -> Dataset:
         """Open the data set. Raises: FileNotFoundError, ValueError."""

@@ -9,6 +9,8 @@ from models.learning.evaluation import TOP1
 from pipeline.build.choice import build_choice
 from pipeline.build.network import network_name
 from pipeline.cli.compose import flatten
+from pipeline.cli.environment import without_secrets
+from pipeline.cli.secrets import mask_secrets
 
 OURS = ("models.", "data.", "pipeline.")
 # Keys that do not change the result.
@@ -45,7 +47,8 @@ class RunSettings:
 
     `runs` is the folder of all runs, `name` is None for a default name. `parameters` are all values by dotted key;
     `in_name` and `in_fingerprint` are those that decide the result. `record` is the config as YAML, from which the run
-    can be restored without the data set. Raises: ValueError.
+    can be restored without the data set. None of these has a secret, nor whether the config was trusted in `record`.
+    Raises: ValueError.
     """
 
     def __init__(
@@ -62,7 +65,10 @@ class RunSettings:
         self.hang_seconds: float = config.hang_seconds
         self.compile: bool | str | None = config.trainer.get("compile")
         self.choice = build_choice(config)
-        self.parameters = flatten(config) | {"weights.sha256": weights_sha256}
+        with without_secrets():
+            self.parameters = mask_secrets(flatten(config)) | {"weights.sha256": weights_sha256}
+            plain = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(plain, dict)
         # Without unset values, so that a new option does not change the names of runs that do not use it.
         unset = {"trainer.compile": False, "choose_by": TOP1.key, "min_improvement": 0}
         values = self.parameters | {"choose_by": self.choice.metric.key}  # whichever of its names was given
@@ -74,7 +80,7 @@ class RunSettings:
         if dataset is not None:
             colours = {"mean": list(dataset.mean), "std": list(dataset.std)}
             resolved |= {"dataset": {"name": dataset.name, **colours, "classes": list(dataset.classes)}}
-        record = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+        record = mask_secrets({str(key): value for key, value in plain.items() if key != "trust"})
         self.record = OmegaConf.to_yaml(OmegaConf.merge(record, resolved))
 
 

@@ -9,7 +9,8 @@ from rich.console import Console
 from data.shards.pack import Packed, pack
 from data.shards.sources import Source
 from pipeline.build.objects import build_object
-from pipeline.cli.compose import compose
+from pipeline.cli.compose import choices, compose
+from pipeline.cli.errors import ConfigError, nearest
 
 
 def pack_source(config: DictConfig) -> Packed:
@@ -24,7 +25,13 @@ def pack_source(config: DictConfig) -> Packed:
 
 
 def pack_once(source: str, root: Path) -> None:
-    """Pack `conf/source/<source>.yaml` into `root` unless the folder exists; one process at a time."""
+    """Pack `conf/source/<source>.yaml` into `root` unless the folder exists; one process at a time.
+
+    Raises: ConfigError for another source.
+    """
+    known = choices("source")
+    if source not in known:
+        raise ConfigError(f"data.source={source} is not one of {', '.join(known)}{nearest(source, known)}")
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{root.name}.lock")):
         if not root.exists():

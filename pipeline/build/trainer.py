@@ -54,7 +54,7 @@ def build_trainer(
     user_plugins = build_object(config, "trainer.plugins", kind=list) if options.get("plugins") else []
     try:
         trainer = build_object(
-            OmegaConf.create({"trainer": options}),
+            OmegaConf.create({"trainer": options, "trust": config.get("trust")}),
             "trainer",
             kind=pl.Trainer,
             precision=choose_precision(options.precision, options.accelerator),

@@ -5,22 +5,27 @@ nearest valid word.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from itertools import product
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pipeline.cli.compose import choices, compose, default_groups, groups, known_keys, verbs
 from pipeline.cli.errors import ConfigError, nearest
+from pipeline.cli.hooks import check_hooks
+from pipeline.cli.secrets import mask_secrets
 from pipeline.cli.verb import Verb
 
-TRUSTED = ("models.", "data.", "pipeline.", "torch.", "torchvision.", "torchmetrics.", "pytorch_lightning.")
 CLOSED = "pipeline."  # targets whose arguments are all in the config
 # Hydra's own flags.
 FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--multirun", "-m", "--run", "-r")
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i")
 HELP = ("--help", "-h")
+SWEEP = ("-m", "--multirun")
+INTERPOLATION = re.compile(r"\$\{[^}]*\}")
 FLAGS_ALONE = (*HELP, "--hydra-help", "--version")
 # The types that a value may have, by the type of its default, and their name in messages.
 KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
@@ -33,40 +38,31 @@ KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
 }
 
 
-def check_targets(config: DictConfig, *, trusted: tuple[str, ...] = TRUSTED) -> None:
-    """Refuse a `_target_` outside the trusted packages unless the config has `trust=true`.
-
-    A config file is code. This check catches carelessness, not an attacker.
-    Raises: ConfigError.
-    """
-    if config.get("trust"):
-        return
-    for key, value in _targets(OmegaConf.to_container(config), ""):
-        if not str(value).startswith(trusted):
-            raise ConfigError(f"{key}={value} is outside {', '.join(trusted)}: add trust=true if you trust it")
-
-
 def check_command_line(verb: Verb, arguments: Sequence[str]) -> list[str]:
     """Check flags, choices, keys and types; return the arguments with aliases and implied choices resolved.
 
     Raises: ConfigError.
     """
     typed = overrides_in(arguments)
-    words = [_expand_alias(verb, word, sweeps=bool({"-m", "--multirun"} & {*arguments})) for word in typed]
+    words = [_expand_alias(verb, word, sweeps=bool({*SWEEP} & {*arguments})) for word in typed]
     complete = [*(word for word in arguments if word not in typed), *words]  # Hydra takes flags only before overrides
-    if any(flag in complete for flag in FLAGS_ALONE):
+    if any(flag in complete for flag in HELP):
         return complete
     parser = OverridesParser.create()
     overrides: list[Override] = parser.parse_overrides(words)
     for key, (setters, choice) in verb.implied.items():
         if _sets(overrides, key) and not _sets(overrides, *setters):
             complete, overrides = [*complete, choice], [*overrides, *parser.parse_overrides([choice])]
-    chosen = [override for override in overrides if override.key_or_group in groups()]
-    for override in chosen:
-        _check_choice(verb, override)
-    base = compose(verb.name, [_first_choice(override) for override in chosen])
+    for override in overrides:
+        if _is_group(override):
+            _check_choice(verb, override)
+    base = _check_hooks(verb, overrides)
+    if any(flag in complete for flag in FLAGS_ALONE):
+        return complete
     _check_required(verb, base, overrides=overrides)
     _check_keys(base, overrides)
+    if set(SWEEP) & set(complete):
+        _check_no_secret(base, overrides)
     unset = {key for key, value in known_keys(base).items() if value == "???"}
     missing = sorted(unset - {override.key_or_group for override in overrides})
     if missing:
@@ -127,7 +123,7 @@ def _check_keys(base: DictConfig, overrides: list[Override]) -> None:
     known = known_keys(base)
     for override in overrides:
         key = override.key_or_group
-        if key in groups() or key.startswith(("hydra.", "hydra/")):
+        if key in groups() or _is_hydras(override):
             continue
         if key not in known and not ((override.is_add() or override.is_force_add()) and _is_addable(key, base)):
             raise ConfigError(f"there is no {key}{_hint(key, known, base=base)}")
@@ -172,16 +168,46 @@ def _sets(overrides: list[Override], *keys: str) -> bool:
     return any(override.key_or_group in keys for override in overrides)
 
 
-def _first_choice(override: Override) -> str:
-    """Return a choice as typed, or the first one of a sweep."""
+def _check_hooks(verb: Verb, overrides: list[Override]) -> DictConfig:
+    """Check what Hydra would run for every combination of groups; return the config of the first, without values."""
+    deciding = [one for one in overrides if _is_group(one) or _is_hydras(one) or _is_trust(one)]
+    combinations = product(*(_each(override) for override in deciding))
+    configs = (compose(verb.name, words, with_hydra=True) for words in combinations)
+    first = next(configs)
+    for config in (first, *configs):
+        check_hooks(config)
+    with open_dict(first):
+        del first["hydra"]
+        if "trust" in first:
+            first.trust = False  # its default
+    return first
+
+
+def _check_no_secret(base: DictConfig, overrides: list[Override]) -> None:
+    """Refuse values that Hydra would write into `multirun.yaml`."""
+    typed = {one.key_or_group: one.get_value_string() for one in overrides if not one.is_delete()}
+    values = {key: INTERPOLATION.sub("", str(value)) for key, value in {**known_keys(base), **typed}.items() if value}
+    for key, value in mask_secrets(values).items():
+        if values[key] and value != values[key]:
+            advice = f"read it from the environment, {key}=${{oc.env:NAME}} trust=true"
+            raise ConfigError(f"{key} has a secret, which a sweep would write into multirun.yaml: {advice}")
+
+
+def _is_group(override: Override) -> bool:
+    return override.key_or_group in groups()
+
+
+def _is_hydras(override: Override) -> bool:
+    return override.key_or_group.partition("/")[0].partition(".")[0] == "hydra"
+
+
+def _is_trust(override: Override) -> bool:
+    return override.key_or_group == "trust" and not override.is_delete() and override.value() is True
+
+
+def _each(override: Override) -> list[str]:
+    """Return an override as typed, or one for each value of a sweep."""
+    line = override.input_line or ""
     if not override.is_sweep_override():
-        return override.input_line or ""
-    return f"{'+' if override.is_add() else ''}{override.key_or_group}={next(iter(override.sweep_string_iterator()))}"
-
-
-def _targets(node: object, key: str) -> Iterator[tuple[str, object]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for name, value in items:
-        if name == "_target_":
-            yield f"{key}_target_", value
-        yield from _targets(value, f"{key}{name}.")
+        return [line]
+    return [f"{line.partition('=')[0]}={value}" for value in override.sweep_string_iterator()]

@@ -1,5 +1,6 @@
 """Configs from `conf/`: compose them, list their groups and keys, flatten them."""
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -9,18 +10,37 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+from pipeline.cli.environment import guard_environment
+from pipeline.cli.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+
+guard_environment()
 
 
-def compose(verb: str, overrides: Sequence[str]) -> DictConfig:
-    """Return the config `conf/<verb>.yaml` with these overrides, without running the verb."""
+def compose(verb: str, overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
+    """Return the config `conf/<verb>.yaml` with these overrides, without running the verb.
+
+    With `with_hydra` it has Hydra's own node `hydra`. Raises: ConfigError for trust that a YAML gives.
+    """
     running = GlobalHydra.instance().hydra  # Hydra is a singleton, and is already initialised inside a verb
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose(verb, list(overrides))
+            config = hydra.compose(verb, list(overrides), return_hydra_config=with_hydra)
     finally:
         GlobalHydra.instance().hydra = running
+    check_trust(config, overrides)
+    return config
+
+
+def check_trust(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse `trust` unless it is one of the overrides. Raises: ConfigError."""
+    trust = config.get("trust")
+    is_typed = any(re.fullmatch(r"\+{0,2}trust=true", word, re.IGNORECASE) for word in overrides)
+    if trust not in (None, False) and not (trust is True and is_typed):
+        raise ConfigError(f"trust={trust} in a YAML does not count: trust=true is for the command line")
 
 
 def flatten(config: DictConfig) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from contextlib import contextmanager
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]  # it has no stubs
 
 from data.arguments import ArgumentError as DataArgumentError
 from models.arguments import ArgumentError as ModelArgumentError
+from pipeline.cli.secrets import mask_address
 from pipeline.cli.signals import stop_signals
 
+USER_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError)
 USER_ERROR, FAILURE = 1, 2  # exit codes; those after signals are in `signals.EXIT_CODES`
 
 
@@ -40,7 +43,7 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:  # noqa: BLE001  # a bug too has an exit code
         if stop_signals.exit_code is not None:
             raise SystemExit(stop_signals.exit_code) from None
-        if isinstance(error, HydraException | OmegaConfBaseException | ValueError | OSError | FailureError):
+        if isinstance(error, (*USER_ERRORS, FailureError)):
             print(f"error: {one_line(error)}", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -50,14 +53,16 @@ def one_line_errors() -> Iterator[None]:
 def exit_code(error: BaseException) -> int:
     """Return the exit code of an error: 1 for what another command line avoids, else 2."""
     is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-    is_user_error = isinstance(error, HydraException | OmegaConfBaseException | ValueError | OSError)
-    return USER_ERROR if is_user_error and not is_full else FAILURE
+    return USER_ERROR if isinstance(error, USER_ERRORS) and not is_full else FAILURE
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message in one line."""
-    text = str(root_cause(error) if isinstance(error, HydraException) else error)
-    return " ".join(text.split())
+    """Return an error's message in one line, without passwords in addresses."""
+    if isinstance(error, RecursionError):
+        return "a config or a file is nested too deeply"
+    cause = root_cause(error)
+    text = str(cause if isinstance(error, HydraException) or isinstance(cause, ConfigError) else error)
+    return mask_address(" ".join(text.split()))
 
 
 @contextmanager

@@ -11,16 +11,18 @@ It imports nothing heavy at its top, so that `--help` and mistakes on the comman
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data.children import end_with_parent
-from pipeline.cli.check import HELP, check_command_line, check_targets, overrides_in
-from pipeline.cli.compose import CONF
+from pipeline.cli.check import HELP, check_command_line, overrides_in
+from pipeline.cli.compose import CONF, check_trust
+from pipeline.cli.environment import check_server
 from pipeline.cli.errors import one_line_errors
+from pipeline.cli.targets import check_targets
 from pipeline.cli.verb import Verb, help_text
 
 
@@ -38,6 +40,14 @@ def fast_imports() -> Iterator[None]:
         gc.enable()
 
 
+def check_config(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Check what a config makes of its overrides: trust, targets, the tracking server. Raises: ConfigError."""
+    check_trust(config, overrides)
+    check_targets(config)
+    if not config.get("trust") and not any(word.startswith("tracking.uri=") for word in overrides):
+        check_server(OmegaConf.select(config, "tracking.uri"))
+
+
 def run_verb(verb: Verb, main: Callable[[DictConfig], None]) -> None:
     """Check the command line, compose the config and call `main`; user errors exit with code 1."""
     end_with_parent()  # a rank that Lightning has started
@@ -46,7 +56,7 @@ def run_verb(verb: Verb, main: Callable[[DictConfig], None]) -> None:
 
     def guarded(config: DictConfig) -> None:  # errors must not reach Hydra, which adds a line to them
         with one_line_errors():
-            check_targets(config)
+            check_config(config, overrides)
             main(config)
 
     with one_line_errors():
@@ -55,5 +65,6 @@ def run_verb(verb: Verb, main: Callable[[DictConfig], None]) -> None:
         if set(HELP) & set(arguments):  # Hydra's own help lists every group of the project twice, which takes longer
             print(help_text(verb, overrides_in(arguments)))
             return
+        overrides = overrides_in(arguments)
         sys.argv[1:] = arguments
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb.name)(guarded)()

@@ -77,7 +77,10 @@ def add_to_page(run: RestoredRun, evaluation: Evaluation, *, files: Sequence[Pat
     """Add the metrics and the files to the run's page in MLflow; return what did not arrive and why."""
     from pipeline.tracking.tracker import Tracker
 
-    tracker, name = run.build_tracking(Tracker), files[0].parent.name
+    try:
+        tracker, name = run.build_tracking(Tracker), files[0].parent.name
+    except ValueError as error:  # the files are written already
+        return str(error)
     problem = tracker.attach(run.run) if tracker is not None else None
     if tracker is None or problem is not None:
         return problem

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from pipeline.cli.errors import ConfigError
 from pipeline.cli.run import fast_imports, run_verb
+from pipeline.cli.secrets import mask_address
 from pipeline.cli.verb import Verb
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _register(config: DictConfig, model: TrainedModel, *, file: Path, tracker: M
         run=model.run.run,
         tracker=tracker,
     )
-    console, variables = Console(), f"MLFLOW_TRACKING_URI={tracker.uri} MLFLOW_DISABLE_TELEMETRY=true"
+    console, variables = Console(), f"MLFLOW_TRACKING_URI={mask_address(tracker.uri)} MLFLOW_DISABLE_TELEMETRY=true"
     serve = f"{variables} mlflow models serve --env-manager local -m {registered.uri}"
     moved = f", {config.alias} moved there from version {registered.before}" if registered.before else ""
     lines = (f"registered as {registered.name} version {registered.version}{moved}", f"to serve it: {serve}")
@@ -164,7 +165,7 @@ def _failures(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {mask_address(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(FAILED) from None
 
 

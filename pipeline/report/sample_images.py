@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from data.shards.images import SUFFIXES, UNREADABLE
+from data.shards.images import FORMATS, SUFFIXES, UNREADABLE
 
 # ImageNet's colour statistics, with which most published networks were trained.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -56,7 +56,7 @@ def _image_files(source: Path | None) -> list[Path]:
 
 def _read(file: Path) -> Image.Image:
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:  # whatever its suffix: PIL gives EPS to Ghostscript
             return ImageOps.exif_transpose(image).convert("RGB")
     except UNREADABLE as error:
         raise ValueError(f"photographs: {file} cannot be read: {error}") from error

@@ -13,9 +13,9 @@ from torch import nn
 from pipeline.build.network import build_module, build_network, build_recipe, network_name
 from pipeline.build.objects import build_object
 from pipeline.build.weights import WeightsFile
-from pipeline.cli.check import check_targets
 from pipeline.cli.compose import choices, compose, flatten
 from pipeline.cli.errors import config_keys_in_errors, nearest
+from pipeline.cli.targets import check_targets
 from pipeline.report.measure import TrainingSettings
 from pipeline.runs.find import FoundRun, find_run
 from pipeline.runs.restore import RestoredRun

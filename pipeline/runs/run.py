@@ -114,7 +114,7 @@ class Run:
             recorded_decoder(found)
             if "precision" not in found:
                 raise KeyError("precision")
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(f"{self.fingerprint_file} is damaged ({error}): train again with name=NAME") from error
         return dict(found)
 

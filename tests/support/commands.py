@@ -15,8 +15,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from omegaconf import DictConfig
 
-from pipeline.cli.check import check_command_line, check_targets
+from pipeline.cli.check import check_command_line
 from pipeline.cli.compose import compose
+from pipeline.cli.run import check_config
 from pipeline.cli.verb import Verb
 from tests.support.paths import ROOT
 
@@ -65,8 +66,9 @@ def run_module(folder: Path, *words: str, root: Path = ROOT, **variables: str) -
 
 def call_verb(verb: Verb, main: Callable[[DictConfig], None], words: list[str]) -> None:
     """Run a verb in this process, which has loaded torch."""
-    config = compose(verb.name, check_command_line(verb, words))
-    check_targets(config)
+    arguments = check_command_line(verb, words)
+    config = compose(verb.name, arguments)
+    check_config(config, arguments)
     main(config)
 
 

@@ -14,10 +14,11 @@ from data.arguments import ArgumentError as DataError
 from models.arguments import ArgumentError as ModelError
 from pipeline.build.network import build_network, build_recipe
 from pipeline.build.objects import build_object
-from pipeline.cli.check import check_command_line, check_targets
+from pipeline.cli.check import check_command_line
 from pipeline.cli.compose import CONF, compose, flatten, known_keys
 from pipeline.cli.errors import ConfigError, config_keys_in_errors
 from pipeline.cli.run import fast_imports
+from pipeline.cli.targets import check_targets
 from pipeline.pack import VERB as PACK
 from pipeline.report.__main__ import VERB as REPORT
 from pipeline.train.__main__ import VERB as TRAIN
