@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import nn
-from yaml import YAMLError  # type: ignore[import-untyped]  # it has no stubs
 
 from data.loading.crops import CropPolicy
 from data.shards.dataset import Dataset
 from models.learning.recipe import Recipe
 from pipeline.build.network import build_network, build_recipe, network_name
 from pipeline.build.objects import build_object
+from pipeline.build.parameters import load_record
 from pipeline.cli.check import check_targets
 
 Built = TypeVar("Built")
@@ -40,12 +40,7 @@ class RecordedConfig:
     """
 
     def __init__(self, path: Path, *, trust: bool) -> None:
-        try:
-            config = OmegaConf.load(path)
-        except (YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-        if not isinstance(config, DictConfig) or not {"model", "data"} <= config.keys():
-            raise ValueError(f"{path} is not the config of a training")
+        config = load_record(path)
         self._config = OmegaConf.masked_copy(config, ["model", "recipe", "data", "augment", "dataset", "tracking"])
         if not trust:
             check_targets(self._config, trusted=TRUSTED)
