@@ -20,6 +20,7 @@ from pipeline.cli.console import is_main_process, main_console, print_facts
 from pipeline.cli.errors import INTERRUPTED, config_keys_in_errors
 from pipeline.runs.checkpoint import AtomicCheckpointIO, BestCheckpoint, saved_step
 from pipeline.runs.fingerprint import fingerprint
+from pipeline.tracking.tracker import State
 from pipeline.train.compiling import CompileNetwork
 from pipeline.train.early_stopping import StopEarly
 from pipeline.train.job import Job
@@ -45,7 +46,7 @@ def own_callbacks(job: Job) -> list[pl.Callback]:
 
     def record(values: Mapping[str, float], step: int) -> None:
         job.run.journal.record(values, step)
-        job.tracker.log(values, step)
+        job.tracker.update()
 
     log_every, num_epochs = job.settings.log_every, job.module.recipe.epochs
     progress = ProgressCallback(main_console(), record, data=job.data, log_every=log_every, num_epochs=num_epochs)
@@ -138,19 +139,22 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[None]:
     with run.locked():
         run.begin(current, job.settings.record)
         last = run.last_checkpoint
-        logged = run.journal.truncate_after(-1 if last is None else saved_step(last))
-        print_missing(tracker.start(run, job.settings.parameters, logged=logged), run)
-        tracker.log_file(run.config_file, "config")
-        if not logged and tracker.link is not None:
-            from pipeline.train.network_report import log_network_report  # half a second, for dashboards only
-
-            log_network_report(job, precision=str(trainer.precision))
-        succeeded = False
+        run.journal.truncate_after(-1 if last is None else saved_step(last))
+        state: State = "failed"
         try:
+            print_missing(tracker.start(run, job.settings.parameters), run)
+            if last is None and tracker.shows_reports:
+                from pipeline.train.network_report import record_network_report  # half a second, for dashboards only
+
+                record_network_report(job, precision=str(trainer.precision))
+                tracker.update()
             yield
-            succeeded = True
+            state = "finished"
+        except (SystemExit, KeyboardInterrupt):
+            state = "stopped"
+            raise
         finally:
-            print_missing(tracker.finish(succeeded=succeeded), run)
+            print_missing(tracker.finish(state), run)
 
 
 def fit(job: Job, trainer: pl.Trainer) -> None:
