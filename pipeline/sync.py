@@ -40,6 +40,8 @@ def main(config: DictConfig) -> None:
     if not isinstance(tracker, MLflowTracker):
         raise ConfigError("sync needs tracking=mlflow")
     runs = _find_runs(config)
+    if not runs:
+        main_console().print(f"{config.runs} has no run with a dashboard: name one to send it", highlight=False)
     for number, run in enumerate(runs, start=1):
         sent = tracker.send(run)
         line = f"{run.folder}: sent {sent.num_points:,} points, {sent.num_files:,} files; {sent.problem or 'complete'}"
