@@ -74,3 +74,20 @@ def with_digits(tmp_path: Path, digits: Dataset) -> Path:
     """The folder of `run_verb`, with the digits packed where the config expects them."""
     shutil.copytree(digits.root, tmp_path / "datasets" / "digits")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with all tables and no experiment of ours, which takes seconds to create."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def local_uri(tmp_path: Path, empty_store: Path) -> str:
+    """The address of an empty MLflow database in the test's folder."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"

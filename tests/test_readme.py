@@ -14,7 +14,7 @@ import torchvision
 
 from data.shards.dataset import Dataset
 from models.residual import resnet
-from pipeline import pack
+from pipeline import pack, sync
 from pipeline.evaluate import __main__ as evaluate
 from pipeline.export import __main__ as export
 from pipeline.predict import __main__ as predict
@@ -38,6 +38,7 @@ SHORTER = {
     "pipeline.pack": [],
     "pipeline.predict": ["batch_size=8"],
     "pipeline.evaluate": ["mlflow=false"],
+    "pipeline.sync": [],
     "pipeline.export": ["compare_images=2", "val_images=4"],
     "torch.distributed.run": ["mlflow=false", "out=several"],
     "pipeline.report": ["effective_images=0", "batch_size=2", "data.image_size=64"],
@@ -50,6 +51,7 @@ VERBS = {
     "pipeline.evaluate": evaluate,
     "pipeline.predict": predict,
     "pipeline.export": export,
+    "pipeline.sync": sync,
 }
 NEEDS_PROCESS = ("models=", "trainer=ddp", "--nproc-per-node")
 MAIN_JOB, NAME = "python -m pipeline.train +model=resnet", "mine"  # the run that the README calls NAME

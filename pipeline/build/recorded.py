@@ -4,16 +4,15 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import nn
-from yaml import CSafeLoader, YAMLError, parse  # type: ignore[import-untyped]  # it has no stubs
-from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent  # type: ignore[import-untyped]  # as above
 
 from data.loading.crops import CropPolicy
 from data.shards.dataset import Dataset
 from models.learning.recipe import Recipe
 from pipeline.build.network import build_network, build_recipe, network_name
 from pipeline.build.objects import build_object
+from pipeline.build.parameters import load_record
 from pipeline.cli.environment import check_server
 from pipeline.cli.errors import ConfigError
 from pipeline.cli.secrets import MASK, mask_address
@@ -22,7 +21,6 @@ from pipeline.cli.targets import ADVICE, check_targets
 Built = TypeVar("Built")
 
 PARTS = ["model", "recipe", "data", "augment", "dataset", "tracking"]
-MAX_DEPTH = 50  # levels of a config; ours have 5
 
 
 class DatasetFacts(NamedTuple):
@@ -34,36 +32,6 @@ class DatasetFacts(NamedTuple):
     classes: tuple[str, ...]
 
 
-def _load(path: Path) -> DictConfig:
-    """Read the config of a training, which has values only.
-
-    A reference could read the environment, or repeat a part of the file without end. Raises: ValueError.
-    """
-    try:
-        text = path.read_text()
-        is_plain = _is_plain(text)
-        config = OmegaConf.create(text if is_plain else "")
-        values = OmegaConf.to_container(config, resolve=False)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    texts = str([value for key, value in values.items() if key != "dataset"] if isinstance(values, dict) else [])
-    if not is_plain or "${" in texts:  # a class may be named ${x}
-        raise ValueError(f"{path} refers to other values or is nested deeply, as no config of a run does")
-    if not isinstance(config, DictConfig) or not {"model", "data"} <= config.keys():
-        raise ValueError(f"{path} is not the config of a training")
-    return config
-
-
-def _is_plain(text: str) -> bool:
-    """Return whether a YAML has no alias and few levels, for which OmegaConf's loader takes minutes."""
-    depth = 0
-    for event in parse(text, CSafeLoader):
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if isinstance(event, AliasEvent) or depth > MAX_DEPTH:
-            return False
-    return True
-
-
 class RecordedConfig:
     """The config that a run has recorded; network, recipe and data set are built on demand.
 
@@ -72,7 +40,7 @@ class RecordedConfig:
     """
 
     def __init__(self, path: Path, *, trust: bool) -> None:
-        config = _load(path)
+        config = load_record(path)
         if not trust and config.get("trust"):
             raise ConfigError(f"{path} has trust={config.trust}, which does not count there: {ADVICE}")
         self._config = OmegaConf.masked_copy(config, PARTS)

@@ -65,23 +65,27 @@ class RunSettings:
         self.hang_seconds: float = config.hang_seconds
         self.compile: bool | str | None = config.trainer.get("compile")
         self.choice = build_choice(config)
-        with without_secrets():
-            self.parameters = mask_secrets(flatten(config)) | {"weights.sha256": weights_sha256}
-            plain = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(plain, dict)
         # Without unset values, so that a new option does not change the names of runs that do not use it.
         unset = {"trainer.compile": False, "choose_by": TOP1.key, "min_improvement": 0}
-        values = self.parameters | {"choose_by": self.choice.metric.key}  # whichever of its names was given
+        resolved_choice = {"choose_by": self.choice.metric.key}  # whichever of its names was given
+        values = flatten(config) | {"weights.sha256": weights_sha256} | resolved_choice
         given = {key: value for key, value in values.items() if value not in (None, unset.get(key))}
         deciding = {key: _without_location(key, value) for key, value in given.items()}
         self.in_name = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_NAME)}
         self.in_fingerprint = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_FINGERPRINT)}
-        resolved: dict[str, object] = {"model": {"num_classes": num_classes}, "weights": {"sha256": weights_sha256}}
+        resolved = {"model": {"num_classes": num_classes}, "weights": {"sha256": weights_sha256}}
+        with without_secrets():
+            plain = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(plain, dict)
+        public = mask_secrets({str(key): value for key, value in plain.items() if key != "trust"})
+        record = OmegaConf.merge(OmegaConf.create(public), resolved)
+        assert isinstance(record, DictConfig)
+        self.parameters = flatten(record)
         if dataset is not None:
             colours = {"mean": list(dataset.mean), "std": list(dataset.std)}
-            resolved |= {"dataset": {"name": dataset.name, **colours, "classes": list(dataset.classes)}}
-        record = mask_secrets({str(key): value for key, value in plain.items() if key != "trust"})
-        self.record = OmegaConf.to_yaml(OmegaConf.merge(record, resolved))
+            described = {"name": dataset.name, **colours, "classes": list(dataset.classes)}
+            record = OmegaConf.merge(record, {"dataset": described})
+        self.record = OmegaConf.to_yaml(record)
 
 
 def _without_location(key: str, value: object) -> object:

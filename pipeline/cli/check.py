@@ -81,6 +81,8 @@ def overrides_in(arguments: Sequence[str]) -> list[str]:
 
 def _expand_alias(verb: Verb, word: str, *, sweeps: bool) -> str:
     """Replace a short key by the full one, and quote a text that Hydra's grammar would parse or refuse."""
+    if verb.positional is not None and "=" not in word and not word.startswith("~"):
+        word = f"{verb.positional}={word}"
     key, equals, value = word.partition("=")
     if not equals or key not in (*verb.aliases, *verb.text_keys) or value[:1] in ("{", "["):
         return word

@@ -16,7 +16,7 @@ class Verb:
 
     `examples` maps arguments to what they do. `required_group` needs a choice unless one of `alternatives` is given.
     `implied` maps a key to the groups that set it and the choice to add when none of them was chosen. `aliases` are
-    short keys; `text_keys` are always strings.
+    short keys; `text_keys` are always strings. A word without a key sets `positional`.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Verb:
     implied: Mapping[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     text_keys: tuple[str, ...] = ()
+    positional: str | None = None
 
     @property
     def groups(self) -> set[str]:

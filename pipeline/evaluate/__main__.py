@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,28 +67,22 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
             console.print(text, highlight=False, markup=False, soft_wrap=True)
     print_facts(console, facts_of(evaluation, subject))
     console.print("wrote", ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
-    problem = add_to_page(run, evaluation, files=files) if config.mlflow else None
+    problem = add_to_page(run, files=files) if config.mlflow else None
     if problem is not None:
         console.print(f"not on the run's page: {problem}", highlight=False, markup=False, soft_wrap=True)
 
 
-def add_to_page(run: RestoredRun, evaluation: Evaluation, *, files: Sequence[Path]) -> str | None:
-    """Add the metrics and the files to the run's page in MLflow; return what did not arrive and why."""
+def add_to_page(run: RestoredRun, *, files: Sequence[Path]) -> str | None:
+    """Bring the run's page in MLflow up to date with its folder; return what is missing there and why."""
     from pipeline.tracking.tracker import Tracker
 
+    if files[0].parent.absolute().parent != run.run.evaluation.absolute():
+        return f"{files[0].parent} is not in {run.run.evaluation}"
     try:
-        tracker, name = run.build_tracking(Tracker), files[0].parent.name
+        tracker = run.build_tracking(Tracker)
     except ValueError as error:  # the files are written already
         return str(error)
-    problem = tracker.attach(run.run) if tracker is not None else None
-    if tracker is None or problem is not None:
-        return problem
-    prefix = "test" if name == "test" else f"evaluation/{name}"  # a training has curves `val/...`
-    values = {**evaluation.summary, "calibration_error": evaluation.reliability.error}
-    tracker.log({f"{prefix}/{key}": value for key, value in values.items() if math.isfinite(value)}, 0)
-    for file in files:
-        tracker.log_file(file, f"evaluation/{name}")
-    return tracker.detach()
+    return None if tracker is None else tracker.send(run.run).problem
 
 
 def default_folder(config: DictConfig, job: EvaluationJob) -> str:

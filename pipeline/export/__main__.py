@@ -149,9 +149,9 @@ def _register(config: DictConfig, model: TrainedModel, *, file: Path, tracker: M
         str(config.register),
         alias=None if config.alias == "none" else str(config.alias),
         run=model.run.run,
-        tracker=tracker,
+        store=tracker.store,
     )
-    console, variables = Console(), f"MLFLOW_TRACKING_URI={mask_address(tracker.uri)} MLFLOW_DISABLE_TELEMETRY=true"
+    console, variables = Console(), f"MLFLOW_TRACKING_URI={tracker.store.printed_address} MLFLOW_DISABLE_TELEMETRY=true"
     serve = f"{variables} mlflow models serve --env-manager local -m {registered.uri}"
     moved = f", {config.alias} moved there from version {registered.before}" if registered.before else ""
     lines = (f"registered as {registered.name} version {registered.version}{moved}", f"to serve it: {serve}")

@@ -52,6 +52,14 @@ def find_run(text: str, *, runs: Path, key: str = "run") -> FoundRun:
     return FoundRun(matching[0])
 
 
+def all_runs(runs: Path) -> list[Run]:
+    """Return the runs in the folder `runs`, by name. Raises: FileNotFoundError when there is none."""
+    found = [Run(folder) for folder in _folders(runs) if _is_run(folder)]
+    if not found:
+        raise FileNotFoundError(f"{runs} has no runs: runs=FOLDER sets the folder of all runs")
+    return found
+
+
 def _folders(runs: Path) -> Iterable[Path]:
     return sorted(one for one in runs.iterdir() if one.is_dir()) if runs.is_dir() else []
 

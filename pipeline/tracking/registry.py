@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from importlib.metadata import version
@@ -14,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.runs.run import Run
-from pipeline.tracking.background_queue import first_line
-from pipeline.tracking.mlflow_tracker import MLflowTracker, store_errors
+from pipeline.tracking.store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,36 +46,31 @@ class RegisteredModel(NamedTuple):
     before: str | None
 
 
-def register(
-    exported: ExportedModel, name: str, *, alias: str | None, run: Run, tracker: MLflowTracker
-) -> RegisteredModel:
+def register(exported: ExportedModel, name: str, *, alias: str | None, run: Run, store: Store) -> RegisteredModel:
     """Add a version to the registered model `name`, with the run as its source if the server knows it.
 
     Raises: RegistryError, in one sentence.
     """
-    tracker.prepare_environment()
     try:
         with redirect_stderr(StringIO()):  # MLflow prints the versions that it creates
-            return _register(exported, name, alias=alias, run=run, tracker=tracker)
-    except store_errors() as error:
-        raise RegistryError(f"register={name}: {tracker.uri} does not accept the model: {first_line(error)}") from error
+            return _register(exported, name, alias=alias, run=run, store=store)
+    except Exception as error:  # a backend may raise anything
+        reason = store.reason(error)
+        text = f"register={name}: {store.printed_address} does not accept the model: {reason}"
+        raise RegistryError(text) from error
 
 
-def _register(
-    exported: ExportedModel, name: str, *, alias: str | None, run: Run, tracker: MLflowTracker
-) -> RegisteredModel:
+def _register(exported: ExportedModel, name: str, *, alias: str | None, run: Run, store: Store) -> RegisteredModel:
     import mlflow
     import mlflow.onnx
     import onnx
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    client, experiment_id = tracker.open_store()
-    mlflow.set_tracking_uri(tracker.uri)
-    mlflow.set_registry_uri(tracker.uri)
+    client, experiment_id = store.open()
+    mlflow.set_tracking_uri(store.uri)
+    mlflow.set_registry_uri(store.uri)
     mlflow.set_experiment(experiment_id=experiment_id)
-    for logger in ("mlflow", "alembic"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
     inputs = TensorSpec(exported.example.dtype, (-1, *exported.example.shape[1:]), exported.input_name)
     outputs = TensorSpec(exported.answers.dtype, (-1, *exported.answers.shape[1:]), exported.output_name)
     info = Model.log(
@@ -96,7 +89,7 @@ def _register(
     )
     number, before = str(info.registered_model_version), None
     if alias is not None:
-        registry = mlflow.MlflowClient(tracker.uri, tracker.uri)  # `client` has the registry that was set before
+        registry = mlflow.MlflowClient(store.uri, store.uri)  # `client` has the registry that was set before
         before = registry.get_registered_model(name).aliases.get(alias)
         registry.set_registered_model_alias(name, alias, number)
     return RegisteredModel(name, number, f"models:/{name}@{alias}" if alias else f"models:/{name}/{number}", before)

@@ -1,44 +1,56 @@
 """The interface between a run and a dashboard."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.runs.run import Run
+from pipeline.runs.status import State
+
+
+class Sent(NamedTuple):
+    """What a dashboard got, and the problem that kept the rest away, None where it has everything.
+
+    `is_answered` is false where the dashboard is away, so that other runs need not be tried.
+    """
+
+    num_points: int = 0
+    num_files: int = 0
+    problem: str | None = None
+    is_answered: bool = True
 
 
 class Tracker:
-    """Mirrors a run on a dashboard. Nothing it does may slow or end the run. This base class sends nothing.
+    """Mirrors a run on a dashboard. Nothing it does may slow or end the run. This base class does nothing.
 
-    `link` is the address of the run's page, None without one; `command` serves it where no server runs.
+    `shows_reports` is true where the report of the network is worth half a second at the start.
     """
 
-    link: str | None = None
-    command: str | None = None
+    shows_reports = False
 
-    def start(self, run: Run, parameters: Mapping[str, object], *, logged: Mapping[str, int]) -> str | None:
-        """Create a run, or continue the one that has each curve up to the step in `logged`.
+    @property
+    def link(self) -> str | None:
+        """The address of the run's page, None without one."""
+        return None
 
-        `parameters` are logged by dotted key. Returns the reason when the server refuses, None otherwise.
+    @property
+    def command(self) -> str | None:
+        """The command that serves the page, None where a server runs."""
+        return None
+
+    def start(self, run: Run, parameters: Mapping[str, object]) -> str | None:
+        """Create the page of a run, or continue it; `parameters` are logged by dotted key.
+
+        Returns the reason when the page is not there yet.
         """
         return None
 
-    def attach(self, run: Run) -> str | None:
-        """Continue the page of a run that has one, to add to it. Returns the reason when that is impossible."""
+    def update(self) -> None:
+        """Send what is new in the run's journal and folder; returns at once."""
+
+    def finish(self, state: State) -> str | None:
+        """End the page; returns the reason when something is missing there, None when it has everything."""
         return None
 
-    def detach(self) -> str | None:
-        """Wait for what was added. Returns what did not arrive and why, None when everything did."""
-        return None
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add a point to each curve; `step` counts optimizer steps."""
-
-    def log_file(self, path: Path, folder: str) -> None:
-        """Store a file among the run's artifacts."""
-
-    def log_table(self, table: Mapping[str, list[object]], file: str) -> None:
-        """Store a table, by column, as an artifact whose name ends in .json."""
-
-    def finish(self, *, succeeded: bool) -> str | None:
-        """End the run. Returns what did not arrive and why, None when everything did."""
-        return None
+    def send(self, run: Run) -> Sent:
+        """Send what the page of a run lacks, and its end unless a process trains it."""
+        return Sent()

@@ -51,7 +51,7 @@ def own_callbacks(job: Job) -> list[pl.Callback]:
 
     def record(values: Mapping[str, float], step: int) -> None:
         job.run.journal.record(values, step)
-        job.tracker.log(values, step)
+        job.tracker.update()
 
     settings, num_epochs, console = job.settings, job.module.recipe.epochs, main_console()
     progress = ProgressCallback(console, record, data=job.data, log_every=settings.log_every, num_epochs=num_epochs)
@@ -148,17 +148,17 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[Checkpoint | None]:
             main_console().print(f"damaged: {sentence}", highlight=False, soft_wrap=True)
         run.begin(current, job.settings.record)
         run.checkpoints.tidy(newest)
-        logged = run.journal.truncate_after(-1 if newest is None else newest.step)
-        print_missing(tracker.start(run, job.settings.parameters, logged=logged), run)
-        tracker.log_file(run.config_file, "config")
-        if not logged and tracker.link is not None:
-            from pipeline.train.network_report import log_network_report  # half a second, for dashboards only
-
-            log_network_report(job, precision=str(trainer.precision))
-        start = 0 if newest is None else newest.step
-        write_status(run.status_file, State.TRAINING, step=start)
+        start = -1 if newest is None else newest.step
+        run.journal.truncate_after(start)
+        write_status(run.status_file, State.TRAINING, step=max(start, 0))
         ending = Ending(State.FINISHED)
         try:
+            print_missing(tracker.start(run, job.settings.parameters), run)
+            if newest is None and tracker.shows_reports:
+                from pipeline.train.network_report import record_network_report  # half a second, for dashboards only
+
+                record_network_report(job, precision=str(trainer.precision))
+                tracker.update()
             yield newest
         except BaseException as error:
             ending = ending_of(error)
@@ -170,7 +170,7 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[Checkpoint | None]:
 def close(job: Job, ending: Ending, *, step: int) -> None:
     """Write how a training has ended, and end its page on the dashboard."""
     write_status(job.run.status_file, ending.state, step=step, reason=ending.reason, exit_code=ending.exit_code)
-    print_missing(job.tracker.finish(succeeded=ending.state is State.FINISHED), job.run)
+    print_missing(job.tracker.finish(ending.state), job.run)
 
 
 def fingerprint_of(job: Job, trainer: pl.Trainer) -> Fingerprint:

@@ -1,4 +1,4 @@
-"""The report of a training's network on the dashboard: receptive field, cost, effective field at the start."""
+"""The report of a training's network for the dashboard: receptive field, cost, effective field at the start."""
 
 from models.analysis.report import Report
 from pipeline.cli.console import main_console, print_facts
@@ -10,19 +10,16 @@ NUM_SAMPLE_IMAGES = 4  # over which the effective field is averaged
 MAX_ACTIVATION_BYTES = 2 * 2**30  # of one image, up to which the effective field is measured
 
 
-def log_network_report(job: Job, *, precision: str) -> None:
-    """Write the report to the run's folder and send it to the dashboard; a failing report does not end the training."""
+def record_network_report(job: Job, *, precision: str) -> None:
+    """Write the report to the run's folder and its facts to the journal; without a report the training continues."""
     try:
         report = report_network(job, precision=precision)
     except ValueError as error:
         main_console().print(f"no report: {error}", highlight=False, markup=False, soft_wrap=True)
-        job.tracker.log({"params_millions": job.num_parameters / 1e6}, 0)
+        job.run.journal.record({"params_millions": job.num_parameters / 1e6}, 0)
         return
-    job.tracker.log(report.facts, 0)
-    folder = job.run.initial_report
-    page, *_ = measure.write_report(report, folder)
-    job.tracker.log_file(page, folder.name)
-    job.tracker.log_table(report.layer_table(), f"{folder.name}/{measure.LAYER_TABLE}")
+    measure.write_report(report, job.run.initial_report)
+    job.run.journal.record(report.facts, 0)
 
 
 def report_network(job: Job, *, precision: str) -> Report:

@@ -83,6 +83,7 @@ def typed(verb: Verb, main: Callable[[DictConfig], None], capsys: pytest.Capture
 
 
 def journal(folder: Path) -> list[dict[str, float]]:
-    """Read the lines of a run's journal, without measured times and memory."""
+    """Read the lines of a run's journal, without measured times and memory, and without facts of the network."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key in COMPUTED} for line in lines]
+    points = [line for line in lines if line["step"] > 0]
+    return [{key: value for key, value in line.items() if key in COMPUTED} for line in points]

@@ -98,25 +98,6 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
         run.finish({})
 
 
-def test_the_journal_is_truncated_to_the_checkpoint(tmp_path: Path) -> None:
-    run = open_run(settings_of(tmp_path), DATASET)
-    run.folder.mkdir()
-    for step in (10, 20, 30):
-        run.journal.record({"train/loss": 1.0 / step}, step)
-    with (run.folder / "metrics.jsonl").open("a") as journal:
-        journal.write('{"step": 15, "train/lo')  # as a killed process leaves it
-    assert run.journal.truncate_after(20) == {"step": 30, "train/loss": 30}
-    run.journal.record({"train/loss": 0.5}, 30)
-    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    assert lines == [
-        '{"step": 10, "train/loss": 0.1}',
-        '{"step": 20, "train/loss": 0.05}',
-        '{"step": 30, "train/loss": 0.5}',
-    ]
-    assert run.journal.truncate_after(-1) == {}
-    assert (run.folder / "metrics.jsonl").read_text() == ""
-
-
 def test_a_run_resumes_only_with_its_own_settings(tmp_path: Path) -> None:
     def current(
         *words: str, global_batch_size: int = 64, precision: str = "32-true", decoder: GpuDecoder | None = None

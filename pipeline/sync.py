@@ -1,0 +1,80 @@
+"""Send to MLflow what it lacks of runs: `python -m pipeline.sync`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from pipeline.cli.errors import ConfigError
+from pipeline.cli.run import fast_imports, run_verb
+from pipeline.cli.verb import Verb
+
+if TYPE_CHECKING:
+    from pipeline.runs.run import Run
+
+VERB = Verb(
+    "sync",
+    "Send to MLflow what it lacks of runs: parameters, points, files, status.",
+    {
+        "": "all runs in runs/ except those trained with tracking=none",
+        "runs/NAME": "one run",
+        "runs/NAME tracking.uri=http://HOST:5000": "to another server than MLFLOW_TRACKING_URI or mlflow.db",
+    },
+    text_keys=("run", "runs"),
+    positional="run",
+)
+FAILED = 2  # exit code
+
+
+def main(config: DictConfig) -> None:
+    """Print a line for each run; exit with code 2 where something could not be sent."""
+    with fast_imports():
+        from pipeline.build.objects import build_object
+        from pipeline.cli.console import main_console
+        from pipeline.tracking.mlflow_tracker import MLflowTracker
+        from pipeline.tracking.tracker import Tracker
+
+    tracker, is_complete = build_object(config, "tracking", kind=Tracker), True
+    if not isinstance(tracker, MLflowTracker):
+        raise ConfigError("sync needs tracking=mlflow")
+    runs = _find_runs(config)
+    if not runs:
+        main_console().print(f"{config.runs} has no run with a dashboard: name one to send it", highlight=False)
+    for number, run in enumerate(runs, start=1):
+        sent = tracker.send(run)
+        line = f"{run.folder}: sent {sent.num_points:,} points, {sent.num_files:,} files; {sent.problem or 'complete'}"
+        main_console().print(line, highlight=False, markup=False, soft_wrap=True)
+        is_complete = is_complete and sent.problem is None
+        if not sent.is_answered:
+            if number < len(runs):
+                main_console().print(f"{len(runs) - number} more runs were not tried", highlight=False)
+            break
+    if not is_complete:
+        raise SystemExit(FAILED)
+
+
+def _find_runs(config: DictConfig) -> list[Run]:
+    """Return the run that the config names, or all that were trained with a dashboard."""
+    from pipeline.runs.find import all_runs, find_run
+
+    folder = Path(str(config.runs))
+    if config.run is not None:
+        return [find_run(str(config.run), runs=folder).run]
+    return [run for run in all_runs(folder) if _has_dashboard(run)]
+
+
+def _has_dashboard(run: Run) -> bool:
+    from pipeline.build.parameters import recorded_parameters
+    from pipeline.tracking.tracker import Tracker
+
+    try:
+        target = recorded_parameters(run.config_file).get("tracking._target_")
+    except (ValueError, OSError):  # the line of the run will say so
+        return True
+    return target != f"{Tracker.__module__}.{Tracker.__qualname__}"
+
+
+if __name__ == "__main__":
+    run_verb(VERB, main)

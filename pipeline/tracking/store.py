@@ -1,0 +1,91 @@
+"""The database or server behind MLflow's address, opened with bounded waits; its failures are one line each."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from pipeline.cli.secrets import mask_address
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
+LOCAL_SERVER = "http://127.0.0.1:5000"  # of `make ui`
+MESSAGE_LENGTH = 160  # characters of an error's first line
+LOCK_SECONDS = 30.0  # for which processes that create one SQLite store wait for each other
+# With MLflow's defaults one call to a dead server takes four minutes. A single try that times out after 10 s is enough,
+# because the mirror tries again. Variables that are set win.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+}
+
+
+class Store:
+    """A SQLite file in the working folder by default, any server or database by `uri` or MLFLOW_TRACKING_URI."""
+
+    def __init__(self, uri: str | None = None, *, experiment: str = "convoy") -> None:
+        default = f"sqlite:///{Path(DATABASE).resolve()}"
+        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+        self.is_default, self.is_server = self.uri == default, self.uri.startswith("http")
+        self.file = Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
+        self._experiment = experiment
+        self._opened: tuple[MlflowClient, str] | None = None
+
+    @property
+    def printed_address(self) -> str:
+        """The address as it may be printed, stored and linked to. Every address passes here."""
+        return mask_address(self.uri)
+
+    @staticmethod
+    def load() -> None:
+        """Import MLflow without telemetry, with bounded requests and without its log lines."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        import mlflow  # noqa: F401  # a second of imports, which callers time apart from the server
+
+        for logger in ("mlflow", "alembic"):
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
+
+    def open(self) -> tuple[MlflowClient, str]:
+        """Return a client and the id of the experiment, which is created if missing; any exception is a failure."""
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> tuple[MlflowClient, str]:
+        self.load()
+        from mlflow import MlflowClient
+
+        # Processes that create one SQLite store at the same time all fail, so they take turns.
+        lock = None if self.file is None else FileLock(self.file.with_name(f".{self.file.name}.lock"))
+        with nullcontext() if lock is None else lock.acquire(timeout=LOCK_SECONDS):
+            client = MlflowClient(self.uri)
+            experiment = client.get_experiment_by_name(self._experiment)
+            if experiment is not None:
+                return client, str(experiment.experiment_id)
+            artifacts = None if self.file is None else self.file.resolve().with_name(ARTIFACTS).as_uri()
+            return client, str(client.create_experiment(self._experiment, artifact_location=artifacts))
+
+    def link(self, experiment_id: str, run_id: str) -> str:
+        """Return the address of a run's page, that of `make ui` for a local database."""
+        server = self.printed_address.rstrip("/") if self.is_server else LOCAL_SERVER
+        return f"{server}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+    def reason(self, error: BaseException) -> str:
+        """Return the first line of an error, shortened, with the printed address."""
+        line = " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
+        line = mask_address(line.replace(self.uri, self.printed_address))
+        return line if len(line) <= MESSAGE_LENGTH else f"{line[:MESSAGE_LENGTH]}..."
+
+    def failure(self, error: BaseException) -> str:
+        """Return a line about a failed call."""
+        return f"MLflow at {self.printed_address} failed: {self.reason(error)}"
