@@ -2,9 +2,10 @@
 
     python -m benchmarks.step              5 rounds each of ResNet-18 at 32x32 and LeNet-5
 
-Ours is the loop of `train`: Lightning, the Classifier, and the progress callback with its journal. The bare loop does
-forward, backward, optimizer and schedule and reads the loss as often. Both use the same tensors in memory, so no loader
-is measured, and start from the same weights.
+Ours is the loop of `train`: Lightning, the Classifier, and all callbacks. "Unguarded" is that without the callbacks
+that check for values that are not finite, stop and save: only seeds, and progress with its journal. The bare loop does
+forward, backward, optimizer and schedule and reads the loss as often. All use the same tensors in memory, so no loader
+is measured, and start from the same weights. benchmarks/checkpoint.py measures a save.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,9 +34,14 @@ from models.residual import resnet
 from pipeline.build.network import build_recipe
 from pipeline.build.trainer import choose_precision
 from pipeline.cli.compose import compose
+from pipeline.cli.signals import StopSignals
+from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.runs.run import Run
+from pipeline.train.callbacks.divergence import GuardFinite
 from pipeline.train.callbacks.progress import ProgressCallback
+from pipeline.train.callbacks.saving import SaveCheckpoints
 from pipeline.train.callbacks.seeding import SeedEachBatch
+from pipeline.train.callbacks.stopping import StopTogether
 from pipeline.train.fit import prepare_process
 
 WARMUP_STEPS = 10
@@ -91,7 +98,9 @@ class Clock(pl.Callback):
             self.marks.append(now())
 
 
-def ours(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) -> list[tuple[float, float]]:
+def ours(
+    net: nn.Module, batches: Batches, *, precision: str, accelerator: str, guarded: bool = True
+) -> list[tuple[float, float]]:
     """Wall and CPU time at the two marks of the training loop of `train`."""
     recipe = build_recipe(compose("train", RECIPE))
     module = Classifier(net, num_classes=10, recipe=recipe)
@@ -101,16 +110,21 @@ def ours(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
         plan = TrainingPlan((size,), seed=0, shuffle_window=1, batch_size=size)
         options = {"data": SimpleNamespace(training_plan=lambda *_: plan), "log_every": batches.log_every}
         progress = ProgressCallback(Console(quiet=True), run.journal.record, num_epochs=1, **options)
-        clock = Clock()
+        clock, own = Clock(), list[pl.Callback]()
+        if guarded:
+            guard = GuardFinite("stop", data=options["data"], report=print)
+            saving = SaveCheckpoints(run.checkpoints, run.journal, guard=guard, monitor=None)
+            own = [guard, StopTogether(saving, guard, signals=StopSignals(), every_minutes=10), saving]
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=1,
             precision=precision,
             max_epochs=-1,
             max_steps=len(batches),
-            callbacks=[SeedEachBatch(0), progress, clock],
+            callbacks=[SeedEachBatch(0), progress, clock, *own],
+            plugins=[CheckpointWriter(run.checkpoints)],
             logger=False,
-            enable_checkpointing=False,
+            enable_checkpointing=guarded,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
@@ -162,31 +176,32 @@ def now() -> tuple[float, float]:
 def compare(
     name: str, build: Callable[[], nn.Module], *, batch_size: int, num_steps: int, log_every: int, rounds: int
 ) -> None:
-    """Alternate both and print the medians."""
+    """Alternate all three and print the medians."""
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     batches = Batches(
         num_steps, batch_size, log_every=log_every, device=torch.device("cuda" if accelerator == "gpu" else "cpu")
     )
     precision = choose_precision("auto", accelerator)
-    measured: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
+    contenders = {"ours": ours, "unguarded": partial(ours, guarded=False), "bare": bare}
+    measured: dict[str, list[tuple[float, float]]] = {contender: [] for contender in contenders}
     for turn in range(rounds):
-        # The order alternates, so that a machine that warms up or slows down favours neither.
-        for contender in ("ours", "bare") if turn % 2 else ("bare", "ours"):
+        # The order alternates, so that a machine that warms up or slows down favours none.
+        for contender in list(contenders)[:: -1 if turn % 2 else 1]:
             torch.manual_seed(0)
-            start, end = (ours if contender == "ours" else bare)(
-                build(), batches, precision=precision, accelerator=accelerator
-            )
+            start, end = contenders[contender](build(), batches, precision=precision, accelerator=accelerator)
             steps = num_steps - WARMUP_STEPS
             measured[contender].append((1000 * (end[0] - start[0]) / steps, 1000 * (end[1] - start[1]) / steps))
     for kind, unit in enumerate(("wall", "CPU")):
-        pairs = [(mine[kind], its[kind]) for mine, its in zip(measured["ours"], measured["bare"], strict=True)]
-        mine, its = (statistics.median(side) for side in zip(*pairs, strict=True))
-        ratio = statistics.median(a / b for a, b in pairs)
-        extra = statistics.median(a - b for a, b in pairs)
-        print(
-            f"{name:<10}{batch_size:>6}  {precision:<11}{unit:<5}"
-            f"{mine:>9.2f}{its:>9.2f}{ratio:>9.3f}{extra:>+10.2f}   medians of {rounds}"
-        )
+        times = {contender: [one[kind] for one in rounds] for contender, rounds in measured.items()}
+        medians = "".join(f"{statistics.median(one):>11.2f}" for one in times.values())
+        versus = [
+            statistics.median(mine / its for mine, its in zip(times["ours"], times[other], strict=True))
+            for other in ("unguarded", "bare")
+        ]
+        extra = statistics.median(mine - its for mine, its in zip(times["ours"], times["bare"], strict=True))
+        ratios = "".join(f"{one:>14.3f}" for one in versus)
+        line = f"{name:<10}{batch_size:>6}  {precision:<11}{unit:<5}{medians}{ratios}{extra:>+10.2f}"
+        print(f"{line}   medians of {len(times['bare'])}")
 
 
 def main() -> None:
@@ -196,7 +211,8 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     prepare_process(seed=0)
     warnings.filterwarnings("ignore")
-    print(f"{'network':<10}{'batch':>6}  {'precision':<11}{'ms':<5}{'ours':>9}{'bare':>9}{'ratio':>9}{'extra':>10}")
+    names = f"{'ours':>11}{'unguarded':>11}{'bare':>11}{'to unguarded':>14}{'to bare':>14}{'extra':>10}"
+    print(f"{'network':<10}{'batch':>6}  {'precision':<11}{'ms':<5}{names}")
     compare("lenet", lenet, batch_size=32, num_steps=1010, log_every=50, rounds=rounds)
     compare("resnet18", resnet18, batch_size=128, num_steps=60, log_every=10, rounds=rounds)
 

@@ -19,7 +19,7 @@ from data.loading.crops import CropPolicy, CropWindows
 from data.loading.decoder import DecodeSettings
 from data.loading.graph import as_torch, build_pipeline, can_decode, choose_resizer
 from data.loading.order import Plan, Position
-from data.loading.storage import Storage
+from data.loading.storage import Storage, wait_for
 from data.loading.transfer import Transfer
 from data.shards.dataset import Index
 from data.shards.images import UnreadableImage
@@ -137,7 +137,7 @@ class Loader:
                 while len(reading) <= self.decode.readahead:
                     reading.append(self._threads.submit(self._read, position))
                     position = position.following(len(self))
-                yield reading.popleft().result()
+                yield wait_for(reading.popleft())
         finally:
             for batch in reading:
                 batch.cancel()

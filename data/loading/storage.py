@@ -1,14 +1,18 @@
 """Access to the bytes of shards: local disk today, object stores later."""
 
 import os
+from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 OPEN_SHARDS = 256  # a quarter of the usual limit of open files
+READ_SECONDS = 600.0  # limit for the reading of a batch; storage that takes longer does not answer
+
+Read = TypeVar("Read")
 
 
 class Storage(Protocol):
@@ -35,6 +39,14 @@ class LocalShards:
                 end = offset + len(into)
                 raise ValueError(f"{self.root / file} ends before byte {end}: it changed after it was indexed")
             done += count
+
+
+def wait_for(reading: Future[Read]) -> Read:
+    """Return what a thread reads. Raises: TimeoutError after READ_SECONDS, and what the reading raises."""
+    try:
+        return reading.result(READ_SECONDS)
+    except TimeoutError as error:
+        raise TimeoutError(f"the storage of the data has not answered in {READ_SECONDS:.0f} seconds") from error
 
 
 class _OpenFile:

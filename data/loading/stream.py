@@ -14,6 +14,7 @@ from torch import Tensor
 from data.loading.crops import CropPolicy
 from data.loading.decoder import DecodeSettings
 from data.loading.graph import as_torch, build_pipeline, can_decode, choose_resizer
+from data.loading.storage import wait_for
 from data.loading.transfer import Transfer
 from data.shards.images import oriented_size
 from data.shards.inputs import Source
@@ -129,7 +130,7 @@ class ImageStream:
                 self._reading.append(self._threads.submit(_Entry, source))
             if not self._reading:
                 return
-            yield self._reading.popleft().result()
+            yield wait_for(self._reading.popleft())
 
     def _find_damage(self) -> bool:
         """Set the errors of images in flight that the CPU cannot decode; return whether there are any."""

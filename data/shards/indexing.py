@@ -18,6 +18,7 @@ from data.shards.parallel import available_cores, map_tasks
 from data.shards.sources import SPLIT_FOLDERS
 from data.shards.tars import ShardRows, SkippedSample, TarTask, read_shard
 
+LOCK_SECONDS = 6 * 3600.0  # limit for another process that reads the tars; its lock ends with it
 POOL_SHARDS = 4  # up to here, reading is faster than the imports of another process
 SPLIT_WORDS = SPLIT_FOLDERS | {"training": "train", "dev": "val", "eval": "val", "testing": "test"}
 
@@ -45,7 +46,7 @@ def open_dataset(
         return dataset, []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
             dataset = current()  # another process may have been faster
             if dataset is None:
                 return _index_tars(root, folder, tars=tars, label_field=label_field)

@@ -68,7 +68,8 @@ class RunSettings:
         # Without unset values, so that a new option does not change the names of runs that do not use it.
         unset = {"trainer.compile": False, "choose_by": TOP1.key, "min_improvement": 0}
         resolved_choice = {"choose_by": self.choice.metric.key}  # whichever of its names was given
-        values = flatten(config) | {"weights.sha256": weights_sha256} | resolved_choice
+        with without_secrets():
+            values = mask_secrets(flatten(config)) | {"weights.sha256": weights_sha256} | resolved_choice
         given = {key: value for key, value in values.items() if value not in (None, unset.get(key))}
         deciding = {key: _without_location(key, value) for key, value in given.items()}
         self.in_name = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_NAME)}

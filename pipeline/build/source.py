@@ -6,6 +6,7 @@ from filelock import FileLock
 from omegaconf import DictConfig
 from rich.console import Console
 
+from data.shards.indexing import LOCK_SECONDS
 from data.shards.pack import Packed, pack
 from data.shards.sources import Source
 from pipeline.build.objects import build_object
@@ -33,7 +34,7 @@ def pack_once(source: str, root: Path) -> None:
     if source not in known:
         raise ConfigError(f"data.source={source} is not one of {', '.join(known)}{nearest(source, known)}")
     root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f".{root.name}.lock")):
+    with FileLock(root.with_name(f".{root.name}.lock"), timeout=LOCK_SECONDS):
         if not root.exists():
             Console().print(f"packing {source} into {root}", highlight=False, markup=False)
             pack_source(compose("pack", [f"source={source}", f"out={root}"]))

@@ -34,7 +34,7 @@ class Group(NamedTuple):
 _PARTS_OF_TRAINER = Group(
     (
         *("pytorch_lightning.strategies", "pytorch_lightning.profilers", "pytorch_lightning.plugins"),
-        *("pytorch_lightning.plugins.precision", "pytorch_lightning.plugins.environments", "models", "pipeline.train"),
+        *("pytorch_lightning.plugins.precision", "pytorch_lightning.plugins.environments", "models", "pipeline.train.callbacks"),
     ),
     (
         *("pytorch_lightning.strategies.Strategy", "pytorch_lightning.profilers.Profiler"),
@@ -54,7 +54,7 @@ GROUPS = {
     "weights": Group(("pipeline.build.weights",), ("pipeline.build.weights.WeightsFile",)),
     "tracking": Group(("pipeline.tracking",), ("pipeline.tracking.tracker.Tracker",)),
     "callbacks": Group(
-        ("models", "pipeline.train", "pytorch_lightning.callbacks"), ("pytorch_lightning.callbacks.Callback",)
+        ("models", "pipeline.train.callbacks", "pytorch_lightning.callbacks"), ("pytorch_lightning.callbacks.Callback",)
     ),
     "trainer": Group(("pytorch_lightning",), ("pytorch_lightning.Trainer",)),
     "trainer.plugins": _PARTS_OF_TRAINER,

@@ -1,13 +1,14 @@
 """The checkpoints of a run on disk: each is complete or absent, and damage is found before one is used.
 
 A checkpoint is `step-N.ckpt` beside `step-N.json`, its manifest, which is written last. `last.ckpt` and `best.ckpt` are
-links to the newest one and to the one with the best evaluation.
+hard links to the newest one and to the one with the best evaluation, or copies where the file system has no links.
 """
 
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -82,12 +83,29 @@ class CheckpointFolder:
             partial.unlink(missing_ok=True)
             raise
         written = Checkpoint(**vars(checkpoint) | {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()})
-        self._write_manifest(written)
+        self.describe(written)
         self._link(LAST, written.step)
         if written.best is not None:
             self._link(BEST, written.best.step)
         self._remove_older()
         return written
+
+    def describe(self, checkpoint: Checkpoint) -> None:
+        """Write the manifest of a checkpoint, and flush it to the disk. Raises: OSError."""
+        content = {"format": FORMAT, **asdict(checkpoint)}
+        text = json.dumps({**content, "digest": _digest(content)}, indent=1)
+        path = self.path / f"step-{checkpoint.step}.json"
+        partial = path.with_name(f".{path.name}")
+        try:
+            with partial.open("w") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            flush_folder(self.path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     def manifests(self) -> Iterator[Path]:
         """Yield the manifests of complete checkpoints, the newest first."""
@@ -99,7 +117,7 @@ class CheckpointFolder:
         damaged = []
         for manifest in self.manifests():
             try:
-                checkpoint = read_manifest(manifest)
+                checkpoint = load_manifest(manifest)
                 check_intact(self.path / checkpoint.file, checkpoint)
             except (ValueError, OSError) as error:
                 damaged.append(str(error))
@@ -121,7 +139,7 @@ class CheckpointFolder:
     def find(self, step: int) -> Checkpoint | None:
         """Return the manifest of a step, None without a readable one."""
         with suppress(ValueError, OSError):
-            return read_manifest(self.path / f"step-{step}.json")
+            return load_manifest(self.path / f"step-{step}.json")
         return None
 
     def tidy(self, newest: Checkpoint | None) -> None:
@@ -147,27 +165,16 @@ class CheckpointFolder:
     def _files(self) -> list[Path]:
         return list(self.path.iterdir()) if self.path.is_dir() else []
 
-    def _write_manifest(self, checkpoint: Checkpoint) -> None:
-        content = {"format": FORMAT, **asdict(checkpoint)}
-        text = json.dumps({**content, "digest": _digest(content)}, indent=1)
-        path = self.path / f"step-{checkpoint.step}.json"
-        partial = path.with_name(f".{path.name}")
-        try:
-            with partial.open("w") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            flush_folder(self.path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
     def _link(self, name: str, step: int) -> None:
-        """Point a name to a checkpoint, atomically."""
-        partial = self.path / f".{name}"
+        """Give a checkpoint another name, atomically."""
+        partial, target = self.path / f".{name}", self.path / f"step-{step}.ckpt"
         partial.unlink(missing_ok=True)
-        partial.symlink_to(f"step-{step}.ckpt")
+        if (self.path / name).exists() and target.samefile(self.path / name):
+            return  # a rename of one name of a file to another would leave both
+        try:
+            partial.hardlink_to(target)
+        except OSError:
+            shutil.copyfile(target, partial)
         partial.replace(self.path / name)
 
     def _remove_older(self) -> None:
@@ -212,7 +219,7 @@ def _without_crc32() -> Iterator[None]:
         serialization.save.compute_crc32 = before
 
 
-def read_manifest(path: Path) -> Checkpoint:
+def load_manifest(path: Path) -> Checkpoint:
     """Read the manifest of a checkpoint. Raises: ValueError when it is damaged."""
     try:
         content = json.loads(path.read_bytes())
@@ -234,6 +241,20 @@ def check_intact(file: Path, checkpoint: Checkpoint) -> None:
     with file.open("rb") as opened:
         if hashlib.file_digest(opened, "sha256").hexdigest() != checkpoint.sha256:
             raise ValueError(f"{file} is damaged: its SHA-256 is not that of its manifest")
+
+
+def check_listed(file: Path, sha256: str) -> None:
+    """Raise ValueError for a checkpoint in a run's folder with a digest that no manifest there has.
+
+    A file without manifests beside it passes: a copy of a checkpoint, or one of another program.
+    """
+    listed, has_manifests = set(), False
+    for manifest in CheckpointFolder(file.parent).manifests():
+        has_manifests = True
+        with suppress(ValueError, OSError):
+            listed.add(load_manifest(manifest).sha256)
+    if has_manifests and (file.name in (LAST, BEST) or FILE.fullmatch(file.name)) and sha256 not in listed:
+        raise ValueError(f"{file} is damaged: its SHA-256 is in no manifest beside it")
 
 
 def flush_folder(path: Path) -> None:

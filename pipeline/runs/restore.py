@@ -10,6 +10,7 @@ from data.shards.dataset import Dataset
 from models.weights.load import load_weights
 from pipeline.build.recorded import RecordedConfig
 from pipeline.runs.calibration import digest
+from pipeline.runs.checkpoints import check_listed
 from pipeline.runs.fingerprint import DIGEST_OF, digests
 from pipeline.runs.run import Run
 
@@ -64,6 +65,7 @@ class RestoredRun(RecordedConfig):
         """
         sha256, before = digest(self.weights_file), ""
         while sha256 != before:  # else a training has replaced the file meanwhile
+            check_listed(self.weights_file, sha256)
             net = self.build_network()
             load_weights(net, self.weights_file, norm_eps=self.norm_eps)
             before, sha256 = sha256, digest(self.weights_file)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -52,12 +53,24 @@ def register(exported: ExportedModel, name: str, *, alias: str | None, run: Run,
     Raises: RegistryError, in one sentence.
     """
     try:
-        with redirect_stderr(StringIO()):  # MLflow prints the versions that it creates
+        with redirect_stderr(StringIO()), _own_address():  # MLflow prints the versions that it creates
             return _register(exported, name, alias=alias, run=run, store=store)
     except Exception as error:  # a backend may raise anything
         reason = store.reason(error)
         text = f"register={name}: {store.printed_address} does not accept the model: {reason}"
         raise RegistryError(text) from error
+
+
+@contextmanager
+def _own_address() -> Iterator[None]:
+    """Give the environment its address back, which MLflow's own functions replace for all processes to come."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        yield
+    finally:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def _register(exported: ExportedModel, name: str, *, alias: str | None, run: Run, store: Store) -> RegisteredModel:

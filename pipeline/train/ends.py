@@ -8,6 +8,8 @@ from pipeline.cli.errors import FailureError, exit_code, one_line
 from pipeline.cli.signals import EXIT_CODES, stop_signals
 from pipeline.runs.status import State
 
+NONFINITE = "nonfinite.json"  # in the run's folder: all samples of the step
+
 
 class Ending(NamedTuple):
     """How a training has ended, for `status.json`."""
@@ -29,7 +31,8 @@ class DivergedError(FailureError):
     """A loss or a gradient is not finite. Raised on every rank after the same step."""
 
     def __init__(self, what: str, *, step: int, learning_rate: float, samples: Sequence[str], advice: str) -> None:
-        named = ", ".join(samples[:3]) + (f" and {len(samples) - 3} more" if len(samples) > 3 else "")
+        others = f" and {len(samples) - 3} more in {NONFINITE}" if len(samples) > 3 else ""
+        named = ", ".join(samples[:3]) + others
         super().__init__(
             f"step {step} has a {what} that is not finite, at a learning rate of {learning_rate:.4g} "
             f"with the samples {named}: {advice}"

@@ -1,18 +1,20 @@
 """A training from a built job to a finished run: callbacks, dashboard, Lightning's fit, and how it ended."""
 
+import json
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.strategies.launchers import subprocess_script
 
-from data.children import end_with_me
+from data.children import PARENT, end_with_me
 from data.loading.datamodule import ShardData
+from data.shards.dataset import write_atomically
 from models.arguments import require
 from models.learning.evaluation import TOP5
 from pipeline.build.choice import Choice
@@ -32,7 +34,7 @@ from pipeline.train.callbacks.ranks import RankWatch
 from pipeline.train.callbacks.saving import SaveCheckpoints
 from pipeline.train.callbacks.seeding import SeedEachBatch
 from pipeline.train.callbacks.stopping import StopTogether
-from pipeline.train.ends import DivergedError, Ending, Stopped, ending_of
+from pipeline.train.ends import NONFINITE, DivergedError, Ending, Stopped, ending_of
 from pipeline.train.job import Job
 from pipeline.train.summary import outcome, print_missing, run_header, run_result
 
@@ -150,6 +152,9 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[Checkpoint | None]:
         run.checkpoints.tidy(newest)
         start = -1 if newest is None else newest.step
         run.journal.truncate_after(start)
+        if newest is not None and run.journal.digest() != (newest.journal_bytes, newest.journal):
+            lost = f"{run.journal.path} is not as it was at step {newest.step}: points before that are missing"
+            main_console().print(lost, highlight=False, soft_wrap=True)
         write_status(run.status_file, State.TRAINING, step=max(start, 0))
         ending = Ending(State.FINISHED)
         try:
@@ -169,7 +174,8 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[Checkpoint | None]:
 
 def close(job: Job, ending: Ending, *, step: int) -> None:
     """Write how a training has ended, and end its page on the dashboard."""
-    write_status(job.run.status_file, ending.state, step=step, reason=ending.reason, exit_code=ending.exit_code)
+    with suppress(OSError):  # a full disk may be the end that this is about
+        write_status(job.run.status_file, ending.state, step=step, reason=ending.reason, exit_code=ending.exit_code)
     print_missing(job.tracker.finish(ending.state), job.run)
 
 
@@ -197,15 +203,21 @@ def fit(job: Job, trainer: pl.Trainer, *, resume: Checkpoint | None) -> None:
             watch.leave()
             main_console().print(f"stopped: the same command continues after step {stopped.step}", highlight=False)
             raise
-        except DivergedError:  # on every rank
+        except DivergedError as diverged:  # on every rank
             watch.leave()
             if not trainer.is_global_zero:
                 raise SystemExit(FAILURE) from None
+            found = {"step": diverged.step, "samples": diverged.samples}
+            write_atomically(job.run.folder / NONFINITE, json.dumps(found, indent=1).encode() + b"\n")
             raise
         except Exception as error:
             explained = explain_memory(error, batch_size=job.data.settings.batch_size)
             watch.explain(explained)  # of several ranks, none comes back from it
+            if explained is error:
+                raise
             raise explained from error
+        finally:
+            os.environ.pop(PARENT, None)
 
 
 def watch_ranks(job: Job, trainer: pl.Trainer, *, resume: Checkpoint | None) -> RankWatch:

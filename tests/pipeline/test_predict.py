@@ -26,6 +26,7 @@ from pipeline.runs.trained import TrainedModel
 from tests.support.commands import FinishedRun, call_verb, run_module
 from tests.support.images import make_folder
 from tests.support.paths import ROOT
+from tests.support.saving import replace_checkpoint
 
 FURTHER = ("class_2", "probability_2", "class_3", "probability_3")
 
@@ -179,7 +180,7 @@ def test_a_file_appears_complete_or_not_at_all(main_job: FinishedRun, photos: Pa
     file = damaged / "checkpoints" / "best.ckpt"
     checkpoint = torch.load(file, weights_only=True)
     checkpoint["state_dict"] = {name: value * 1e37 for name, value in checkpoint["state_dict"].items()}
-    torch.save(checkpoint, file)
+    replace_checkpoint(file, checkpoint)
     answer = run_module(tmp_path, "pipeline.predict", "run=damaged", f"input={photos}", f"out={out}")
     assert answer.returncode == 1
     assert "damaged/checkpoints/best.ckpt gives NaN: its training has diverged" in answer.stderr

@@ -67,6 +67,7 @@ class RankWatch(pl.Callback):
     def setup(self, trainer: pl.Trainer, *rest: object, **options: object) -> None:
         """Compare the ranks, and begin to watch. Raises: ValueError when they differ."""
         if trainer.world_size == 1:
+            self._begin()
             return
         self._rank = trainer.global_rank
         compare_ranks(self.facts())
@@ -103,7 +104,8 @@ class RankWatch(pl.Callback):
     def leave(self) -> None:
         """End the watch; a rank that ends later is no failure."""
         self._is_over.set()
-        faulthandler.cancel_dump_traceback_later()
+        if self._places:
+            faulthandler.cancel_dump_traceback_later()
         stacks = self.folder / f"rank-{self._rank}.txt"
         if stacks.is_file() and not stacks.stat().st_size:
             stacks.unlink()
@@ -116,6 +118,7 @@ class RankWatch(pl.Callback):
     def explain(self, error: BaseException) -> None:
         """Make this rank's error the cause for all, unless there is one already, and end; alone, return."""
         if self._store is None:
+            self.leave()
             return
         is_lost = isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
         if is_lost:  # most likely the consequence of another rank's end, which that or the watch makes known
@@ -140,16 +143,17 @@ class RankWatch(pl.Callback):
             while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
                 # For a rank in which no Python thread runs any more; this one sets the clock back.
                 limit = self.hang_seconds + (0 if self._progress > FIRST_STEP else START_SECONDS)
-                faulthandler.dump_traceback_later(limit + STORE_SECONDS, exit=True, file=stacks)
+                if self._places:
+                    faulthandler.dump_traceback_later(limit + STORE_SECONDS, exit=True, file=stacks)
                 try:
                     self._look()
                 except RuntimeError:  # rank 0 keeps the store
                     if not self._is_over.is_set():
                         self.fail("rank 0 has ended", FAILURE)
                         self._end("rank 0 has ended", FAILURE)
-                if self._store is not None and time.monotonic() - self._since > limit:
+                if time.monotonic() - self._since > limit:
                     faulthandler.dump_traceback(stacks, all_threads=True)
-                    self._end_hang(self._store)
+                    self._end_hang()
 
     def _look(self) -> None:
         store = self._store
@@ -181,8 +185,14 @@ class RankWatch(pl.Callback):
         if not self._is_over.is_set() and not is_known:
             self._end(f"rank {rank} {how}", FAILURE)
 
-    def _end_hang(self, store: TCPStore) -> None:
-        """Name the ranks that do not answer, or else those that are behind; the others write their stacks meanwhile."""
+    def _end_hang(self) -> None:
+        """End, and name the ranks that do not answer, or else those that are behind."""
+        who = "" if self._store is None else f"{self._missing(self._store)}: "
+        seconds = f"nothing has moved for {self.hang_seconds:g} seconds"
+        self._end(f"{who}{seconds} (the stacks are in {self.folder})", FAILURE)
+
+    def _missing(self, store: TCPStore) -> str:
+        """Name the ranks for which the others wait, which write their stacks meanwhile."""
         store.set(f"hangs/{self._rank}", "1")
         before = self._looks(store)
         time.sleep(3 * SECONDS_BETWEEN_LOOKS)
@@ -191,13 +201,8 @@ class RankWatch(pl.Callback):
         progress = {rank: progress for rank, (progress, _) in after.items()}
         behind = [rank for rank, count in progress.items() if count == min(progress.values())]
         if silent:
-            who = f"rank {', '.join(map(str, silent))} does not answer"
-        elif len(behind) < len(progress):
-            who = f"rank {', '.join(map(str, behind))} is behind"
-        else:
-            who = "all ranks wait"
-        seconds = f"{self.hang_seconds:g} seconds"
-        self._end(f"{who}: nothing has moved for {seconds} (stacks of all ranks in {self.folder})", FAILURE)
+            return f"rank {', '.join(map(str, silent))} does not answer"
+        return f"rank {', '.join(map(str, behind))} is behind" if len(behind) < len(progress) else "all ranks wait"
 
     def _looks(self, store: TCPStore) -> dict[int, tuple[int, int]]:
         """Return the progress of each rank, and how often its thread has looked."""

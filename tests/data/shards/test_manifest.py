@@ -147,7 +147,7 @@ def test_processes_that_open_an_edit_at_once_agree(root: Path) -> None:
 
 @pytest.mark.parametrize("reason", [errno.EACCES, errno.EROFS])
 def test_an_edit_is_read_where_nothing_can_be_written(root: Path, monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, timeout: float) -> None:
         raise OSError(reason, "no", str(path))
 
     name_classes(root / "dataset.json")

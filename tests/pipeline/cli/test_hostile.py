@@ -54,7 +54,7 @@ TYPED = [
     ("recipe.schedule._target_=models.learning.recipe.partial", "partial is not a class of float defined in"),
     ("augment.training._target_=data.loading.storage.LocalShards", "not a class of CropPolicy defined in"),
     ("data._target_=data.shards.dataset.write_atomically", "write_atomically is outside pipeline.build.data"),
-    ("tracking._target_=pipeline.tracking.tracker.Path", "Path is not a class of Tracker defined in"),
+    ("tracking._target_=pipeline.tracking.mlflow_tracker.Page", "Page is not a class of Tracker defined in"),
     ("trainer._target_=pytorch_lightning.LightningModule", "is not a class of Trainer defined in"),
     (f"name={CALL}", "name._target_=os.system is at a key that builds nothing"),
     ("data.source=../../../source | data.root=new", "data.source=../../../source is not one of digits, folder"),

@@ -71,7 +71,7 @@ def test_a_record_has_no_secret_and_no_trust(tmp_path: Path, monkeypatch: pytest
     settings = RunSettings(config, num_classes=10, weights_sha256=None)
     assert SECRET not in f"{settings.record} {settings.parameters} {settings.in_fingerprint} {settings.in_name}"
     assert (settings.parameters["tracking.experiment"], settings.parameters["data.index"]) == ("***", "here")
-    assert settings.parameters["trust"] is True
+    assert "trust" not in settings.parameters
     assert "trust:" not in settings.record
 
 

@@ -28,6 +28,7 @@ from pipeline.evaluate import __main__ as verb
 from pipeline.evaluate import forward
 from tests.support.commands import FinishedRun, Typed, run_module, typed
 from tests.support.paths import ROOT
+from tests.support.saving import replace_checkpoint
 
 FILES = ("index.html", "predictions.parquet", "evaluation.json")
 
@@ -184,7 +185,7 @@ def test_weights_that_are_no_numbers_are_named(evaluate: Typed, main_job: Finish
     checkpoint["state_dict"] = {
         name: value * float("nan") if "head" in name else value for name, value in checkpoint["state_dict"].items()
     }
-    torch.save(checkpoint, run / "checkpoints" / "best.ckpt")
+    replace_checkpoint(run / "checkpoints" / "best.ckpt", checkpoint)
     for words in ((f"run={run}",), ("run=latest", f"versus={run}")):
         with pytest.raises(
             ValueError, match=r"best.ckpt: head.linear.weight has NaN or infinite values: its training has"

@@ -13,6 +13,7 @@ import pytest
 from data.shards.dataset import Dataset
 from pipeline.evaluate import __main__ as verb
 from tests.support.commands import FinishedRun, Typed, run_module, typed
+from tests.support.saving import replace_checkpoint
 
 LAUNCH = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.evaluate")
 
@@ -118,7 +119,7 @@ def test_all_ranks_end_with_one_sentence(root: Path, photographs: Dataset, what:
 
         checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
         checkpoint["state_dict"] = {name: value * 1e37 for name, value in checkpoint["state_dict"].items()}
-        torch.save(checkpoint, run / "checkpoints" / "best.ckpt")
+        replace_checkpoint(run / "checkpoints" / "best.ckpt", checkpoint)
     elif what == "name":
         words = ("run=mint",)
     else:

@@ -27,6 +27,7 @@ from pipeline.export import files as export_files
 from pipeline.runs.trained import Probabilities, TrainedModel
 from tests.support.commands import Typed, call_verb
 from tests.support.networks import scatter
+from tests.support.saving import replace_checkpoint
 
 PRECISIONS = {"": 1e-5, ".float16": 0.02, ".bfloat16": 0.1}
 
@@ -179,7 +180,7 @@ def test_timms_network_answers_with_the_exported_tensors(export: Typed, fitted_r
     OmegaConf.save(config, folder / "config.yaml")
     net = scatter(mobilenet(**variant))
     tensors = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    torch.save({"state_dict": tensors, "norm_eps": 1e-3}, folder / "checkpoints" / "best.ckpt")
+    replace_checkpoint(folder / "checkpoints" / "best.ckpt", {"state_dict": tensors, "norm_eps": 1e-3})
     printed = export(f"run={folder}", "format=safetensors", "names=timm", "compare_images=4")
     assert "timm's mobilenetv3_small_100 needs bn_eps=0.001 for the same results" in printed
     values = json.loads((folder / "export" / "model.timm.json").read_text())

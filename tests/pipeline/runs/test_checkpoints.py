@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from pipeline.runs.checkpoints import Best, Checkpoint, CheckpointFolder, read_manifest
+from pipeline.runs.checkpoints import Best, Checkpoint, CheckpointFolder, load_manifest
 from pipeline.runs.run import Run
 from tests.support.damage import damage
-
-
-def state(step: int) -> dict[str, Any]:
-    return {"global_step": step, "state_dict": {"weight": torch.full((50,), float(step))}, "optimizer_states": []}
+from tests.support.saving import kill_in_saves, state
 
 
 def write(folder: CheckpointFolder, step: int, best: Best | None = None) -> Checkpoint:
@@ -48,7 +46,7 @@ def test_the_newest_intact_checkpoint_is_taken_and_every_damaged_one_is_named(tm
     folder = CheckpointFolder(tmp_path / "checkpoints")
     first, second = write(folder, 1), write(folder, 2)
     assert folder.newest() == (second, [])
-    kept = {path.name: path.read_bytes() for path in folder.path.iterdir() if not path.is_symlink()}
+    kept = {path.name: path.read_bytes() for path in folder.path.glob("step-*")}
     for number in range(50):
         file = folder.path / ("step-2.ckpt" if number % 2 else "step-2.json")
         done = damage(file, number)
@@ -117,12 +115,10 @@ def test_a_full_disk_leaves_the_older_checkpoints(
             write(folder, 3)
     assert names(folder) == before
     assert folder.newest() == (second, [])
-    assert read_manifest(folder.path / "step-1.json") == first
+    assert load_manifest(folder.path / "step-1.json") == first
 
 
 def test_a_manifest_states_the_size_and_digest_of_its_file(tmp_path: Path) -> None:
-    import hashlib
-
     folder = CheckpointFolder(tmp_path / "checkpoints")
     write(folder, 3, Best(3, 0.25))
     content = (folder.path / "step-3.ckpt").read_bytes()
@@ -130,3 +126,16 @@ def test_a_manifest_states_the_size_and_digest_of_its_file(tmp_path: Path) -> No
     assert manifest["sha256"] == hashlib.sha256(content).hexdigest()
     assert manifest["bytes"] == len(content)
     assert manifest["best"] == {"step": 3, "score": 0.25}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("place", ["the same file system", "another file system"])
+def test_kills_in_saves_leave_an_intact_checkpoint_and_nothing_else(tmp_path: Path, place: str) -> None:
+    if place == "the same file system":
+        assert kill_in_saves(tmp_path / "checkpoints", kills=20, seed=0) > 20
+        return
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or os.stat(memory).st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("there is no other file system")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        assert kill_in_saves(Path(folder) / "checkpoints", kills=20, seed=1) > 20

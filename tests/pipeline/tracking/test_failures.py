@@ -12,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from pipeline.cli.secrets import mask_address
 from pipeline.tracking import mirror, mlflow_tracker
 from pipeline.tracking.mlflow_tracker import MLflowTracker
 from pipeline.tracking.store import Store
@@ -180,7 +181,7 @@ def test_an_address_that_leads_nowhere_is_one_line(tmp_path: Path, address: str)
         begun, problem = tracker.start(run, {"seed": 0}), tracker.finish("failed")
     for text in (begun, problem):
         assert text is not None
-        assert text.startswith(f"MLflow at {uri} ")
+        assert text.startswith(f"MLflow at {mask_address(uri)} ")
         assert "\n" not in text
         assert len(text) < 500
     assert (tmp_path / "text").read_text() == "not a database, whatever its name"

@@ -120,7 +120,7 @@ def test_the_end_of_the_agent_stops_its_ranks_with_a_checkpoint(root: Path) -> N
         ("1,30,kill", "rank 1 was killed by signal 9", 2),
         ("0,30,kill", "rank 0 has ended", 2),
         ("1,30,exit", "rank 1 exited with code 7", 2),
-        ("1,30,sleep", "rank 1 is behind: nothing has moved for 5 seconds (stacks of all ranks in runs/", 2),
+        ("1,30,sleep", "rank 1 is behind: nothing has moved for 5 seconds (the stacks are in runs/", 2),
         ("0,30,sleep", "rank 0 is behind: nothing has moved for 5 seconds", 2),
         ("1,30,stop", "rank 1 does not answer: nothing has moved for 5 seconds", 2),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from pipeline.runs.fingerprint import check_unchanged
 from pipeline.runs.run import Run
 from tests.support.commands import MINE, Typed, journal
 from tests.support.damage import flip_bit
@@ -69,6 +71,25 @@ def test_a_run_resumes_only_with_its_own_settings(train: Typed) -> None:
     with pytest.raises(ValueError, match="started with global_batch_size=256, not 128"):
         train(*words, "data.batch_size=128")
     assert "continues after step" in train(*words, "data.batch_size=128", "recipe.accumulate=2")
+
+
+def test_each_field_of_the_fingerprint_is_refused_by_name(train: Typed, killed_run: Path) -> None:
+    file = killed_run / "fingerprint.json"
+    recorded = json.loads(file.read_text())
+    assert len(recorded) > 40
+    assert {"seed", "global_batch_size", "precision", "data.decoder", "digest of train", "torch"} <= recorded.keys()
+    run = Run(killed_run)
+    for name, value in recorded.items():
+        other = {"half_pixels": 1} if name == "data.decoder" else f"not {value}"
+        with pytest.raises(ValueError, match=f"mine was started with {re.escape(name)}="):
+            check_unchanged(recorded | {name: other}, recorded, run=run.folder)
+        missing = {key: its for key, its in recorded.items() if key != name}
+        if name != "data.decoder":  # absent in runs of the first version, which all decoded on the CPU
+            with pytest.raises(ValueError, match=f"mine was started with {re.escape(name)}="):
+                check_unchanged(missing, recorded, run=run.folder)
+    file.write_text(json.dumps(recorded | {"seed": 7}))
+    with pytest.raises(ValueError, match=r"mine was started with seed=7, not 0: add name=NAME for a new run"):
+        train(*MINE, "tracking=none")
 
 
 def test_a_moved_run_keeps_its_best_score_and_its_page(

@@ -187,8 +187,7 @@ def test_a_run_killed_twice_stops_as_one_that_was_not(
     assert results[0]["stopped_early"] == "epoch 5 of 6: val/loss did not improve in the last 2 evaluations"
     assert results[1] == results[0] | {"checkpoint": "runs/cut/checkpoints/best.ckpt"}
     assert len(journal(runs / "complete")) == 6 + 5  # points of 20 steps, and evaluations
-    for line, other in zip(journal(runs / "complete"), journal(runs / "cut"), strict=True):
-        assert line == pytest.approx(other, rel=0, abs=0, nan_ok=True)
+    assert journal(runs / "complete") == journal(runs / "cut")
     for name in ("last.ckpt", "best.ckpt"):
         one, other = (
             torch.load(runs / run / "checkpoints" / name, weights_only=True)["state_dict"]
