@@ -34,7 +34,12 @@ class Group(NamedTuple):
 _PARTS_OF_TRAINER = Group(
     (
         *("pytorch_lightning.strategies", "pytorch_lightning.profilers", "pytorch_lightning.plugins"),
-        *("pytorch_lightning.plugins.precision", "pytorch_lightning.plugins.environments", "models", "pipeline.train.callbacks"),
+        *(
+            "pytorch_lightning.plugins.precision",
+            "pytorch_lightning.plugins.environments",
+            "models",
+            "pipeline.train.callbacks",
+        ),
     ),
     (
         *("pytorch_lightning.strategies.Strategy", "pytorch_lightning.profilers.Profiler"),

@@ -79,8 +79,10 @@ class CheckpointFolder:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error.__context__, OSError):  # torch cannot close the file either, and says only that
+                raise error.__context__ from None
             raise
         written = Checkpoint(**vars(checkpoint) | {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()})
         self.describe(written)

@@ -68,10 +68,8 @@ class Training:
     def rank(self, number: int) -> psutil.Process:
         """Return the process of a rank."""
         processes = [psutil.Process(self.process.pid), *self.started]
-        verbs = [
-            one for one in processes if "pipeline.train" in one.cmdline() and "--nproc-per-node=2" not in one.cmdline()
-        ]
-        if number == 0 and "LOCAL_RANK" not in verbs[0].environ():
+        verbs = [one for one in processes if "pipeline.train" in " ".join(one.cmdline()[:4])]
+        if number == 0:
             return verbs[0]
         (found,) = [one for one in verbs if one.environ().get("LOCAL_RANK") == str(number)]
         return found

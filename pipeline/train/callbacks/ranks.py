@@ -23,7 +23,7 @@ import torch.distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, not exported
 
 from models.arguments import require
-from pipeline.cli.errors import FAILURE, exit_code, one_line
+from pipeline.cli.errors import FAILURE, USER_ERROR, exit_code, one_line
 from pipeline.cli.signals import EXIT_CODES, stop_signals
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -70,7 +70,13 @@ class RankWatch(pl.Callback):
             self._begin()
             return
         self._rank = trainer.global_rank
-        compare_ranks(self.facts())
+        try:
+            compare_ranks(self.facts())
+        except ValueError:  # on every rank, so one message is enough
+            self.leave()
+            if self._rank > 0:
+                raise SystemExit(USER_ERROR) from None
+            raise
         self._places = gather((socket.gethostname(), os.getpid()))
         limit = timedelta(seconds=STORE_SECONDS)
         is_main = self._rank == 0

@@ -23,7 +23,10 @@ ACCEPTED = {
     "classifier": ("models.learning.classifier.Classifier",),
     "recipe.optimizer": ("torch.optim.AdamW", "torch.optim.LBFGS"),
     "recipe.loss": ("torch.nn.CrossEntropyLoss", "torch.nn.functional.cross_entropy"),
-    "callbacks.x": ("pytorch_lightning.callbacks.LearningRateMonitor", "pipeline.train.callbacks.early_stopping.StopEarly"),
+    "callbacks.x": (
+        "pytorch_lightning.callbacks.LearningRateMonitor",
+        "pipeline.train.callbacks.early_stopping.StopEarly",
+    ),
     "trainer.strategy": ("pytorch_lightning.strategies.DDPStrategy",),
     "trainer.profiler": ("pytorch_lightning.profilers.SimpleProfiler",),
     "trainer.plugins.0": (

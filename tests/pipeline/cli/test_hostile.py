@@ -83,7 +83,10 @@ WRITTEN = [
     (f"""model: '${{oc.decode:"{CALL}"}}'""", "is no group of keys"),
     (f"""model: {{dropout: '${{oc.decode:"{CALL}"}}'}}""", "model.dropout._target_=os.system is outside"),
     (f"""model: {{dropout: ['${{oc.create:"{CALL}"}}']}}""", "model.dropout.0._target_=os.system is outside"),
-    (f"callbacks: {{x: {CALL}}}", "callbacks.x._target_=os.system is outside models, pipeline.train, pytorch_"),
+    (
+        f"callbacks: {{x: {CALL}}}",
+        "callbacks.x._target_=os.system is outside models, pipeline.train.callbacks, pytorch_",
+    ),
     (
         f"callbacks: {{x: {{_target_: pytorch_lightning.callbacks.LambdaCallback, on_fit_start: {CALL}}}}}",
         "callbacks.x.on_fit_start._target_=os.system is outside",
