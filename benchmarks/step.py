@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional
 
 from data.loading.loader import Batch, TrainingLoader
-from data.loading.order import TrainingPlan
+from data.loading.order import Position, TrainingPlan
 from models.learning.classifier import Classifier
 from models.learning.recipe import warmup_cosine
 from models.residual import resnet
@@ -39,6 +39,7 @@ from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.runs.run import Run
 from pipeline.train.callbacks.divergence import GuardFinite
 from pipeline.train.callbacks.progress import ProgressCallback
+from pipeline.train.callbacks.ranks import RankWatch
 from pipeline.train.callbacks.saving import SaveCheckpoints
 from pipeline.train.callbacks.seeding import SeedEachBatch
 from pipeline.train.callbacks.stopping import StopTogether
@@ -69,7 +70,7 @@ def lenet() -> nn.Module:
 class Batches(TrainingLoader):
     """A few random batches, repeated. Only what a training without checkpoints reads of a loader."""
 
-    wait_seconds = 0.0
+    wait_seconds, position = 0.0, Position(0, 0)
 
     def __init__(self, num_steps: int, batch_size: int, *, log_every: int, device: torch.device) -> None:
         self.num_steps, self.batch_size, self.log_every = num_steps, batch_size, log_every
@@ -114,7 +115,8 @@ def ours(
         if guarded:
             guard = GuardFinite("stop", data=options["data"], report=print)
             saving = SaveCheckpoints(run.checkpoints, run.journal, guard=guard, monitor=None)
-            own = [guard, StopTogether(saving, guard, signals=StopSignals(), every_minutes=10), saving]
+            watch = RankWatch(run.folder, dict, hang_seconds=600, fail=print)
+            own = [watch, guard, StopTogether(saving, guard, signals=StopSignals(), every_minutes=10), saving]
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=1,

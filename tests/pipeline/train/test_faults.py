@@ -175,7 +175,10 @@ def test_a_full_disk_ends_a_training_in_one_line_and_it_continues_with_space(roo
 def test_two_ranks_with_other_settings_are_refused(root: Path) -> None:
     # The second rank of this launcher reads its own environment.
     ended = Training(
-        root, "differ", *two_ranks(*NET), "model.variant=mobilenet_v${oc.env:LOCAL_RANK,2}", "recipe.epochs=1"
+        root,
+        "differ",
+        *two_ranks("+model=mobilenet", "tracking=none"),
+        "model.variant=mobilenet_v${oc.env:LOCAL_RANK,2}",
     ).end()
     assert ended.code == 1, ended
     assert "rank 1 has model.variant=mobilenet_v1, rank 0 has mobilenet_v2: all ranks need the same" in ended.stderr
