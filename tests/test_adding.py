@@ -146,7 +146,7 @@ warmup_epochs: 1.0
 """,
     ),
     "a callback": (
-        "pipeline/train/shout.py",
+        "pipeline/train/callbacks/shout.py",
         '''"""A callback that prints."""
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Shout(pl.Callback):
         print(self.word, type(trainer.optimizers[0]).__name__, pl_module.recipe.loss, pl_module.recipe.schedule)
 ''',
         "conf/callbacks/shout.yaml",
-        "shout: {_target_: pipeline.train.shout.Shout, word: hooray}\n",
+        "shout: {_target_: pipeline.train.callbacks.shout.Shout, word: hooray}\n",
     ),
 }
 SOURCE = '''"""Images listed in a file: a path and a class per line."""

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,6 +25,7 @@ from models.learning.classifier import Classifier
 from models.residual import resnet
 from pipeline.build.network import build_recipe
 from pipeline.cli.compose import compose
+from pipeline.train.callbacks.divergence import GuardFinite
 
 STEPS = 20
 SYNCHRONISES = "synchronizing CUDA operation"  # in torch's warning
@@ -111,7 +113,8 @@ def _waits_in_lightning(device: torch.device) -> dict[str, list[str]]:
         evaluation = Loader(index, storage, plan=plan, crop=EvaluationCrop(224), decode=decode)
         options: dict[str, Any] = dict.fromkeys(QUIET, False)
         options |= {"limit_train_batches": STEPS, "limit_val_batches": STEPS, "num_sanity_val_steps": 0}
-        options |= {"max_epochs": 2, "precision": "bf16-mixed", "callbacks": [recorder]}
+        guard = GuardFinite("stop", data=SimpleNamespace(), report=print)  # the data only names samples
+        options |= {"max_epochs": 2, "precision": "bf16-mixed", "callbacks": [recorder, guard]}
         pl.Trainer(accelerator="gpu", devices=1, **options).fit(_classifier(10), loader, evaluation)
     return {
         name: [_place(one) for one in found if SYNCHRONISES in str(one.message)]

@@ -53,7 +53,7 @@ def register(exported: ExportedModel, name: str, *, alias: str | None, run: Run,
     Raises: RegistryError, in one sentence.
     """
     try:
-        with redirect_stderr(StringIO()), _own_address():  # MLflow prints the versions that it creates
+        with redirect_stderr(StringIO()), _own_environment():  # MLflow prints the versions that it creates
             return _register(exported, name, alias=alias, run=run, store=store)
     except Exception as error:  # a backend may raise anything
         reason = store.reason(error)
@@ -62,15 +62,15 @@ def register(exported: ExportedModel, name: str, *, alias: str | None, run: Run,
 
 
 @contextmanager
-def _own_address() -> Iterator[None]:
-    """Give the environment its address back, which MLflow's own functions replace for all processes to come."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
+def _own_environment() -> Iterator[None]:
+    """Give the environment its variables back, which MLflow's functions set for all processes to come."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
     try:
         yield
     finally:
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-        if before is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = before
+        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _register(exported: ExportedModel, name: str, *, alias: str | None, run: Run, store: Store) -> RegisteredModel:

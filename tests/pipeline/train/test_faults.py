@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import TWO_RANKS
 from tests.support.processes import TORCHRUN, Training, interruptible, two_ranks
 from tests.support.resume import checkpoint, differences, results
 
@@ -141,6 +142,15 @@ def test_a_failing_rank_ends_all_and_is_named_once(root: Path, how: str, cause: 
         stacks = (training.folder / "ranks" / f"rank-{how[0]}.txt").read_text()
         assert "in training_step" in stacks
         assert len(list((training.folder / "ranks").iterdir())) == 2
+
+
+def test_a_process_that_hangs_alone_ends_with_its_stacks(root: Path) -> None:
+    words = [word for word in FAILING if word not in TWO_RANKS]
+    training = Training(root, "alone", *words, "hang_seconds=3", FAIL="0,30,sleep")
+    ended = training.end()
+    assert ended.code == 2, ended
+    assert ended.stderr.startswith("error: nothing has moved for 3 seconds (the stacks are in runs/alone/ranks)")
+    assert "in training_step" in (training.folder / "ranks" / "rank-0.txt").read_text()
 
 
 def test_a_full_disk_ends_a_training_in_one_line_and_it_continues_with_space(root: Path, tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from data.loading.order import TrainingPlan
 from data.shards.dataset import Dataset
 from pipeline.runs.checkpoint_writer import NonFiniteStateError, check_finite
+from pipeline.train.callbacks.divergence import GuardFinite
 from pipeline.train.ends import DivergedError
 from tests.support.commands import Typed, journal
 from tests.support.resume import Stop, checkpoint, differences, train_until
@@ -56,6 +58,26 @@ def test_a_divergence_names_step_rate_and_samples_and_keeps_the_last_sound_check
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"], status["exit_code"]) == ("failed", 5, 2)
     assert not (run / "result.json").exists()
+
+
+@pytest.mark.parametrize(("how", "what"), [("nan", "loss"), ("gradient", "gradient")])
+def test_where_no_step_waits_the_next_save_finds_the_first_step_that_diverged(
+    train: Typed, with_digits: Path, monkeypatch: pytest.MonkeyPatch, how: str, what: str
+) -> None:
+    """The way of a GPU, on a CPU: flags on the device, which a save reads."""
+    begin = GuardFinite.on_fit_start
+
+    def begin_without_waits(guard: GuardFinite, *arguments: pl.Trainer) -> None:
+        begin(guard, *arguments)
+        guard._waits = False
+
+    monkeypatch.setattr(GuardFinite, "on_fit_start", begin_without_waits)
+    monkeypatch.setenv("FAIL", f"0,5,{how}")
+    with pytest.raises(DivergedError, match=f"^step 6 has a {what} that is not finite, at a learning rate of "):
+        train(*WORDS)
+    run = with_digits / "runs" / "mine"
+    assert json.loads((run / "status.json").read_text())["step"] == 8, "it has trained to the end of the epoch"
+    assert checkpoint(run)["global_step"] == 4
 
 
 def test_a_skipped_step_leaves_weights_momentum_and_statistics_as_they_were(
