@@ -28,6 +28,7 @@ def served_answers(uri: str, name: str, images: np.ndarray) -> dict[str, dict[st
         **offline,
         "PATH": path,
         "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_REGISTRY_URI": uri,
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     command = ["mlflow", "models", "serve", "--env-manager", "local", "-m", f"models:/{name}@champion"]

@@ -43,7 +43,7 @@ class GuardFinite(pl.Callback):
         """Make the flags on the device."""
         device = pl_module.device
         self.found = torch.zeros(2, device=device)  # not finite since the last check: a loss of this rank, a gradient
-        self._first = torch.full((), -1, device=device)  # step at which `found` was set
+        self._first = torch.full((2,), -1, device=device)  # steps at which each was found first, counted from 1
         self._one = torch.ones(1, device=device)
         self._waits = self.skips or device.type == "cpu"
         self._has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -76,10 +76,10 @@ class GuardFinite(pl.Callback):
                 # That of torch's own gradient scaler, with a scale of 1: a fifth of the time of norms.
                 torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found[1:], self._one)
         if not self._waits:
-            is_first = (self.found.sum() > 0) & (self._first < 0)
+            is_first = (self.found > 0) & (self._first < 0)
             self._first = torch.where(is_first, trainer.global_step + 1, self._first)
         elif self.found.any():
-            self._first.fill_(trainer.global_step + 1)
+            self._first = torch.where(self.found > 0, trainer.global_step + 1, -1)
             if self.skips:
                 self._skip(trainer, parameters)
             else:
@@ -113,15 +113,16 @@ class GuardFinite(pl.Callback):
             names = ", ".join(found.samples[:3])
             self.report(f"skipped step {found.step}: its {found.what} is not finite ({names}, ...)")
         self.found.zero_()
+        self._first.fill_(-1)
 
     def _found_by_all(self, trainer: pl.Trainer) -> "_Found | None":
         """Return the first finding of any rank; the samples are those of the ranks whose loss is not finite, or all."""
-        found = _gathered((*self.found.tolist(), int(self._first)), trainer)
-        firsts = [first for loss, gradient, first in found if loss or gradient]
-        if not firsts:
+        firsts = _gathered(tuple(self._first.tolist()), trainer)
+        found = [step for steps in firsts for step in steps if step >= 0]
+        if not found:
             return None
-        step = int(min(firsts))
-        ranks = [rank for rank, (loss, _, first) in enumerate(found) if loss and first == step]
+        step = int(min(found))
+        ranks = [rank for rank, (loss, _) in enumerate(firsts) if loss == step]
         names = self._names(trainer, step, ranks=ranks or list(range(trainer.world_size)))
         return _Found("loss" if ranks else "gradient", step, names)
 
