@@ -58,13 +58,15 @@ def own_callbacks(job: Job) -> list[pl.Callback]:
     settings, num_epochs, console = job.settings, job.module.recipe.epochs, main_console()
     progress = ProgressCallback(console, record, data=job.data, log_every=settings.log_every, num_epochs=num_epochs)
     choice = settings.choice
+    require(settings.hang_seconds > 0, "must be a number above 0", hang_seconds=settings.hang_seconds)
     guard = GuardFinite(settings.on_nonfinite, data=job.data, report=progress.print)
     monitor = choice.metric.key if job.data.num_evaluation_images else None
-    saving = SaveCheckpoints(
-        job.run.checkpoints, job.run.journal, guard=guard, monitor=monitor, mode=choice.metric.mode,
-        every_steps=settings.every_steps,
-    )  # fmt: skip
-    stopping = StopTogether(saving, guard, signals=stop_signals, every_minutes=settings.every_minutes)
+    with config_keys_in_errors({name: f"checkpoint.{name}" for name in ("every_steps", "every_minutes")}):
+        saving = SaveCheckpoints(
+            job.run.checkpoints, job.run.journal, guard=guard, monitor=monitor, mode=choice.metric.mode,
+            every_steps=settings.every_steps,
+        )  # fmt: skip
+        stopping = StopTogether(saving, guard, signals=stop_signals, every_minutes=settings.every_minutes)
     early = [] if choice.patience is None else [StopEarly(choice, num_epochs=num_epochs)]
     with config_keys_in_errors({"compile": "trainer.compile"}):
         compiling = [CompileNetwork(settings.compile, console)] if settings.compile else []

@@ -175,8 +175,9 @@ class RankWatch(pl.Callback):
         """Find a rank of this machine whose process has ended without a word."""
         for local, child in enumerate(self._children, start=1):
             status = child.poll()
-            if status in EXIT_CODES.values() and stop_signals.first is None:
-                stop_signals.request(signal.SIGINT if status == EXIT_CODES[signal.SIGINT] else signal.SIGTERM)
+            if status in EXIT_CODES.values():  # a signal that came before it could tell the others
+                if stop_signals.first is None:
+                    stop_signals.request(signal.SIGINT if status == EXIT_CODES[signal.SIGINT] else signal.SIGTERM)
             elif status:
                 self._end_dead(self._rank + local, how_ended(status))
         host = socket.gethostname()

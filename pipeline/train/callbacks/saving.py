@@ -27,7 +27,9 @@ class SaveCheckpoints(CheckpointCallback):
         self, folder: CheckpointFolder, journal: Journal, *, guard: GuardFinite, monitor: str | None, mode: str = "max",
         every_steps: int | None = None,
     ) -> None:  # fmt: skip
-        require(every_steps is None or every_steps >= 1, "must be at least 1, or null", every_steps=every_steps)
+        is_count = isinstance(every_steps, int) and every_steps is not True and every_steps >= 1
+        rule = "must be an integer of at least 1, or null"
+        require(every_steps is None or is_count, rule, every_steps=every_steps)
         self.folder, self.journal, self.guard = folder, journal, guard
         self.monitor, self.mode = monitor, mode
         self.every_steps = every_steps

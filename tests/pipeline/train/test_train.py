@@ -150,6 +150,10 @@ def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Pat
         (["stop_early=2", "min_improvement=nan"], "min_improvement=nan must be a number of at least 0"),
         (["min_improvement=0.01"], "min_improvement=0.01 needs early stopping: add stop_early=5"),
         (["stop_early=2", "+trainer.limit_val_batches=0"], "stop_early=2 needs an evaluation: leave stop_early or"),
+        (["checkpoint.every_steps=0.5"], "checkpoint.every_steps=0.5 must be an integer of at least 1, or null"),
+        (["checkpoint.every_minutes=0"], "checkpoint.every_minutes=0 must be a number above 0, or null"),
+        (["on_nonfinite=ignore"], "on_nonfinite=ignore is not one of stop, skip"),
+        (["hang_seconds=0"], "hang_seconds=0 must be a number above 0"),
         (["augment.training.scale=[0.5]"], "augment.training.scale=[0.5] must be a range of two numbers"),
     ],
 )
