@@ -92,15 +92,17 @@ class Journal:
         points = [point for point in self.points() if point.step == step]
         return {key: value for point in points for key, value in point.values.items() if math.isfinite(value)}
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, *, length: int | None = None) -> None:
         """Drop the lines after `step`, which a resumed run computes again; a negative step drops all.
+
+        With a `length` in bytes, also those behind it: an evaluation at this step that is done again.
 
         Raises: ValueError at a damaged line among the kept ones.
         """
         self._forget_digest()
         end = 0
         for point in self.points() if step >= 0 else ():
-            if point.step > step:
+            if point.step > step or (length is not None and point.end > length):
                 break
             end = point.end
         if self.path.is_file():

@@ -153,7 +153,7 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[Checkpoint | None]:
         run.begin(current, job.settings.record)
         run.checkpoints.tidy(newest)
         start = -1 if newest is None else newest.step
-        run.journal.truncate_after(start)
+        run.journal.truncate_after(start, length=None if newest is None else newest.journal_bytes)
         if newest is not None and run.journal.digest() != (newest.journal_bytes, newest.journal):
             lost = f"{run.journal.path} is not as it was at step {newest.step}: points before that are missing"
             main_console().print(lost, highlight=False, soft_wrap=True)

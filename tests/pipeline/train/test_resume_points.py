@@ -42,3 +42,15 @@ def test_all_pairs_of_resume_points_end_in_the_same_bits(complete: Path, with_di
     assert len(pairs) == 66
     for pair in [*pairs, *((stop, stop) for stop in EVALUATIONS)]:
         assert differences(expected, results(train_in_parts(with_digits, *pair))) == [], pair
+
+
+def test_an_evaluation_that_is_done_again_is_recorded_once(complete: Path, with_digits: Path) -> None:
+    """Killed between an evaluation and the save after it, with a checkpoint of the step before the evaluation."""
+    assert train_until(Stop(8, in_evaluation=True), *TWELVE_STEPS, "name=cut") == 143
+    run = with_digits / "runs" / "cut"
+    evaluated = next(line for line in (complete / "metrics.jsonl").read_text().splitlines(keepends=True)
+                     if '"step": 8' in line and "val/top1" in line)  # fmt: skip
+    with (run / "metrics.jsonl").open("a") as journal:
+        journal.write(evaluated)
+    assert train_until(None, *TWELVE_STEPS, "name=cut") == 0
+    assert differences(results(complete), results(run)) == []
