@@ -47,7 +47,7 @@ class RunSettings:
 
     `runs` is the folder of all runs, `name` is None for a default name. `parameters` are all values by dotted key;
     `in_name` and `in_fingerprint` are those that decide the result. `record` is the config as YAML, from which the run
-    can be restored without the data set. None of these has a secret, nor whether the config was trusted in `record`.
+    can be restored without the data set. None of these holds a secret, and `record` leaves out `trust`.
     Raises: ValueError.
     """
 

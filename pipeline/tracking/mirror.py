@@ -106,10 +106,10 @@ class Mirror:
         if self._sends_files or is_last:
             try:
                 self.page.send_files()
-            except Exception:
+            except Exception:  # an artifact store may raise anything, and must not delay points
                 if is_last:
                     raise
-                # An artifact store that fails must not delay points: the files are tried again at the end.
+                # The files are tried again at the end.
                 self._sends_files = False
                 self.page.forget()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from data.shards.dataset import Dataset
 from tests.support.commands import TWO_RANKS
 from tests.support.paths import ROOT
 
@@ -106,6 +108,14 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def train_undisturbed(folder: Path, dataset: Dataset, words: tuple[str, ...]) -> Path:
+    """Copy a data set to where the config expects it, and train the run `complete` there; return the folder."""
+    shutil.copytree(dataset.root, folder / "datasets" / dataset.name)
+    ended = Training(folder, "complete", *words).end()
+    assert ended.code == 0, ended
+    return folder
 
 
 def two_ranks(*words: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ OPEN = "from pipeline.tracking.store import Store; Store().open()"
 
 
 def mirror(local_uri: str, run: Run, *, steps: tuple[int, ...] = (), state: State = "finished") -> str | None:
-    """Train a run from its journal on for some steps, as far as a tracker sees it."""
+    """Make the calls to a tracker of a training that continues a run for some steps."""
     tracker = MLflowTracker(uri=local_uri)
     with run.locked():
         assert tracker.start(run, parameters_of(run)) is None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from data.shards.dataset import Dataset
 from tests.support.commands import TWO_RANKS
-from tests.support.processes import TORCHRUN, Training, interruptible, two_ranks
+from tests.support.processes import TORCHRUN, Training, interruptible, train_undisturbed, two_ranks
 from tests.support.resume import checkpoint, differences, results
 
 pytestmark = pytest.mark.faults
@@ -49,13 +49,9 @@ def killed_at_random(root: Path, name: str, *, kills: int, seed: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, digits: object) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
     """A folder with the digits, and the undisturbed run of two ranks."""
-    folder = tmp_path_factory.mktemp("faults")
-    shutil.copytree(digits.root, folder / "datasets" / "digits")
-    ended = Training(folder, "complete", *SHORT).end()
-    assert ended.code == 0, ended
-    return folder
+    return train_undisturbed(tmp_path_factory.mktemp("faults"), digits, SHORT)
 
 
 def test_a_chain_of_kills_over_two_ranks_ends_in_the_same_bits(root: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pipeline.runs.run import Run
 from pipeline.train import fit
 from tests.support.commands import TWO_RANKS
 from tests.support.damage import damage
-from tests.support.processes import Training, interruptible
+from tests.support.processes import Training, interruptible, train_undisturbed
 from tests.support.resume import TWELVE_STEPS, differences, results, train_until
 from tests.support.saving import kill_in_saves
 
@@ -35,11 +34,7 @@ RANKS = (
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
     """A folder with the digits, and the undisturbed run of two ranks."""
-    folder = tmp_path_factory.mktemp("soak")
-    shutil.copytree(digits.root, folder / "datasets" / "digits")
-    ended = Training(folder, "complete", *RANKS).end()
-    assert ended.code == 0, ended
-    return folder
+    return train_undisturbed(tmp_path_factory.mktemp("soak"), digits, RANKS)
 
 
 def disturb(root: Path, name: str, *, seed: int, times: int, by: Callable[[Training, random.Random], None]) -> int:
