@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.serialization import config as serialization
+
+from pipeline.runs.hashing_file import HashingFile
 
 FORMAT = 1
 KEPT = 2  # newest checkpoints, beside the best one of each
@@ -72,19 +74,15 @@ class CheckpointFolder:
         """
         partial, target = self.path / f".{checkpoint.file}", self.path / checkpoint.file
         try:
-            with partial.open("wb") as file:
-                hashing = _HashingFile(file)
-                with _without_crc32():  # SHA-256 is the check
-                    torch.save(state, hashing)  # type: ignore[arg-type]  # it only writes and flushes
-                file.flush()
-                os.fsync(file.fileno())
+            with HashingFile(partial) as file, _without_crc32():  # SHA-256 is the check
+                torch.save(state, file)  # type: ignore[arg-type]  # it only writes and flushes
             partial.replace(target)
         except BaseException as error:
             partial.unlink(missing_ok=True)
             if isinstance(error.__context__, OSError):  # torch cannot close the file either, and says only that
                 raise error.__context__ from None
             raise
-        written = Checkpoint(**vars(checkpoint) | {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()})
+        written = Checkpoint(**vars(checkpoint) | {"bytes": file.bytes, "sha256": file.sha256.hexdigest()})
         self.describe(written)
         self._link(LAST, written.step)
         if written.best is not None:
@@ -191,23 +189,6 @@ class CheckpointFolder:
                 match = FILE.fullmatch(path.name)
                 if match and path.suffix == suffix and int(match[1]) not in steps:
                     path.unlink(missing_ok=True)
-
-
-class _HashingFile:
-    """A file that `torch.save` can write to, with the SHA-256 of what was written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.sha256, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, content: bytes) -> int:
-        """Write, and add to the digest."""
-        self.sha256.update(content)
-        self.bytes += len(content)
-        return self._file.write(content)
-
-    def flush(self) -> None:
-        """Flush the file."""
-        self._file.flush()
 
 
 @contextmanager
