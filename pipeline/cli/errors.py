@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from pipeline.cli.secrets import mask_address
 from pipeline.cli.signals import stop_signals
 
 USER_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError)
+LOST = re.compile("gloo|NCCL|nccl|Connection closed by peer|Connection reset|Socket|Broken pipe|rendezvous|TCPStore")
 USER_ERROR, FAILURE = 1, 2  # exit codes; those after signals are in `signals.EXIT_CODES`
 
 
@@ -41,6 +43,7 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
         raise SystemExit(USER_ERROR) from None
     except Exception as error:  # noqa: BLE001  # a bug too has an exit code
+        stop_signals.finish()
         if stop_signals.exit_code is not None:
             raise SystemExit(stop_signals.exit_code) from None
         if isinstance(error, (*USER_ERRORS, FailureError)):
@@ -54,6 +57,11 @@ def exit_code(error: BaseException) -> int:
     """Return the exit code of an error: 1 for what another command line avoids, else 2."""
     is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
     return USER_ERROR if isinstance(error, USER_ERRORS) and not is_full else FAILURE
+
+
+def is_of_lost_rank(error: BaseException) -> bool:
+    """Whether an error of torch.distributed is most likely the consequence of another rank's end."""
+    return isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
 
 
 def one_line(error: BaseException) -> str:

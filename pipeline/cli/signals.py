@@ -64,6 +64,10 @@ class StopSignals:
         finally:
             self._is_deferred = False
 
+    def finish(self) -> None:
+        """Raise no more: the process ends by itself, or is ended after END_SECONDS."""
+        self._has_raised = True
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._note(number)
         if not self._is_deferred and not self._has_raised:  # twice would cut off what the first one has begun to end

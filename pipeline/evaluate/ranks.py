@@ -4,12 +4,17 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from pipeline.cli.errors import FailureError, is_of_lost_rank
+
+WAIT_SECONDS = 1800.0  # limit for a rank to wait for the slowest one
 
 Part = TypeVar("Part")
 
@@ -69,7 +74,10 @@ class Ranks(NamedTuple):
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """Join the other processes, if a launcher has started several, for the length of a block."""
+    """Join the other processes, if a launcher has started several, for the length of a block.
+
+    Raises: FailureError when another one has ended early.
+    """
     kinds = (TorchElasticEnvironment, SLURMEnvironment)
     environment = next((kind() for kind in kinds if kind.detect()), None)
     if environment is None or environment.world_size() == 1:
@@ -77,10 +85,15 @@ def joined_ranks() -> Iterator[Ranks]:
         return
     os.environ |= {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
     rank, world_size = environment.global_rank(), environment.world_size()
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    limit = timedelta(seconds=WAIT_SECONDS)
+    torch.distributed.init_process_group("gloo", timeout=limit, rank=rank, world_size=world_size)
     try:
         machines: list[str | None] = [None] * world_size
         torch.distributed.all_gather_object(machines, socket.gethostname())
         yield Ranks(rank, world_size, environment.local_rank(), machines.count(socket.gethostname()))
+    except RuntimeError as error:
+        if not is_of_lost_rank(error):
+            raise
+        raise FailureError(f"rank {rank}: another rank has ended or does not answer") from error
     finally:
         torch.distributed.destroy_process_group()

@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -23,7 +22,7 @@ import torch.distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, not exported
 
 from models.arguments import require
-from pipeline.cli.errors import FAILURE, USER_ERROR, exit_code, one_line
+from pipeline.cli.errors import FAILURE, USER_ERROR, exit_code, is_of_lost_rank, one_line
 from pipeline.cli.signals import EXIT_CODES, stop_signals
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -31,7 +30,6 @@ STORE_SECONDS = 10.0  # limit for one exchange with rank 0
 START_SECONDS = 600.0  # more for the first step: imports, and compilation
 CAUSE_SECONDS = 6.0  # for a rank's error to become known, before another takes its own for the cause
 FIRST_STEP = 3  # progress after it: a batch started, its loss computed, the batch ended
-LOST = re.compile("gloo|NCCL|nccl|Connection closed by peer|Connection reset|Socket|Broken pipe|rendezvous|TCPStore")
 
 Facts = Mapping[str, object]
 
@@ -126,8 +124,8 @@ class RankWatch(pl.Callback):
         if self._store is None:
             self.leave()
             return
-        is_lost = isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
-        if is_lost:  # most likely the consequence of another rank's end, which that or the watch makes known
+        is_lost = is_of_lost_rank(error)
+        if is_lost:  # the other rank or the watch makes its cause known
             time.sleep(CAUSE_SECONDS)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"rank-{self._rank}.txt").open("a") as file:
