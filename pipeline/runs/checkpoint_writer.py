@@ -1,4 +1,4 @@
-"""Checkpoints are written on a thread while the training goes on from a copy of its state in host memory."""
+"""Checkpoints are written by a thread, from a copy of the state in host memory, while the training continues."""
 
 import pickle
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from pipeline.cli.errors import FailureError
 from pipeline.runs.checkpoints import Checkpoint, CheckpointFolder
 
 WRITE_SECONDS = 600.0  # limit for one checkpoint; a disk that takes longer does not answer
@@ -33,7 +34,7 @@ class CheckpointWriter(TorchCheckpointIO):
     ) -> None:
         """Copy the state and begin to write it as `storage_options` says, after the write before has ended.
 
-        Raises: OSError, ValueError when that write has failed; TimeoutError when it takes longer than WRITE_SECONDS.
+        Raises: OSError, FailureError when that write has failed; TimeoutError when it takes longer than WRITE_SECONDS.
         """
         assert storage_options is not None, "only SaveCheckpoints saves"
         self.wait()
@@ -73,9 +74,10 @@ class CheckpointWriter(TorchCheckpointIO):
 
     def wait(self) -> None:
         """Wait for the write in flight. Raises: as `save_checkpoint`."""
-        if self._thread is not None:
-            self._thread.join(WRITE_SECONDS)
-            if self._thread.is_alive():
+        thread = self._thread  # the thread that ends a training may wait too
+        if thread is not None:
+            thread.join(WRITE_SECONDS)
+            if thread.is_alive():
                 raise TimeoutError(f"{self.folder.path} has not taken a checkpoint in {WRITE_SECONDS:.0f} seconds")
             self._thread = None
         if self._error is not None:
@@ -108,7 +110,7 @@ class HostCopies:
         return buffer
 
 
-class NonFiniteStateError(ValueError):
+class NonFiniteStateError(FailureError):
     """A state that must not become a checkpoint."""
 
 
@@ -120,7 +122,8 @@ def check_finite(state: dict[str, Any]) -> None:
     extremes = [extreme for _, tensor in named for extreme in torch.aminmax(tensor)]
     if extremes and not torch.stack(extremes).isfinite().all():
         name = next(name for name, tensor in named if not tensor.isfinite().all())
-        raise NonFiniteStateError(f"{name} has NaN or infinite values")
+        advice = "the checkpoint before it is kept; lower recipe.optimizer.lr with name=NAME for a new run"
+        raise NonFiniteStateError(f"step {state['global_step']} left NaN or infinite values in {name}: {advice}")
 
 
 def _tensors(tree: object, name: str) -> list[tuple[str, Tensor]]:

@@ -1,9 +1,12 @@
 """The checkpoints of a run on disk: each is complete or absent, and damage is found before one is used.
 
-A checkpoint is `step-N.ckpt` beside `step-N.json`, its manifest, which is written last. `last.ckpt` and `best.ckpt` are
-hard links to the newest one and to the one with the best evaluation, or copies where the file system has no links.
+A checkpoint is `step-N.ckpt` beside `step-N.json`, its manifest, which is written last. A step that is saved again, as
+after its evaluation, has its file in `step-N-again.ckpt`, so that the manifest stays true until it is replaced; a third
+time it is `step-N.ckpt`. `last.ckpt` and `best.ckpt` are hard links to the newest checkpoint and to the one with the
+best evaluation, or copies where the file system has no links.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +26,7 @@ from pipeline.runs.hashing_file import HashingFile
 FORMAT = 1
 KEPT = 2  # newest checkpoints, beside the best one of each
 LAST, BEST = "last.ckpt", "best.ckpt"
-FILE = re.compile(r"step-(\d+)\.(ckpt|json)")
+FILE = re.compile(r"step-(\d+)(?:-again)?\.(ckpt|json)")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Best:
 class Checkpoint:
     """The manifest of a checkpoint: optimizer step, size and SHA-256, and `best` as it was at this step.
 
-    `journal` is the SHA-256 of the journal up to this step, and `journal_bytes` its length.
+    `journal` is the SHA-256 of the journal up to this step, and `journal_bytes` its length. `again` decides the name of
+    the file.
     """
 
     step: int
@@ -47,11 +51,12 @@ class Checkpoint:
     best: Best | None = None
     journal_bytes: int = 0
     journal: str = ""
+    again: bool = False
 
     @property
     def file(self) -> str:
         """Name of the file in the folder."""
-        return f"step-{self.step}.ckpt"
+        return f"step-{self.step}{'-again' * self.again}.ckpt"
 
 
 class FoundCheckpoint(NamedTuple):
@@ -68,10 +73,12 @@ class CheckpointFolder:
         self.path = path
 
     def write(self, state: Mapping[str, object], checkpoint: Checkpoint) -> Checkpoint:
-        """Write a checkpoint, flush it to the disk, and remove older ones; size and SHA-256 are filled in.
+        """Write a checkpoint, flush it to the disk, and remove older ones; size, SHA-256 and `again` are filled in.
 
-        Raises: OSError, after which the older checkpoints stand and no part of the new one is left.
+        Raises: OSError, after which the older checkpoints stand.
         """
+        before = self.find(checkpoint.step)
+        checkpoint = replace(checkpoint, again=before is not None and not before.again)
         partial, target = self.path / f".{checkpoint.file}", self.path / checkpoint.file
         try:
             with HashingFile(partial) as file, _without_crc32():  # SHA-256 is the check
@@ -82,7 +89,7 @@ class CheckpointFolder:
             if isinstance(error.__context__, OSError):  # torch cannot close the file either, and says only that
                 raise error.__context__ from None
             raise
-        written = Checkpoint(**vars(checkpoint) | {"bytes": file.bytes, "sha256": file.sha256.hexdigest()})
+        written = replace(checkpoint, bytes=file.bytes, sha256=file.sha256.hexdigest())
         self.describe(written)
         self._link(LAST, written.step)
         if written.best is not None:
@@ -113,23 +120,27 @@ class CheckpointFolder:
         yield from (path for _, path in sorted(found, reverse=True) if path.suffix == ".json")
 
     def newest(self) -> FoundCheckpoint:
-        """Return the newest intact checkpoint, after reading each file until one is intact."""
-        damaged = []
+        """Return the newest intact checkpoint, after reading each file until one is intact.
+
+        Raises: OSError for a file that cannot be read and may be intact.
+        """
+        damaged = list[str]()
         for manifest in self.manifests():
             try:
                 checkpoint = load_manifest(manifest)
                 check_intact(self.path / checkpoint.file, checkpoint)
+                return FoundCheckpoint(checkpoint, damaged)
             except (ValueError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EIO):
+                    raise  # no damage: another owner, a file server that does not answer
                 damaged.append(str(error))
-                continue
-            return FoundCheckpoint(checkpoint, damaged)
         return FoundCheckpoint(None, damaged)
 
     @property
     def last(self) -> Path | None:
         """The newest complete checkpoint, None without one."""
-        manifest = next(self.manifests(), None)
-        return self._existing(LAST) or (manifest and self._existing(f"{manifest.stem}.ckpt"))
+        newest = next((int(path.stem.removeprefix("step-")) for path in self.manifests()), None)
+        return self._existing(LAST) or (None if newest is None else self._existing(self._file(newest)))
 
     @property
     def best(self) -> Path | None:
@@ -144,19 +155,24 @@ class CheckpointFolder:
 
     def tidy(self, newest: Checkpoint | None) -> None:
         """Remove what a kill has left, and checkpoints after `newest`, which are damaged; restore the links."""
-        manifests = {path.stem for path in self.manifests()}
+        files = {self._file(int(path.stem.removeprefix("step-"))) for path in self.manifests()}
         for path in self._files():
             match = FILE.fullmatch(path.name)
             is_later = match is not None and (newest is None or int(match[1]) > newest.step)
-            is_partial = path.name.startswith(".") or (match is not None and path.stem not in manifests)
-            if is_partial or is_later:
+            is_unlisted = match is not None and path.suffix == ".ckpt" and path.name not in files
+            if path.name.startswith(".") or is_later or is_unlisted:
                 path.unlink(missing_ok=True)
-        for name in (LAST, BEST):
-            (self.path / name).unlink(missing_ok=True)
-        if newest is not None:
-            self._link(LAST, newest.step)
-            if newest.best is not None:
-                self._link(BEST, newest.best.step)
+        if newest is None:
+            for name in (LAST, BEST):
+                (self.path / name).unlink(missing_ok=True)
+            return
+        self._link(LAST, newest.step)
+        if newest.best is not None:
+            self._link(BEST, newest.best.step)
+
+    def _file(self, step: int) -> str:
+        """Return the name of the checkpoint's file that a step's manifest describes, if it can be read."""
+        return (self.find(step) or Checkpoint(step, 0, "")).file
 
     def _existing(self, name: str) -> Path | None:
         path = self.path / name
@@ -167,8 +183,10 @@ class CheckpointFolder:
 
     def _link(self, name: str, step: int) -> None:
         """Give a checkpoint another name, atomically."""
-        partial, target = self.path / f".{name}", self.path / f"step-{step}.ckpt"
+        partial, target = self.path / f".{name}", self.path / self._file(step)
         partial.unlink(missing_ok=True)
+        if not target.exists():  # somebody has removed it; what the name stands for may be its last copy
+            return
         if (self.path / name).exists() and target.samefile(self.path / name):
             return  # a rename of one name of a file to another would leave both
         try:
@@ -184,10 +202,12 @@ class CheckpointFolder:
             checkpoint = self.find(int(manifest.stem.removeprefix("step-")))
             if checkpoint is not None:
                 steps |= {checkpoint.step} | ({checkpoint.best.step} if checkpoint.best else set())
+        files = {self._file(step) for step in steps}
         for suffix in (".json", ".ckpt"):
             for path in self._files():
                 match = FILE.fullmatch(path.name)
-                if match and path.suffix == suffix and int(match[1]) not in steps:
+                is_old = match is not None and int(match[1]) not in steps
+                if path.suffix == suffix and match and (is_old or (suffix == ".ckpt" and path.name not in files)):
                     path.unlink(missing_ok=True)
 
 

@@ -95,7 +95,7 @@ class Journal:
     def truncate_after(self, step: int, *, length: int | None = None) -> None:
         """Drop the lines after `step`, which a resumed run computes again; a negative step drops all.
 
-        With a `length` in bytes, also those behind it: an evaluation at this step that is done again.
+        With a `length` in bytes, also drop the lines after that: an evaluation at this step that is repeated.
 
         Raises: ValueError at a damaged line among the kept ones.
         """

@@ -63,12 +63,18 @@ class RestoredRun(RecordedConfig):
 
         Raises: FileNotFoundError, ValueError.
         """
-        sha256, before = digest(self.weights_file), ""
-        while sha256 != before:  # else a training has replaced the file meanwhile
-            check_listed(self.weights_file, sha256)
-            net = self.build_network()
-            load_weights(net, self.weights_file, norm_eps=self.norm_eps)
-            before, sha256 = sha256, digest(self.weights_file)
+        while True:
+            sha256 = digest(self.weights_file)
+            try:
+                check_listed(self.weights_file, sha256)
+                net = self.build_network()
+                load_weights(net, self.weights_file, norm_eps=self.norm_eps)
+            except ValueError:
+                if digest(self.weights_file) == sha256:
+                    raise
+            else:
+                if digest(self.weights_file) == sha256:  # else a training has replaced the file meanwhile
+                    break
         for name, tensor in net.state_dict().items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{self.weights_file}: {name} has NaN or infinite values: its training has diverged")

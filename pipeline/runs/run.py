@@ -15,6 +15,8 @@ from pipeline.runs.checkpoints import CheckpointFolder, FoundCheckpoint
 from pipeline.runs.fingerprint import Fingerprint, check_unchanged, digests, recorded_decoder
 from pipeline.runs.journal import Journal
 
+LOCK_SECONDS = 2.0  # other commands take the lock for a moment, to find out whether a process trains the run
+
 
 class Run:
     """A run's folder, named after the run. The name stays the same when the same command is started again."""
@@ -73,7 +75,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
             raise ValueError(f"{self.folder} is locked by a running process: add name=NAME for a new run") from error
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeline.runs.checkpoints import Best, Checkpoint, CheckpointFolder
+from pipeline.runs.checkpoints import Best, Checkpoint, CheckpointFolder, load_manifest
 
 
 def state(step: int, size: int = 50) -> dict[str, object]:
@@ -28,10 +28,11 @@ def replace_checkpoint(file: Path, content: dict[str, Any]) -> None:
 
 
 def save_for_ever(path: Path, first: int, size: int) -> None:
-    """Write a checkpoint a step; every third one is the best."""
+    """Write two checkpoints a step; every third step is the best."""
     folder = CheckpointFolder(path)
     torch.set_num_threads(1)
-    for step in itertools.count(first):
+    for number in itertools.count(2 * first):
+        step = number // 2
         folder.write(state(step, size), Checkpoint(step, 0, "", Best(step - step % 3, 0.5) if step >= 3 else None))
 
 
@@ -61,8 +62,7 @@ def kill_in_saves(path: Path, *, kills: int, seed: int, size: int = 200_000) -> 
         folder.tidy(checkpoint)
         loaded = torch.load(path / checkpoint.file, weights_only=True)
         assert torch.equal(loaded["state_dict"]["weight"], torch.full((size,), float(newest)))
+        listed = {load_manifest(manifest).file for manifest in path.glob("*.json")}
         for file in path.iterdir():
-            assert not file.name.startswith("."), file
-            is_link = file.name in ("last.ckpt", "best.ckpt")
-            assert file.suffix != ".ckpt" or is_link or file.with_suffix(".json").is_file(), file
+            assert file.suffix == ".json" or file.name in {"last.ckpt", "best.ckpt", *listed}, file
     return newest

@@ -58,6 +58,61 @@ def test_the_newest_intact_checkpoint_is_taken_and_every_damaged_one_is_named(tm
     assert folder.newest() == (second, [])
 
 
+def test_a_second_save_of_a_step_replaces_the_first_one_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    first = write(folder, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFolder, "describe", lambda *arguments: 1 / 0)  # a kill before the manifest
+        with pytest.raises(ZeroDivisionError):
+            write(folder, 3)
+    assert folder.newest() == (first, [])
+    folder.tidy(first)
+    assert set(names(folder)) == {"step-3.ckpt", "step-3.json", "last.ckpt"}
+    second = write(folder, 3, Best(3, 0.5))
+    assert folder.newest() == (second, [])
+    assert set(names(folder)) == {"step-3-again.ckpt", "step-3.json", "last.ckpt", "best.ckpt"}
+    third = write(folder, 3, Best(3, 0.5))
+    assert third.file == first.file
+    assert len(set(names(folder))) == 4
+
+
+def test_a_best_file_that_somebody_has_removed_keeps_its_other_name(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step in (1, 2, 3):
+        newest = write(folder, step, Best(1, 0.5))
+    (folder.path / "step-1.ckpt").unlink()
+    folder.tidy(newest)
+    write(folder, 4, Best(1, 0.5))
+    assert folder.best is not None
+    assert torch.load(folder.best, weights_only=True)["global_step"] == 1
+
+
+def test_a_file_that_cannot_be_opened_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    first, _ = write(folder, 1), write(folder, 2)
+    real = Path.open
+
+    def failing(number: int) -> None:
+        def opening(path: Path, *rest: str, **options: str) -> object:
+            if path.name == "step-2.ckpt":
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *rest, **options)  # type: ignore[call-overload]  # passed on as it is
+
+        monkeypatch.setattr(Path, "open", opening)
+
+    failing(errno.EACCES)
+    with pytest.raises(PermissionError, match=r"step-2\.ckpt"):
+        folder.newest()
+    failing(errno.EIO)  # a bad sector
+    checkpoint, (damage,) = folder.newest()
+    assert checkpoint == first
+    assert "step-2.ckpt" in damage
+
+
 def test_a_manifest_without_its_file_is_named(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     first = write(folder, 1)

@@ -94,7 +94,7 @@ def test_1000_damages_of_checkpoint_index_manifest_and_journal_are_found(
                 return "line" in str(error)
             fresh = Run(run.folder).journal  # cut between two lines, or in the last one
             return fresh.digest() != (newest.journal_bytes, newest.journal)
-        return any(file.stem in sentence for sentence in run.checkpoints.newest().damaged)
+        return any(file.name in sentence for sentence in run.checkpoints.newest().damaged)
 
     names = [run.checkpoints.path / newest.file, run.checkpoints.path / f"step-{newest.step}.json"]
     files = [*names, run.journal.path, data / "dataset.json", data / "train.parquet", data / "val.parquet"]
