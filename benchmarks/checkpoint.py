@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoint        ResNet-50 with momentum (205 MB), 5 rounds
 
-A save copies the state to host memory; a thread writes it, while the training goes on with whatever cores are left. The
-delay is the difference of both times divided by the number of saves. The first save of a training also allocates the
-copy; it is given apart.
+A save copies the state to host memory; a thread writes it, while the training continues with the cores that are left.
+The delay is the difference of both times divided by the number of saves. The first save of a training also allocates
+the copy; it is given apart.
 """
 
 from __future__ import annotations

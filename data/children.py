@@ -16,10 +16,11 @@ def end_with_me() -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """Let the kernel send SIGTERM as soon as the process that asked for it, or torchrun, has ended, however it ended.
+    """Let the kernel send SIGTERM when the parent has ended, however it ended.
 
-    A process without a handler ends; the rank of a training saves first. Linux only; elsewhere, and where nobody asked,
-    nothing happens. Raises: SystemExit if it has ended already.
+    The parent is the process that gave this one the environment of `end_with_me`, or torchrun; without either, and on
+    other systems than Linux, nothing happens. A process without a handler ends; the rank of a training saves first.
+    Raises: SystemExit if the parent has ended already.
     """
     parent = os.environ.pop(PARENT, str(os.getppid()) if TORCHRUN in os.environ else None)
     if parent is None or sys.platform != "linux":

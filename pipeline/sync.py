@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from pipeline.cli.errors import ConfigError
+from pipeline.cli.errors import FAILURE, ConfigError
 from pipeline.cli.run import fast_imports, run_verb
 from pipeline.cli.verb import Verb
 
@@ -25,7 +25,6 @@ VERB = Verb(
     text_keys=("run", "runs"),
     positional="run",
 )
-FAILED = 2  # exit code
 
 
 def main(config: DictConfig) -> None:
@@ -41,7 +40,9 @@ def main(config: DictConfig) -> None:
         raise ConfigError("sync needs tracking=mlflow")
     runs = _find_runs(config)
     if not runs:
-        main_console().print(f"{config.runs} has no run with a dashboard: name one to send it", highlight=False)
+        main_console().print(
+            f"{config.runs} has no run with a dashboard: name one to send it", highlight=False, markup=False
+        )
     for number, run in enumerate(runs, start=1):
         sent = tracker.send(run)
         line = f"{run.folder}: sent {sent.num_points:,} points, {sent.num_files:,} files; {sent.problem or 'complete'}"
@@ -52,7 +53,7 @@ def main(config: DictConfig) -> None:
                 main_console().print(f"{len(runs) - number} more runs were not tried", highlight=False)
             break
     if not is_complete:
-        raise SystemExit(FAILED)
+        raise SystemExit(FAILURE)
 
 
 def _find_runs(config: DictConfig) -> list[Run]:

@@ -46,6 +46,8 @@ def wait_for(reading: Future[Read]) -> Read:
     try:
         return reading.result(READ_SECONDS)
     except TimeoutError as error:
+        if reading.done():  # the storage's own
+            raise
         raise TimeoutError(f"the storage of the data has not answered in {READ_SECONDS:.0f} seconds") from error
 
 

@@ -84,7 +84,7 @@ class RecordedConfig:
         return DatasetFacts(str(recorded["name"]), mean, std, tuple(map(str, recorded["classes"])))
 
     def build_tracking(self, kind: type[Built]) -> Built | None:
-        """Build what mirrors the run on a dashboard, None where it records nothing of that.
+        """Build the tracking of the run, None for a run without a dashboard.
 
         A password in the address is not recorded: MLFLOW_TRACKING_URI has to be the same address with it.
         Raises: ValueError where it is another one; ConfigError for a server that would be sent credentials.

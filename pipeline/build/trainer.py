@@ -9,8 +9,10 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.strategies import DDPStrategy
 
+from models.arguments import require
 from models.learning.recipe import Recipe
 from pipeline.build.objects import build_object
 from pipeline.cli.errors import nearest
@@ -83,7 +85,11 @@ def build_trainer(
 
 def build_callbacks(config: DictConfig) -> list[pl.Callback]:
     """Build the callbacks of `config.callbacks`, which run after the project's own. Raises: ValueError."""
-    return [build_object(config, f"callbacks.{name}", kind=pl.Callback) for name in config.callbacks]
+    found = {name: build_object(config, f"callbacks.{name}", kind=pl.Callback) for name in config.callbacks}
+    for name, callback in found.items():
+        own = "saves checkpoints, which a training does itself: see checkpoint.every_minutes and checkpoint.every_steps"
+        require(not isinstance(callback, Checkpoint), own, **{f"callbacks.{name}": type(callback).__name__})
+    return list(found.values())
 
 
 def choose_precision(precision: str, accelerator: str) -> str:

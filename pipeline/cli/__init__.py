@@ -1,1 +1,1 @@
-"""The command line: compose a config, check it, explain what is wrong, end as asked."""
+"""The command line: compose a config, check it, explain mistakes, end with an exit code."""

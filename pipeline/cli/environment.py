@@ -34,6 +34,11 @@ def guard_environment() -> None:
     OmegaConf.register_new_resolver("oc.env", _read_variable, replace=True)
 
 
+def is_server(uri: object) -> bool:
+    """Return whether an address is that of a server, as MLflow understands it."""
+    return str(uri).strip().lower().startswith("http")
+
+
 def check_server(uri: object) -> None:
     """Refuse the address of a server in a file, if it would be sent the credentials for another one.
 
@@ -41,7 +46,7 @@ def check_server(uri: object) -> None:
     """
     own = os.environ.get("MLFLOW_TRACKING_URI", "")
     has_credentials = any(map(os.environ.get, CREDENTIALS)) or CREDENTIALS_FILE.expanduser().is_file()
-    if has_credentials and str(uri).startswith("http") and str(uri).rstrip("/") != mask_address(own).rstrip("/"):
+    if has_credentials and is_server(uri) and str(uri).rstrip("/") != mask_address(own).rstrip("/"):
         raise ConfigError(
             f"tracking.uri={uri} would be sent your credentials for MLflow: set MLFLOW_TRACKING_URI to it"
         )

@@ -20,6 +20,7 @@ from pipeline.cli.signals import stop_signals
 
 USER_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError)
 LOST = re.compile("gloo|NCCL|nccl|Connection closed by peer|Connection reset|Socket|Broken pipe|rendezvous|TCPStore")
+DEVICE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 USER_ERROR, FAILURE = 1, 2  # exit codes; those after signals are in `signals.EXIT_CODES`
 
 
@@ -35,28 +36,39 @@ class FailureError(Exception):
 def one_line_errors() -> Iterator[None]:
     """Print an error as one line on stderr and exit with code 1 for user errors, 2 for failures.
 
-    A bug exits with code 2 after its traceback. After a signal to stop, every error has the signal's exit code.
+    A bug exits with code 2 after its traceback. After a signal to stop, errors are taken for its consequences, except
+    for failures, and the exit code is the signal's.
     """
     try:
         yield
     except BrokenPipeError:  # whoever read the output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
         raise SystemExit(USER_ERROR) from None
-    except Exception as error:  # noqa: BLE001  # a bug too has an exit code
+    except Exception as error:  # a bug too has an exit code
         stop_signals.finish()
-        if stop_signals.exit_code is not None:
+        if stop_signals.exit_code is not None and not is_failure(error):
             raise SystemExit(stop_signals.exit_code) from None
         if isinstance(error, (*USER_ERRORS, FailureError)):
             print(f"error: {one_line(error)}", file=sys.stderr)
         else:
             traceback.print_exc()
-        raise SystemExit(exit_code(error)) from None
+        raise SystemExit(exit_code(error)) from error
 
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code of an error: 1 for what another command line avoids, else 2."""
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-    return USER_ERROR if isinstance(error, USER_ERRORS) and not is_full else FAILURE
+    return USER_ERROR if isinstance(error, USER_ERRORS) and not is_failure(error) else FAILURE
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an error is a failure that is explained in one sentence: that of a full, broken or silent disk too."""
+    is_of_device = isinstance(error, OSError) and error.errno in DEVICE_ERRORS
+    return is_of_device or isinstance(error, FailureError | TimeoutError)
+
+
+def as_message(error: ValueError | OSError) -> ValueError | FailureError:
+    """Return an error that another rank can raise: its text, and whether it is a failure."""
+    return FailureError(str(error)) if is_failure(error) else ValueError(str(error))
 
 
 def is_of_lost_rank(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from data.children import end_with_parent
 from pipeline.cli.check import HELP, check_command_line, overrides_in
 from pipeline.cli.compose import CONF, check_trust
 from pipeline.cli.environment import check_server
-from pipeline.cli.errors import one_line_errors
+from pipeline.cli.errors import FAILURE, one_line_errors
 from pipeline.cli.targets import check_targets
 from pipeline.cli.verb import Verb, help_text
 
@@ -38,6 +38,18 @@ def fast_imports() -> Iterator[None]:
     finally:
         gc.freeze()  # later collections skip what stands now
         gc.enable()
+
+
+@contextmanager
+def ended_by_timeouts() -> Iterator[None]:
+    """End the process after a timeout, because Python would first wait for the threads that wait for the disk."""
+    try:
+        yield
+    except SystemExit as ended:
+        if isinstance(ended.__cause__, TimeoutError):
+            sys.stdout.flush()
+            os._exit(FAILURE)
+        raise
 
 
 def check_config(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -59,7 +71,7 @@ def run_verb(verb: Verb, main: Callable[[DictConfig], None]) -> None:
             check_config(config, overrides)
             main(config)
 
-    with one_line_errors():
+    with ended_by_timeouts(), one_line_errors():
         with fast_imports():
             arguments = check_command_line(verb, sys.argv[1:])
         if set(HELP) & set(arguments):  # Hydra's own help lists every group of the project twice, which takes longer

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 MASK = "***"
 # Within a name: DB_PASSWORD, PGPASSWORD, client_secret, credentials. Its end: hf_token. A sample's `key` is none.
 _WITHIN = re.compile(r"password|passwd|passphrase|secret|credential|api_?key|access_?key|private_?key|auth_?key")
-_END = re.compile(r"(^|_)(token|pwd|pass)$")
+_END = re.compile(r"(^|_)(token|pwd|pass)$|_key$")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 # After `scheme://user:`, up to the last @ before a space; digits up to a slash are a port.
 _ADDRESS = re.compile(r"""(\w://[^\s/@:'"]*:)(?!\d+(?:[/\s]|$))[^\s'"]+@""")

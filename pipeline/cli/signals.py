@@ -31,12 +31,14 @@ class StopSignals:
     def __init__(self) -> None:
         self.first: signal.Signals | None = None
         self._since = 0.0
-        self._is_deferred = self._has_raised = False
+        self._is_deferred = self._has_raised = self._has_succeeded = False
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code that the first signal asks for, None without one."""
-        return None if self.first is None else EXIT_CODES[self.first]
+        """The exit code that the first signal asks for, None without one; 0 after success."""
+        if self.first is None:
+            return None
+        return 0 if self._has_succeeded else EXIT_CODES[self.first]
 
     def install(self) -> None:
         """Handle the three signals. Only the main thread may call it."""
@@ -49,24 +51,25 @@ class StopSignals:
         signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
         Thread(target=self._watch, args=(read, write), name="stop-signals", daemon=True).start()
 
-    def request(self, number: signal.Signals) -> None:
-        """Behave as if this process had received a signal."""
-        os.kill(os.getpid(), number)
-
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Only remember a signal in this block. Raises: SystemExit for one that has come before."""
+        self._has_succeeded = False  # of a sweep, an earlier job has
         if self.exit_code is not None:
             raise SystemExit(self.exit_code)
         self._is_deferred = True
         try:
             yield
         finally:
-            self._is_deferred = False
+            self._is_deferred, self._since = False, time.monotonic()
 
     def finish(self) -> None:
         """Raise no more: the process ends by itself, or is ended after END_SECONDS."""
         self._has_raised = True
+
+    def succeed(self) -> None:
+        """From here on, a signal ends the process with exit code 0: what it was started for is done."""
+        self._has_succeeded = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._note(number)

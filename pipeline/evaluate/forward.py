@@ -14,11 +14,13 @@ from data.loading.order import EvaluationPlan, StridedPlan
 from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
 from pipeline.build.memory import memory_errors
+from pipeline.cli.errors import FailureError, as_message
 from pipeline.evaluate.metrics import Answers
 from pipeline.evaluate.ranks import Ranks
 from pipeline.runs.trained import TrainedModel
 
 Share = list[tuple[NDArray[np.int64], NDArray[np.float64]]]  # samples (n,), log-probabilities (n, K) by batch
+Error = ValueError | FailureError
 SIZES = (1.0, 8 / 7, 9 / 7, 10 / 7)  # of the image size, for `size=auto`: 224, 256, 288, 320
 NAMED = 3  # classes in a message
 STEP = 32  # px, by which networks halve their images
@@ -29,7 +31,8 @@ def answer_split(
 ) -> Answers | None:
     """Return log-probabilities for every image of a split, in the order of its index; None on ranks other than 0.
 
-    The temperature is 1. Batches are the same for any number of ranks. Raises: ValueError, UnreadableImage.
+    The temperature is 1. Batches are the same for any number of ranks. Raises: UnreadableImage, ValueError for other
+    errors of the data, FailureError.
     """
     index = dataset.index(split)
     plan = StridedPlan(EvaluationPlan(len(index), batch_size), ranks.rank, ranks.world_size)
@@ -37,17 +40,17 @@ def answer_split(
     loader = Loader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=model.decode_settings)
     shares = ranks.gather(_answer_share(model, loader if plan.num_steps else (), batch_size=batch_size))
     found = None if ranks.rank > 0 else _combine(shares, count=len(index), weights=model.run.weights_file)
-    ranks.raise_together(found if isinstance(found, ValueError) else None)
-    if found is None or isinstance(found, ValueError):
+    ranks.raise_together(found if isinstance(found, Error) else None)
+    if found is None or isinstance(found, Error):
         return None
     return Answers(found, labels[index.rows(np.arange(len(index))).label])
 
 
-def _combine(shares: Iterable[Share | ValueError], *, count: int, weights: Path) -> NDArray[np.float64] | ValueError:
+def _combine(shares: Iterable[Share | Error], *, count: int, weights: Path) -> NDArray[np.float64] | Error:
     """Return the log-probabilities of all images in their order (count, K), or the error that rank 0 must raise."""
     parts = []
     for share in shares:
-        if isinstance(share, ValueError):
+        if isinstance(share, Error):
             return share
         parts += share
     samples, found = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -59,7 +62,7 @@ def _combine(shares: Iterable[Share | ValueError], *, count: int, weights: Path)
     return found[order]
 
 
-def _answer_share(model: TrainedModel, batches: Iterable[Batch], *, batch_size: int) -> Share | ValueError:
+def _answer_share(model: TrainedModel, batches: Iterable[Batch], *, batch_size: int) -> Share | Error:
     """Return samples and log-probabilities of this rank's batches, or the error, which rank 0 raises for all."""
     share: Share = []
     try:
@@ -71,7 +74,7 @@ def _answer_share(model: TrainedModel, batches: Iterable[Batch], *, batch_size: 
     except ValueError as error:
         return type(error)(str(error))
     except OSError as error:
-        return ValueError(str(error))
+        return as_message(error)
     return share
 
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,7 +13,7 @@ import torch.distributed
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from pipeline.cli.errors import FailureError, is_of_lost_rank
+from pipeline.cli.errors import FailureError, as_message, exit_code, is_of_lost_rank
 
 WAIT_SECONDS = 1800.0  # limit for a rank to wait for the slowest one
 
@@ -47,7 +48,7 @@ class Ranks(NamedTuple):
     def run_on_all(self, work: Callable[[], Part]) -> Part:
         """Do the same work on every rank; rank 0 raises what any has raised.
 
-        Raises: ValueError, and OSError where this is the only rank.
+        Raises: ValueError, FailureError, and OSError where this is the only rank.
         """
         if self.world_size == 1:
             return work()
@@ -55,19 +56,19 @@ class Ranks(NamedTuple):
         try:
             found = work()
         except (ValueError, OSError) as raised:
-            error = ValueError(str(raised))
+            error = as_message(raised)
         errors = self.gather(error)
         self.raise_together(errors[0] if errors else None)
         assert found is not None
         return found
 
-    def raise_together(self, error: ValueError | None) -> None:
-        """Raise the error of rank 0 there, and exit the other ranks with code 1. Raises: ValueError, SystemExit."""
+    def raise_together(self, error: ValueError | FailureError | None) -> None:
+        """Raise the error of rank 0 there, and exit the other ranks with its code. Raises: the error, SystemExit."""
         if self.world_size > 1:
             errors = [error]
             torch.distributed.broadcast_object_list(errors)
             if errors[0] is not None and self.rank > 0:
-                raise SystemExit(1)
+                raise SystemExit(exit_code(errors[0]))
         if error is not None:
             raise error
 
@@ -79,7 +80,8 @@ def joined_ranks() -> Iterator[Ranks]:
     Raises: FailureError when another one has ended early.
     """
     kinds = (TorchElasticEnvironment, SLURMEnvironment)
-    environment = next((kind() for kind in kinds if kind.detect()), None)
+    with warnings.catch_warnings(action="ignore"):  # that Slurm is installed and not used
+        environment = next((kind() for kind in kinds if kind.detect()), None)
     if environment is None or environment.world_size() == 1:
         yield Ranks()
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from pipeline.cli.errors import ConfigError
+from pipeline.cli.errors import FAILURE, ConfigError
 from pipeline.cli.run import fast_imports, run_verb
 from pipeline.cli.secrets import mask_address
 from pipeline.cli.verb import Verb
@@ -34,7 +34,6 @@ VERB = Verb(
     },
     text_keys=("run", "out", "runs", "input", "register", "alias", "names"),
 )
-FAILED = 2  # exit code
 
 
 def main(config: DictConfig) -> None:
@@ -166,7 +165,7 @@ def _failures(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         print(f"error: {mask_address(' '.join(str(error).split()))}", file=sys.stderr)
-        raise SystemExit(FAILED) from None
+        raise SystemExit(FAILURE) from None
 
 
 if __name__ == "__main__":

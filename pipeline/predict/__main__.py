@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from pipeline.cli.errors import ConfigError
+from pipeline.cli.errors import FAILURE, ConfigError
 from pipeline.cli.run import fast_imports, run_verb
 from pipeline.cli.verb import Verb
 
@@ -27,7 +27,6 @@ VERB = Verb(
     },
     text_keys=("run", "input", "out", "runs", "device"),
 )
-UNREADABLE = 2  # exit code
 MAX_BATCH_SIZE = 65_536  # images of a batch, classes of a row
 
 
@@ -67,7 +66,7 @@ def main(config: DictConfig) -> None:
     failed = f", {unreadable:,} unreadable" if unreadable else ""
     console.print(f"{count:,} images in {seconds:.1f} s ({count / seconds:,.0f}/s){failed}", highlight=False)
     if unreadable:
-        raise SystemExit(UNREADABLE)
+        raise SystemExit(FAILURE)
 
 
 def _describe(model: TrainedModel) -> str:

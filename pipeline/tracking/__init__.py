@@ -1,1 +1,1 @@
-"""MLflow and the queue in front of it."""
+"""The dashboard: MLflow as a mirror of runs."""

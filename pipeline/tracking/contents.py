@@ -65,7 +65,7 @@ def scores_of(run: Run) -> Iterator[Score]:
 
 
 def due_status(run: Run) -> str | None:
-    """Return the status that a run deserves whose process is gone; None while a process trains it."""
+    """Return the status for the page of a run whose process has ended; None while a process trains it."""
     if run.is_locked:
         return None
     if run.result_file.is_file():

@@ -69,8 +69,8 @@ class Mirror:
     def _run(self) -> None:
         pause, last_tries = FIRST_PAUSE_SECONDS, 0
         while not self._is_abandoned:
+            self._has_news.clear()  # first, so that no news is lost
             is_last = self._is_ending
-            self._has_news.clear()
             try:
                 self._send(is_last=is_last)
                 self.problem = None

@@ -89,7 +89,7 @@ class Page:
             self._files |= {*digests.values()}
 
     def set_status(self, status: str) -> None:
-        """Set the status; before an end the server is asked once more what it has, and gets the rest.
+        """Set the status; before an end, what the server has is read once more, and the rest is sent.
 
         A page that cannot get every point ends as KILLED instead of FINISHED.
         """

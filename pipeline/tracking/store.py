@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from pipeline.cli.environment import is_server
 from pipeline.cli.secrets import mask_address
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Store:
     def __init__(self, uri: str | None = None, *, experiment: str = "convoy") -> None:
         default = f"sqlite:///{Path(DATABASE).resolve()}"
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or default
-        self.is_default, self.is_server = self.uri == default, self.uri.startswith("http")
+        self.is_default, self.is_server = self.uri == default, is_server(self.uri)
         self.file = Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
         self._experiment = experiment
         self._opened: tuple[MlflowClient, str] | None = None

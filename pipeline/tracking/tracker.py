@@ -8,9 +8,9 @@ from pipeline.runs.status import State
 
 
 class Sent(NamedTuple):
-    """What a dashboard got, and the problem that kept the rest away, None where it has everything.
+    """Number of points and files sent to a dashboard, and the problem with the rest, None where nothing is missing.
 
-    `is_answered` is false where the dashboard is away, so that other runs need not be tried.
+    `is_answered` is false where the dashboard does not answer, so that other runs need not be tried.
     """
 
     num_points: int = 0

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pipeline.cli.errors import FailureError, exit_code, one_line
+from pipeline.cli.errors import FailureError, exit_code, is_failure, one_line
 from pipeline.cli.signals import EXIT_CODES, stop_signals
 from pipeline.runs.status import State
 
@@ -27,6 +27,10 @@ class Stopped(SystemExit):  # no error
         self.signal, self.step = number, step
 
 
+class RanksDifferError(ValueError):
+    """The ranks of a training have different settings or data. Raised on every rank."""
+
+
 class DivergedError(FailureError):
     """A loss or a gradient is not finite. Raised on every rank after the same step."""
 
@@ -42,9 +46,11 @@ class DivergedError(FailureError):
 
 def ending_of(error: BaseException) -> Ending:
     """Return the ending that an exception means."""
+    if isinstance(error, SystemExit) and error.code == 0:  # a signal after the result was written
+        return Ending(State.FINISHED)
     if isinstance(error, Stopped):
         return Ending(State.STOPPED, error.signal.name, EXIT_CODES[error.signal])
-    if stop_signals.first is not None and (isinstance(error, SystemExit) or not isinstance(error, FailureError)):
+    if stop_signals.first is not None and not is_failure(error):
         return Ending(State.STOPPED, stop_signals.first.name, EXIT_CODES[stop_signals.first])
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1

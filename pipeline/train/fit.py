@@ -20,8 +20,8 @@ from models.learning.evaluation import TOP5
 from pipeline.build.choice import Choice
 from pipeline.build.memory import GPU_MEMORY, exhausted_memory
 from pipeline.cli.console import is_main_process, main_console, print_facts
-from pipeline.cli.errors import FAILURE, FailureError, config_keys_in_errors
-from pipeline.cli.signals import stop_signals
+from pipeline.cli.errors import FailureError, config_keys_in_errors, exit_code
+from pipeline.cli.signals import EXIT_CODES, stop_signals
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.runs.checkpoints import Checkpoint
 from pipeline.runs.fingerprint import Fingerprint, fingerprint
@@ -34,7 +34,7 @@ from pipeline.train.callbacks.ranks import RankWatch
 from pipeline.train.callbacks.saving import SaveCheckpoints
 from pipeline.train.callbacks.seeding import SeedEachBatch
 from pipeline.train.callbacks.stopping import StopTogether
-from pipeline.train.ends import NONFINITE, DivergedError, Ending, Stopped, ending_of
+from pipeline.train.ends import NONFINITE, DivergedError, Ending, RanksDifferError, Stopped, ending_of
 from pipeline.train.job import Job
 from pipeline.train.summary import outcome, print_missing, run_header, run_result
 
@@ -44,7 +44,7 @@ def prepare_process(seed: int) -> None:
     require(0 <= seed < 2**32, "must be at least 0 and less than 2^32", seed=seed)
     for library in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+        warnings.filterwarnings("ignore", module=library)
     pl.seed_everything(seed, verbose=False)
 
 
@@ -96,6 +96,7 @@ def train(job: Job, trainer: pl.Trainer) -> None:
         result = outcome(job, trainer)
         if trainer.is_global_zero:
             job.run.finish(result)
+        stop_signals.succeed()
     print_facts(main_console(), run_result(job, result))
 
 
@@ -149,14 +150,14 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[Checkpoint | None]:
     with run.locked():
         newest, damaged = run.newest_checkpoint()
         for sentence in damaged:
-            main_console().print(f"damaged: {sentence}", highlight=False, soft_wrap=True)
+            main_console().print(f"damaged: {sentence}", highlight=False, markup=False, soft_wrap=True)
         run.begin(current, job.settings.record)
         run.checkpoints.tidy(newest)
         start = -1 if newest is None else newest.step
         run.journal.truncate_after(start, length=None if newest is None else newest.journal_bytes)
         if newest is not None and run.journal.digest() != (newest.journal_bytes, newest.journal):
             lost = f"{run.journal.path} is not as it was at step {newest.step}: points before that are missing"
-            main_console().print(lost, highlight=False, soft_wrap=True)
+            main_console().print(lost, highlight=False, markup=False, soft_wrap=True)
         write_status(run.status_file, State.TRAINING, step=max(start, 0))
         ending = Ending(State.FINISHED)
         try:
@@ -175,7 +176,7 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[Checkpoint | None]:
 
 
 def close(job: Job, ending: Ending, *, step: int) -> None:
-    """Write how a training has ended, and end its page on the dashboard."""
+    """Write the ending of a training, and end its page on the dashboard."""
     with suppress(OSError):  # a full disk may be the end that this is about
         write_status(job.run.status_file, ending.state, step=step, reason=ending.reason, exit_code=ending.exit_code)
     print_missing(job.tracker.finish(ending.state), job.run)
@@ -198,19 +199,21 @@ def fit(job: Job, trainer: pl.Trainer, *, resume: Checkpoint | None) -> None:
     os.environ |= end_with_me()  # for the ranks that Lightning starts
     path = None if resume is None else job.run.checkpoints.path / resume.file
     with stop_signals.deferred():
+        watch.start()
         try:
             with config_keys_in_errors({"clip_norm": "recipe.clip_norm"}):
                 trainer.fit(job.module, datamodule=job.data, ckpt_path=path, weights_only=True)
-        except Stopped as stopped:
             watch.leave()
-            main_console().print(f"stopped: the same command continues after step {stopped.step}", highlight=False)
-            raise
-        except DivergedError as diverged:  # on every rank
+        except (Stopped, DivergedError, RanksDifferError) as end:  # on every rank
             watch.leave()
             if not trainer.is_global_zero:
-                raise SystemExit(FAILURE) from None
-            found = {"step": diverged.step, "samples": diverged.samples}
-            write_atomically(job.run.folder / NONFINITE, json.dumps(found, indent=1).encode() + b"\n")
+                watch.wait_for_main()
+                raise SystemExit(end.code if isinstance(end, Stopped) else exit_code(end)) from None
+            if isinstance(end, Stopped):
+                main_console().print(f"stopped: the same command continues after step {end.step}", highlight=False)
+            if isinstance(end, DivergedError):
+                found = {"step": end.step, "samples": end.samples}
+                write_atomically(job.run.folder / NONFINITE, json.dumps(found, indent=1).encode() + b"\n")
             raise
         except Exception as error:
             explained = explain_memory(error, batch_size=job.data.settings.batch_size)
@@ -228,12 +231,16 @@ def watch_ranks(job: Job, trainer: pl.Trainer, *, resume: Checkpoint | None) -> 
     def facts() -> Mapping[str, object]:
         return {**fingerprint_of(job, trainer), "steps": trainer.max_steps, "checkpoint": resume and resume.step}
 
-    def fail(cause: str, code: int) -> None:
+    def close_alone(cause: str, code: int) -> None:
         for saving in trainer.checkpoint_callbacks:
             saving.on_exception(trainer, job.module, FailureError(cause))
-        close(job, Ending(State.FAILED, cause, code), step=trainer.global_step)
+        state = State.STOPPED if code in EXIT_CODES.values() else State.FAILED
+        close(job, Ending(state, cause, code), step=max(resume.step if resume else 0, trainer.global_step))
 
-    watch = RankWatch(job.run.folder / "ranks", facts, hang_seconds=job.settings.hang_seconds, fail=fail)
+    watch = RankWatch(
+        job.run.folder / "ranks", facts, rank=trainer.global_rank, hang_seconds=job.settings.hang_seconds,
+        close=close_alone,
+    )  # fmt: skip
     attributes: Any = trainer  # whose callbacks have no type
     attributes.callbacks.insert(0, watch)
     launchers: Any = subprocess_script  # Lightning's observer would kill this process too, with signal 9

@@ -123,4 +123,4 @@ def print_missing(missing: str | None, run: Run) -> None:
     """Print the dashboard's gaps, and the file that has every point."""
     if missing is not None:
         text = f"{missing}; {run.journal.path} has every point"
-        main_console().print(text, highlight=False, soft_wrap=True)
+        main_console().print(text, highlight=False, markup=False, soft_wrap=True)

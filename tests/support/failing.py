@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -34,6 +35,8 @@ class Failing(Classifier):
             raise ValueError("an image of ours")
         if how == "bug":
             raise RuntimeError("a bug of ours")
+        if how == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if how == "exit":
             os._exit(7)
         if how == "sleep":

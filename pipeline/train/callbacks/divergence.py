@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed
 from torch import Tensor
 from torch.optim import Optimizer
 
 from data.loading.datamodule import ShardData
 from models.arguments import require
+from pipeline.train.callbacks.ranks import gather
 from pipeline.train.ends import DivergedError
 
 CHOICES = ("stop", "skip")
@@ -106,8 +106,9 @@ class GuardFinite(pl.Callback):
         if not self._has_scaler:  # which skips by itself, and needs the gradients for that
             for parameter in parameters:
                 parameter.grad = None
-        torch._foreach_copy_(self._buffers, self._before)
-        if self.num_skipped <= MAX_LINES and not self._has_scaler:  # whose gradients other ranks may see otherwise
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._before)
+        if self.num_skipped <= MAX_LINES and not self._has_scaler:  # whose gradients differ between ranks
             found = self._found_by_all(trainer)
             assert found is not None
             names = ", ".join(found.samples[:3])
@@ -117,7 +118,8 @@ class GuardFinite(pl.Callback):
 
     def _found_by_all(self, trainer: pl.Trainer) -> "_Found | None":
         """Return the first finding of any rank; the samples are those of the ranks whose loss is not finite, or all."""
-        firsts = _gathered(tuple(self._first.tolist()), trainer)
+        mine = tuple(self._first.tolist())
+        firsts = [mine] if trainer.world_size == 1 else gather(mine)
         found = [step for steps in firsts for step in steps if step >= 0]
         if not found:
             return None
@@ -131,8 +133,11 @@ class GuardFinite(pl.Callback):
         accumulate = trainer.accumulate_grad_batches
         epoch, number = divmod(step - 1, int(trainer.num_training_batches) // accumulate)
         batches = range(number * accumulate, (number + 1) * accumulate)
-        plans = [self.data.training_plan(rank, trainer.world_size) for rank in ranks]
-        samples = [sample for plan in plans for batch in batches for sample in plan.samples(epoch, batch).tolist()]
+        samples = list[int]()
+        for rank in ranks:
+            plan = self.data.training_plan(rank, trainer.world_size)
+            for batch in batches:
+                samples += plan.samples(epoch, batch).tolist()
         return self.data.training_index.keys(samples)
 
     @staticmethod
@@ -140,11 +145,3 @@ class GuardFinite(pl.Callback):
         """Return the learning rate of a step, counted from 1: the current one where that step is about to be taken."""
         scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
         return float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step - 1))
-
-
-def _gathered(value: tuple[float, ...], trainer: pl.Trainer) -> list[tuple[float, ...]]:
-    if trainer.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values

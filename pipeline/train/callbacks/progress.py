@@ -141,7 +141,9 @@ class ProgressCallback(pl.Callback):
 
     def print(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
-        (self.bar.console if self.bar is not None else self.console).print(line, highlight=False, soft_wrap=True)
+        (self.bar.console if self.bar is not None else self.console).print(
+            line, highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def memory_gib(device: torch.device) -> float:

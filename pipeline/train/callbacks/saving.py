@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint as CheckpointCallback
 
 from models.arguments import require
+from pipeline.cli.errors import FailureError
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.runs.checkpoints import Best, Checkpoint, CheckpointFolder
 from pipeline.runs.journal import Journal
@@ -77,7 +78,7 @@ class SaveCheckpoints(CheckpointCallback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Wait for a write in flight, which has nothing to do with the error; one that fails is not the cause."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, FailureError):
             self.wait(trainer)
 
     def save(self, trainer: pl.Trainer, point: Point) -> None:

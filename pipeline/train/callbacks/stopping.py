@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 import torch.distributed
+from pytorch_lightning.callbacks import Checkpoint as CheckpointCallback
 
 from data.children import PARENT
 from models.arguments import require
@@ -32,7 +33,7 @@ class Wanted(NamedTuple):
         return Wanted(max(self.stop, other.stop), self.save or other.save, self.end or other.end)
 
 
-class StopTogether(pl.Callback):
+class StopTogether(CheckpointCallback):  # which Lightning runs after all others
     """Stop after a signal to any rank, save every `every_minutes` minutes, end with `guard`; all ranks after one step.
 
     About twice a second the ranks reduce what each of them wants, so that no step waits for it. A reduction starts
@@ -97,6 +98,7 @@ class StopTogether(pl.Callback):
         self.saving.save(trainer, point_after_batch(trainer))
         if wanted.stop:
             self.saving.wait(trainer)
+            trainer.strategy.barrier()  # a launcher may kill the rank that writes, once another has ended
             raise Stopped(signal.Signals(wanted.stop), step=trainer.global_step)
 
     def _wish(self) -> Wanted:

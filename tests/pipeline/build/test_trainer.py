@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.build.network import build_recipe
-from pipeline.build.trainer import build_trainer, choose_precision, no_gpu_reason
+from pipeline.build.trainer import build_callbacks, build_trainer, choose_precision, no_gpu_reason
 from pipeline.cli.compose import compose
 
 
@@ -33,6 +33,13 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch.cuda, "init", refuse)
     assert no_gpu_reason() == " (The NVIDIA driver on your system is too old (found version 11040))"
+
+
+def test_callbacks_that_save_checkpoints_are_refused() -> None:
+    target = "pytorch_lightning.callbacks.ModelCheckpoint"
+    config = compose("train", ["+model=resnet", f"+callbacks.mine={{_target_: {target}}}"])
+    with pytest.raises(ValueError, match=r"callbacks\.mine=ModelCheckpoint saves checkpoints, which a training does"):
+        build_callbacks(config)
 
 
 def test_ranks_share_gradients_and_no_buffers(tmp_path: Path) -> None:

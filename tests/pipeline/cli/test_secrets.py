@@ -15,6 +15,7 @@ from tests.support.hostile import SECRET
 SECRETS = (
     *("token", "tracking.hf_token", "GITHUB_TOKEN", "authToken", "api_key", "apiKey", "aws.access_key", "private-key"),
     *("AWS_SECRET_ACCESS_KEY", "password", "PGPASSWORD", "passwd", "db_pass", "client_secret", "credentials.user"),
+    *("AZURE_STORAGE_KEY", "account_key"),
 )
 OTHERS = ("key", "model.keys", "num_tokens", "token_size", "data.label_field", "bypass", "keyboard", "HOME", "author")
 ADDRESSES = {
@@ -24,6 +25,7 @@ ADDRESSES = {
     "postgresql+psycopg2://me:a@b/c{}@db/x": "postgresql+psycopg2://me:***@db/x",
     "mysql://me:{0}@db and mysql://you:{0}@db": "mysql://me:***@db and mysql://you:***@db",
     "sqlite:///a.db?password={}&mode=ro": "sqlite:///a.db?password=***&mode=ro",
+    "Protocol=https;AccountName=me;AccountKey={}": "Protocol=https;AccountName=me;AccountKey=***",
     "tracking.api_key={} is not a number": "tracking.api_key=*** is not a number",
 }
 PLAIN = (

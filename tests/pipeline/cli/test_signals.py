@@ -45,6 +45,10 @@ with signals.stop_signals.deferred():
     while True:
         ctypes.CDLL(None).sleep(60)  # as in a collective: hardly any Python code runs in the main thread
 """
+SUCCEEDS = """
+signals.stop_signals.succeed()
+wait()
+"""
 STOPS = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
 
 
@@ -71,6 +75,12 @@ def test_a_signal_ends_a_verb_with_its_code_after_its_cleanup(number: signal.Sig
         assert process.stdout is not None
         assert process.stdout.read() == "cleaned up\n"
         assert process.wait(30) == code
+
+
+def test_a_signal_after_success_leaves_the_exit_code_of_success() -> None:
+    with running(SUCCEEDS) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
 
 
 def test_a_process_that_does_not_end_is_ended() -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,23 @@ def test_a_signal_stops_all_ranks_after_the_same_step(root: Path, to: str, numbe
         assert ended.stderr == ""
 
 
+def test_a_signal_before_the_first_step_stops_all_ranks(root: Path) -> None:
+    """While they start, connect and wait for each other."""
+    draw = random.Random(0)
+    with interruptible():
+        for _ in range(8):
+            training = Training(root, "early", *two_ranks(*ENDLESS))
+            with pytest.raises(subprocess.TimeoutExpired):
+                training.process.wait(draw.uniform(1, 6))
+            number = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+            training.signal_group(number) if draw.random() < 0.5 else training.process.send_signal(number)
+            began = time.monotonic()
+            ended = training.end()
+            assert ended.code == (130 if number == signal.SIGINT else 143), ended
+            assert time.monotonic() - began < 12
+            assert ended.status.get("state") in (None, "stopped")
+
+
 def test_the_end_of_the_agent_stops_its_ranks_with_a_checkpoint(root: Path) -> None:
     training = Training(root, "agent", *two_ranks(*ENDLESS), launcher=TORCHRUN)
     assert training.wait_for("step 60/"), training.end()
@@ -121,6 +139,7 @@ def test_the_end_of_the_agent_stops_its_ranks_with_a_checkpoint(root: Path) -> N
         ("1,30,sleep", "rank 1 is behind: nothing has moved for 5 seconds (the stacks are in runs/", 2),
         ("0,30,sleep", "rank 0 is behind: nothing has moved for 5 seconds", 2),
         ("1,30,stop", "rank 1 does not answer: nothing has moved for 5 seconds", 2),
+        ("1,30,full", "rank 1 raised OSError: [Errno 28] No space left on device", 2),
     ],
 )
 def test_a_failing_rank_ends_all_and_is_named_once(root: Path, how: str, cause: str, code: int) -> None:
@@ -147,6 +166,24 @@ def test_a_process_that_hangs_alone_ends_with_its_stacks(root: Path) -> None:
     assert ended.code == 2, ended
     assert ended.stderr.startswith("error: nothing has moved for 3 seconds (the stacks are in runs/alone/ranks)")
     assert "in training_step" in (training.folder / "ranks" / "rank-0.txt").read_text()
+
+
+def test_rank_0_is_named_when_it_does_not_answer(root: Path) -> None:
+    words = (*FAILING, "hang_seconds=15", "name=silent")
+    training = Training(root, "silent", *words, launcher=TORCHRUN, FAIL="0,30,stop")
+    assert training.wait_for("step 20/"), training.end()
+    ended = training.end()
+    assert ended.stderr.count("error: rank 0 does not answer: nothing has moved for 15 seconds") == 1, ended.stderr
+
+
+def test_a_suspended_training_continues(root: Path) -> None:
+    words = [word for word in FAILING if word not in TWO_RANKS and "epochs" not in word]
+    training = Training(root, "suspended", *words, "recipe.epochs=4", "hang_seconds=3", FAIL="0,3000,bug")
+    assert training.wait_for("step 20/"), training.end()
+    training.signal_group(signal.SIGSTOP)
+    time.sleep(6)
+    training.signal_group(signal.SIGCONT)
+    assert training.end().code == 0
 
 
 def test_a_full_disk_ends_a_training_in_one_line_and_it_continues_with_space(root: Path, tmp_path: Path) -> None:

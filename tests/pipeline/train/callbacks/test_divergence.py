@@ -101,11 +101,22 @@ def test_a_skipped_step_leaves_weights_momentum_and_statistics_as_they_were(
     assert last["callbacks"]["GuardFinite"] == {"skipped": 1}
 
 
+def test_a_network_without_buffers_skips_a_step_too(
+    train: Typed, with_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAIL", "0,5,nan")
+    others = [word for word in WORDS if "mobilenet" not in word]
+    train("+model=lenet", *others, "on_nonfinite=skip")
+    last = checkpoint(with_digits / "runs" / "mine")
+    assert last["callbacks"]["GuardFinite"] == {"skipped": 1}
+    assert all(torch.isfinite(tensor).all() for tensor in last["state_dict"].values())
+
+
 @pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
 def test_no_checkpoint_holds_a_value_that_is_not_finite(part: str) -> None:
     weights, moments = {"net.weight": torch.ones(3)}, [{"state": {0: {"momentum_buffer": torch.ones(3)}}}]
-    state = {"state_dict": weights, "optimizer_states": moments}
+    state = {"global_step": 7, "state_dict": weights, "optimizer_states": moments}
     check_finite(state)
     (weights["net.weight"] if part == "state_dict" else moments[0]["state"][0]["momentum_buffer"])[1] = torch.inf
-    with pytest.raises(NonFiniteStateError, match=r"weight|momentum_buffer"):
+    with pytest.raises(NonFiniteStateError, match=r"step 7 left NaN or infinite values in .*(weight|momentum_buffer)"):
         check_finite(state)
