@@ -1,5 +1,6 @@
 """The parameters of a run, as its folder records them."""
 
+import hashlib
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -8,7 +9,13 @@ from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent  # 
 
 from pipeline.cli.compose import flatten
 
+DIGEST = "# SHA-256 of the lines below: "
 MAX_DEPTH = 50  # levels of a config; ours have 5
+
+
+def with_digest(text: str) -> str:
+    """Return a config as it is recorded, with a first line by which `load_record` notices changes."""
+    return f"{DIGEST}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
 
 
 def load_record(path: Path) -> DictConfig:
@@ -19,6 +26,8 @@ def load_record(path: Path) -> DictConfig:
     """
     try:
         text = path.read_text()
+        if text.startswith(DIGEST) and text != with_digest(text.partition("\n")[2]):
+            raise ValueError(f"{path} has changed since it was written: remove its first line to use it as it is")
         is_plain = _is_plain(text)
         config = OmegaConf.create(text if is_plain else "")
         values = OmegaConf.to_container(config, resolve=False)

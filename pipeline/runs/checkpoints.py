@@ -145,7 +145,11 @@ class CheckpointFolder:
     @property
     def best(self) -> Path | None:
         """The checkpoint with the best evaluation, None without one."""
-        return self._existing(BEST)
+        manifest = next(self.manifests(), None)
+        newest = None if manifest is None else self.find(int(manifest.stem.removeprefix("step-")))
+        if (link := self._existing(BEST)) is not None or newest is None or newest.best is None:
+            return link
+        return self._existing(self._file(newest.best.step))  # somebody has removed the link
 
     def find(self, step: int) -> Checkpoint | None:
         """Return the manifest of a step, None without a readable one."""
@@ -257,7 +261,8 @@ def check_listed(file: Path, sha256: str) -> None:
         with suppress(ValueError, OSError):
             listed.add(load_manifest(manifest).sha256)
     if has_manifests and (file.name in (LAST, BEST) or FILE.fullmatch(file.name)) and sha256 not in listed:
-        raise ValueError(f"{file} is damaged: its SHA-256 is in no manifest beside it")
+        advice = "remove it to use the file that it was a link to" if file.name in (LAST, BEST) else "name another one"
+        raise ValueError(f"{file} is damaged: its SHA-256 is in no manifest beside it; {advice}")
 
 
 def flush_folder(path: Path) -> None:

@@ -23,7 +23,7 @@ class HashingFile:
         """Raises: OSError."""
         self.sha256, self.bytes = hashlib.sha256(), 0
         self._buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))  # aligned to a page, as direct writes need
-        self._filled = 0
+        self._filled, self._path = 0, path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         with suppress(OSError):  # tmpfs, for one, has none
             self._set_direct(True)
@@ -41,7 +41,7 @@ class HashingFile:
             os.close(self._descriptor)
 
     def write(self, content: bytes) -> int:
-        """Write, and add to the digest. Raises: OSError."""
+        """Write, and add to the digest. Raises: OSError, naming the file."""
         rest = memoryview(content)
         while rest:
             taken = min(len(rest), BUFFER_BYTES - self._filled)
@@ -67,7 +67,7 @@ class HashingFile:
             return os.write(self._descriptor, content)
         except OSError as error:
             if error.errno != errno.EINVAL:
-                raise
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
             self._set_direct(False)  # a file system may take the flag and refuse the write
             return os.write(self._descriptor, content)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from data.loading.decoder import DecoderChoice
 from data.shards.dataset import Dataset, write_atomically
+from pipeline.build.parameters import with_digest
 from pipeline.build.settings import RunSettings
 from pipeline.runs.checkpoints import CheckpointFolder, FoundCheckpoint
 from pipeline.runs.fingerprint import Fingerprint, check_unchanged, digests, recorded_decoder
@@ -38,8 +40,9 @@ class Run:
 
     @property
     def tracking_id(self) -> str:
-        """The run's id in MLflow, empty without one."""
-        return self.tracking_id_file.read_text().strip() if self.tracking_id_file.is_file() else ""
+        """The run's id in MLflow, empty without a valid one."""
+        text = self.tracking_id_file.read_bytes().strip() if self.tracking_id_file.is_file() else b""
+        return text.decode() if re.fullmatch(rb"[\w-]+", text) else ""
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -87,7 +90,7 @@ class Run:
         """Create the folder; write the fingerprint and the composed config, a YAML text."""
         self.checkpoints.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.fingerprint_file, json.dumps(fingerprint, indent=1).encode() + b"\n")
-        write_atomically(self.config_file, config.encode())
+        write_atomically(self.config_file, with_digest(config).encode())
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Raise ValueError, naming the first difference, unless the run was started with this fingerprint."""

@@ -63,7 +63,9 @@ class MLflowTracker(Tracker):
             return None
         seconds, mirror = FINAL_SECONDS[state], self._mirror
         problem = mirror.finish(STATUS[state], seconds=seconds, stall_seconds=min(seconds, STALL_SECONDS))
-        return problem and f"{problem}; python -m pipeline.sync {mirror.page.run.folder} sends the rest"
+        own = Store(experiment="")  # where `sync` sends by itself
+        where = "" if self.store.uri == own.uri else f" tracking.uri={self.store.printed_address}"
+        return problem and f"{problem}; python -m pipeline.sync {mirror.page.run.folder}{where} sends the rest"
 
     def send(self, run: Run) -> Sent:
         """Send what the page of a run lacks, as long as the server answers, and its end unless a process trains it."""

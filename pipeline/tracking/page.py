@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,9 +182,11 @@ class Page:
 
     def _token(self) -> str:
         """Return the random text by which any server knows the run; it exists before the page does."""
-        if not self._token_file.is_file():
-            self._token_file.write_text(uuid4().hex)
-        return self._token_file.read_text()
+        token = self._token_file.read_bytes() if self._token_file.is_file() else b""
+        if not re.fullmatch(rb"\w+", token):
+            token = uuid4().hex.encode()
+            self._token_file.write_bytes(token)
+        return token.decode()
 
     def _wanted_parameters(self) -> dict[str, str]:
         if self._parameters is None:

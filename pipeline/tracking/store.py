@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 LOCAL_SERVER = "http://127.0.0.1:5000"  # of `make ui`
 MESSAGE_LENGTH = 160  # characters of an error's first line
+ERRNO = re.compile(r"\[Errno -?\d+\] (\w[\w ]+)")
 LOCK_SECONDS = 30.0  # for which processes that create one SQLite store wait for each other
 # With MLflow's defaults one call to a dead server takes four minutes. A single try that times out after 10 s is enough,
 # because the mirror tries again. Variables that are set win.
@@ -69,6 +71,13 @@ class Store:
         # Processes that create one SQLite store at the same time all fail, so they take turns.
         lock = None if self.file is None else FileLock(self.file.with_name(f".{self.file.name}.lock"))
         with nullcontext() if lock is None else lock.acquire(timeout=LOCK_SECONDS):
+            if self.file is not None and not self.file.exists():
+                # MLflow cannot open a database that a kill or a full disk has left half created.
+                partial = self.file.with_name(f".{self.file.name}.new")
+                for end in ("", "-journal", "-wal", "-shm"):
+                    partial.with_name(partial.name + end).unlink(missing_ok=True)
+                MlflowClient(f"sqlite:///{partial}").get_experiment_by_name(self._experiment)
+                partial.replace(self.file)
             client = MlflowClient(self.uri)
             experiment = client.get_experiment_by_name(self._experiment)
             if experiment is not None:
@@ -82,7 +91,9 @@ class Store:
         return f"{server}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
     def reason(self, error: BaseException) -> str:
-        """Return the first line of an error, shortened, with the printed address."""
+        """Return the first line of an error, shortened, with the printed address; of a connection, its cause."""
+        if cause := ERRNO.search(str(error)):
+            return cause[1]
         line = " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
         line = mask_address(line.replace(self.uri, self.printed_address))
         return line if len(line) <= MESSAGE_LENGTH else f"{line[:MESSAGE_LENGTH]}..."

@@ -32,14 +32,16 @@ class RanksDifferError(ValueError):
 
 
 class DivergedError(FailureError):
-    """A loss or a gradient is not finite. Raised on every rank after the same step."""
+    """A loss or a gradient is not finite. Raised on every rank after the same step.
 
-    def __init__(self, what: str, *, step: int, learning_rate: float, samples: Sequence[str], advice: str) -> None:
+    Without `samples` it is the loss of the evaluation after the step.
+    """
+
+    def __init__(self, what: str, *, step: int, learning_rate: float, advice: str, samples: Sequence[str] = ()) -> None:
         others = f" and {len(samples) - 3} more in {NONFINITE}" if len(samples) > 3 else ""
-        named = ", ".join(samples[:3]) + others
+        named = f" with the samples {', '.join(samples[:3])}{others}" if samples else ""
         super().__init__(
-            f"step {step} has a {what} that is not finite, at a learning rate of {learning_rate:.4g} "
-            f"with the samples {named}: {advice}"
+            f"step {step} has a {what} that is not finite, at a learning rate of {learning_rate:.4g}{named}: {advice}"
         )
         self.step, self.samples = step, tuple(samples)
 

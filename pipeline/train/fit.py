@@ -36,7 +36,7 @@ from pipeline.train.callbacks.seeding import SeedEachBatch
 from pipeline.train.callbacks.stopping import StopTogether
 from pipeline.train.ends import NONFINITE, DivergedError, Ending, RanksDifferError, Stopped, ending_of
 from pipeline.train.job import Job
-from pipeline.train.summary import outcome, print_missing, run_header, run_result
+from pipeline.train.summary import outcome, print_missing, run_header, run_result, saving_of
 
 
 def prepare_process(seed: int) -> None:
@@ -94,9 +94,10 @@ def train(job: Job, trainer: pl.Trainer) -> None:
         print_facts(main_console(), run_header(job, trainer, decoder=decoder, resume=resume))
         fit(job, trainer, resume=resume)
         result = outcome(job, trainer)
-        if trainer.is_global_zero:
-            job.run.finish(result)
-        stop_signals.succeed()
+        with stop_signals.deferred():
+            if trainer.is_global_zero:
+                job.run.finish(result)
+            stop_signals.succeed()
     print_facts(main_console(), run_result(job, result))
 
 
@@ -203,6 +204,8 @@ def fit(job: Job, trainer: pl.Trainer, *, resume: Checkpoint | None) -> None:
         try:
             with config_keys_in_errors({"clip_norm": "recipe.clip_norm"}):
                 trainer.fit(job.module, datamodule=job.data, ckpt_path=path, weights_only=True)
+            saving = saving_of(trainer)
+            saving.guard.check_evaluations(trainer, had_finite_loss=saving.had_finite_loss)
             watch.leave()
         except (Stopped, DivergedError, RanksDifferError) as end:  # on every rank
             watch.leave()
@@ -211,7 +214,7 @@ def fit(job: Job, trainer: pl.Trainer, *, resume: Checkpoint | None) -> None:
                 raise SystemExit(end.code if isinstance(end, Stopped) else exit_code(end)) from None
             if isinstance(end, Stopped):
                 main_console().print(f"stopped: the same command continues after step {end.step}", highlight=False)
-            if isinstance(end, DivergedError):
+            if isinstance(end, DivergedError) and end.samples:
                 found = {"step": end.step, "samples": end.samples}
                 write_atomically(job.run.folder / NONFINITE, json.dumps(found, indent=1).encode() + b"\n")
             raise

@@ -80,12 +80,17 @@ def describe_steps(job: Job, trainer: pl.Trainer) -> str:
     return text
 
 
+def saving_of(trainer: pl.Trainer) -> SaveCheckpoints:
+    """Return the callback that saves checkpoints."""
+    return next(one for one in trainer.checkpoint_callbacks if isinstance(one, SaveCheckpoints))
+
+
 def outcome(job: Job, trainer: pl.Trainer) -> dict[str, object]:
     """Return the result of a finished training: the best checkpoint, its metrics, and why it stopped early, if it did.
 
     `chosen_by` names the metric that chose the checkpoint; its value and top-1 are those of this checkpoint.
     """
-    saving = next(one for one in trainer.checkpoint_callbacks if isinstance(one, SaveCheckpoints))
+    saving = saving_of(trainer)
     path, key, best = job.run.best_checkpoint, saving.monitor, saving.best
     values: dict[str, float | None] = {TOP1.key: None}
     if key is not None:
@@ -94,13 +99,16 @@ def outcome(job: Job, trainer: pl.Trainer) -> dict[str, object]:
         values[TOP1.key] = job.run.journal.values_at(best.step).get(TOP1.key)
     stopped = [one.reason for one in trainer.early_stopping_callbacks if isinstance(one, StopEarly) and one.reason]
     early = {"stopped_early": stopped[0]} if stopped else {}
-    return {**values, "chosen_by": key, "checkpoint": str(path), **early}
+    skipped = {"skipped_steps": saving.guard.num_skipped} if saving.guard.num_skipped else {}
+    return {**values, "chosen_by": key, "checkpoint": str(path), **early, **skipped}
 
 
 def run_result(job: Job, result: Mapping[str, Any]) -> dict[str, str]:
     """Return why it stopped early, the best metric, the checkpoint and the next command, by name."""
     key, tracker = result["chosen_by"], job.tracker
     facts = {"stopped early": result["stopped_early"]} if "stopped_early" in result else {}
+    if "skipped_steps" in result:
+        facts["skipped"] = f"{result['skipped_steps']:,} steps, whose loss or gradient was not finite"
     if key is not None and result[key] is None:
         facts[f"best {key}"] = "none: no evaluation had a finite value, so the checkpoint is the last one"
     elif key is not None:

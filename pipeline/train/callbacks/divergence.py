@@ -15,7 +15,8 @@ from pipeline.train.callbacks.ranks import gather
 from pipeline.train.ends import DivergedError
 
 CHOICES = ("stop", "skip")
-ADVICE = "lower recipe.optimizer.lr with name=NAME for a new run, or add on_nonfinite=skip to continue this one"
+LOWER = "lower recipe.optimizer.lr, which starts a new run (give it another name if you gave one)"
+ADVICE = f"{LOWER}, or add on_nonfinite=skip to leave out such steps"
 MAX_LINES = 10  # about skipped steps
 
 
@@ -92,6 +93,13 @@ class GuardFinite(pl.Callback):
             rate = self._learning_rate(trainer, found.step)
             raise DivergedError(found.what, step=found.step, learning_rate=rate, samples=found.samples, advice=ADVICE)
 
+    def check_evaluations(self, trainer: pl.Trainer, *, had_finite_loss: bool | None) -> None:
+        """Raise DivergedError, on every rank, at the end of a training without an evaluation whose loss was finite."""
+        if had_finite_loss is False:
+            step = trainer.global_step
+            rate = self._learning_rate(trainer, step)
+            raise DivergedError("val/loss", step=step, learning_rate=rate, advice=LOWER)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the number of skipped steps."""
         return {"skipped": self.num_skipped} if self.num_skipped else {}
@@ -112,7 +120,8 @@ class GuardFinite(pl.Callback):
             found = self._found_by_all(trainer)
             assert found is not None
             names = ", ".join(found.samples[:3])
-            self.report(f"skipped step {found.step}: its {found.what} is not finite ({names}, ...)")
+            last = "; further ones are only counted" if self.num_skipped == MAX_LINES else ""
+            self.report(f"skipped step {found.step}: its {found.what} is not finite ({names}, ...){last}")
         self.found.zero_()
         self._first.fill_(-1)
 

@@ -16,6 +16,8 @@ from pipeline.runs.journal import Journal
 from pipeline.train.callbacks.divergence import GuardFinite
 from pipeline.train.callbacks.loop_state import Point, loop_state, point_after_batch
 
+LOSS = "val/loss"
+
 
 class SaveCheckpoints(CheckpointCallback):
     """Save at the end of each epoch, every `every_steps` steps, and where the training is stopped.
@@ -35,6 +37,7 @@ class SaveCheckpoints(CheckpointCallback):
         self.monitor, self.mode = monitor, mode
         self.every_steps = every_steps
         self.best: Best | None = None
+        self.had_finite_loss: bool | None = None  # in any evaluation so far, None without one
         self.saved_at = time.monotonic()
         self._point, self._is_beyond = Point.EPOCH, False
 
@@ -65,6 +68,9 @@ class SaveCheckpoints(CheckpointCallback):
         if self._is_beyond:
             trainer.fit_loop.epoch_loop.max_steps -= 1
             self._is_beyond = False
+        loss = trainer.callback_metrics.get(LOSS)
+        if loss is not None:
+            self.had_finite_loss = bool(self.had_finite_loss) or math.isfinite(float(loss))
         value = trainer.callback_metrics.get(self.monitor or "")
         score = math.nan if value is None else float(value)
         sign = 1 if self.mode == "max" else -1
@@ -96,12 +102,13 @@ class SaveCheckpoints(CheckpointCallback):
             self._writer(trainer).wait()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best step and its score."""
-        return {"best": None if self.best is None else vars(self.best)}
+        """Return the best step and its score, and whether an evaluation had a finite loss."""
+        return {"best": None if self.best is None else vars(self.best), "had_finite_loss": self.had_finite_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with the best step and score of a checkpoint."""
+        """Continue with those of a checkpoint."""
         self.best = Best(**state_dict["best"]) if state_dict["best"] else None
+        self.had_finite_loss = state_dict["had_finite_loss"]
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

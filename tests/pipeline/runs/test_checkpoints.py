@@ -89,6 +89,14 @@ def test_a_best_file_that_somebody_has_removed_keeps_its_other_name(tmp_path: Pa
     assert torch.load(folder.best, weights_only=True)["global_step"] == 1
 
 
+def test_the_best_checkpoint_is_found_without_its_link(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step in (1, 2, 3):
+        write(folder, step, Best(1, 0.5))
+    (folder.path / "best.ckpt").unlink()
+    assert folder.best == folder.path / "step-1.ckpt"
+
+
 def test_a_file_that_cannot_be_opened_is_not_taken_for_a_damaged_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,12 +11,13 @@ import torch
 
 from data.loading.decoder import DecoderChoice, GpuDecoder
 from data.shards.dataset import Dataset, Split
+from pipeline.build.parameters import load_record, with_digest
 from pipeline.build.settings import RunSettings
 from pipeline.cli.compose import CONF, compose
 from pipeline.cli.errors import ConfigError
 from pipeline.runs.fingerprint import Fingerprint, fingerprint
 from pipeline.runs.restore import RestoredRun
-from pipeline.runs.run import open_run
+from pipeline.runs.run import Run, open_run
 
 DATASET = Dataset(
     Path(), Path(), "digits", ("0", "1"), (0, 0, 0), (1, 1, 1), {"train": Split((), "train.parquet", "a")}
@@ -86,6 +87,26 @@ def test_a_run_of_somebody_else_builds_nothing_untrusted(tmp_path: Path) -> None
         assert RestoredRun(tmp_path, trust=True).network == "resnet18"
     (tmp_path / "config.yaml").write_text(settings_of(tmp_path).record)
     assert RestoredRun(tmp_path).build_recipe().epochs == 6
+
+
+def test_a_changed_config_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    text = with_digest(settings_of(tmp_path).record)
+    for changed in (text.replace("seed: 0", "seed: 1"), text[:-100]):
+        file.write_text(changed)
+        with pytest.raises(ValueError, match=r"config.yaml has changed since it was written: remove its first line"):
+            load_record(file)
+    file.write_text(text)
+    assert load_record(file).seed == 0
+    file.write_text(text.partition("\n")[2].replace("seed: 0", "seed: 1"))
+    assert load_record(file).seed == 1
+
+
+def test_a_damaged_id_of_a_page_is_none(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for content, expected in ((b"1a2b\n", "1a2b"), (b"\xff\xfe", ""), (b"a/b c", ""), (b"", "")):
+        run.tracking_id_file.write_bytes(content)
+        assert run.tracking_id == expected
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:

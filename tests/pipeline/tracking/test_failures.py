@@ -30,6 +30,15 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mirror, name, 0.01)
 
 
+def test_a_database_that_a_kill_left_half_created_is_created_anew(tmp_path: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    for end in ("", "-journal"):
+        file.with_name(f".mlflow.db.new{end}").write_bytes(b"half of a database")
+    _, experiment_id = Store(f"sqlite:///{file}").open()
+    assert Store(f"sqlite:///{file}").open()[1] == experiment_id
+    assert not list(tmp_path.glob(".mlflow.db.new*"))
+
+
 class Failing:
     """A client whose calls fail where `fails` says so, before or after the server has done what they ask for."""
 
@@ -99,7 +108,7 @@ def test_a_page_without_all_points_is_not_finished(
         problem = tracker.finish("finished")
     assert problem == (
         f"MLflow at {local_uri} failed: log_batch did not reach the server; "
-        f"python -m pipeline.sync {run.folder} sends the rest"
+        f"python -m pipeline.sync {run.folder} tracking.uri={local_uri} sends the rest"
     )
     (page,) = pages(local_uri)
     assert page.info.status == "RUNNING"
@@ -152,7 +161,7 @@ def test_a_server_that_gives_no_answer_ends_nothing(tmp_path: Path, answer: byte
         tracker.update()
         problem = tracker.finish("stopped")
     assert str(problem).startswith(f"MLflow at {uri} ")
-    assert str(problem).endswith(f"; python -m pipeline.sync {run.folder} sends the rest")
+    assert str(problem).endswith(f"; python -m pipeline.sync {run.folder} tracking.uri={uri} sends the rest")
     assert "\n" not in str(begun) + str(problem)
     assert (tracker.link, run.tracking_id, run.journal.path.read_bytes()) == (None, "", before)
 

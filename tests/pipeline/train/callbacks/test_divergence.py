@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,22 @@ def test_a_network_without_buffers_skips_a_step_too(
     last = checkpoint(with_digits / "runs" / "mine")
     assert last["callbacks"]["GuardFinite"] == {"skipped": 1}
     assert all(torch.isfinite(tensor).all() for tensor in last["state_dict"].values())
+
+
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+def test_a_training_without_a_finite_evaluation_is_a_divergence(
+    train: Typed, with_digits: Path, monkeypatch: pytest.MonkeyPatch, choice: str
+) -> None:
+    """No loss of training follows the last step that would show it. The same command ends in the same way."""
+    monkeypatch.setenv("FAIL", "0,100,nan")
+    words = [word for word in WORDS if not re.search("mobilenet|optimizer.lr|limit_train|epochs", word)]
+    large = ("recipe.optimizer.lr=1e38", "recipe.schedule.warmup_epochs=0", "recipe.epochs=1")
+    for _ in range(2):
+        with pytest.raises(DivergedError, match=r"^step 1 has a val/loss that is not finite, at a .*: lower"):
+            train("+model=lenet", *words, *large, "+trainer.limit_train_batches=1", f"on_nonfinite={choice}")
+    run = with_digits / "runs" / "mine"
+    assert not (run / "result.json").exists()
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
 
 
 @pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
