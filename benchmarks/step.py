@@ -115,7 +115,8 @@ def ours(
         if guarded:
             guard = GuardFinite("stop", data=options["data"], report=print)
             saving = SaveCheckpoints(run.checkpoints, run.journal, guard=guard, monitor=None)
-            watch = RankWatch(run.folder, dict, hang_seconds=600, fail=print)
+            watch = RankWatch(run.folder, dict, rank=0, hang_seconds=600, close=print)
+            watch.start()
             own = [watch, guard, StopTogether(saving, guard, signals=StopSignals(), every_minutes=10), saving]
         trainer = pl.Trainer(
             accelerator=accelerator,

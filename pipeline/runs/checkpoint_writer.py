@@ -122,7 +122,7 @@ def check_finite(state: dict[str, Any]) -> None:
     extremes = [extreme for _, tensor in named for extreme in torch.aminmax(tensor)]
     if extremes and not torch.stack(extremes).isfinite().all():
         name = next(name for name, tensor in named if not tensor.isfinite().all())
-        advice = "the checkpoint before it is kept; lower recipe.optimizer.lr with name=NAME for a new run"
+        advice = "the checkpoint before it is kept; lower recipe.optimizer.lr, which starts a new run"
         raise NonFiniteStateError(f"step {state['global_step']} left NaN or infinite values in {name}: {advice}")
 
 

@@ -116,8 +116,7 @@ class CheckpointFolder:
 
     def manifests(self) -> Iterator[Path]:
         """Yield the manifests of complete checkpoints, the newest first."""
-        found = [(int(match[1]), path) for path in self._files() if (match := FILE.fullmatch(path.name))]
-        yield from (path for _, path in sorted(found, reverse=True) if path.suffix == ".json")
+        yield from (self.path / f"step-{step}.json" for step in self._steps())
 
     def newest(self) -> FoundCheckpoint:
         """Return the newest intact checkpoint, after reading each file until one is intact.
@@ -139,17 +138,19 @@ class CheckpointFolder:
     @property
     def last(self) -> Path | None:
         """The newest complete checkpoint, None without one."""
-        newest = next((int(path.stem.removeprefix("step-")) for path in self.manifests()), None)
-        return self._existing(LAST) or (None if newest is None else self._existing(self._file(newest)))
+        if (link := self._existing(LAST)) is not None:
+            return link
+        steps = self._steps()
+        return self._existing(self._file(steps[0])) if steps else None
 
     @property
     def best(self) -> Path | None:
         """The checkpoint with the best evaluation, None without one."""
-        manifest = next(self.manifests(), None)
-        newest = None if manifest is None else self.find(int(manifest.stem.removeprefix("step-")))
-        if (link := self._existing(BEST)) is not None or newest is None or newest.best is None:
+        if (link := self._existing(BEST)) is not None:
             return link
-        return self._existing(self._file(newest.best.step))  # somebody has removed the link
+        steps = self._steps()
+        newest = self.find(steps[0]) if steps else None
+        return self._existing(self._file(newest.best.step)) if newest and newest.best else None
 
     def find(self, step: int) -> Checkpoint | None:
         """Return the manifest of a step, None without a readable one."""
@@ -159,7 +160,7 @@ class CheckpointFolder:
 
     def tidy(self, newest: Checkpoint | None) -> None:
         """Remove what a kill has left, and checkpoints after `newest`, which are damaged; restore the links."""
-        files = {self._file(int(path.stem.removeprefix("step-"))) for path in self.manifests()}
+        files = {self._file(step) for step in self._steps()}
         for path in self._files():
             match = FILE.fullmatch(path.name)
             is_later = match is not None and (newest is None or int(match[1]) > newest.step)
@@ -173,6 +174,11 @@ class CheckpointFolder:
         self._link(LAST, newest.step)
         if newest.best is not None:
             self._link(BEST, newest.best.step)
+
+    def _steps(self) -> list[int]:
+        """Return the steps that have a manifest, the newest first."""
+        matches = (FILE.fullmatch(path.name) for path in self._files())
+        return sorted((int(match[1]) for match in matches if match and match[2] == "json"), reverse=True)
 
     def _file(self, step: int) -> str:
         """Return the name of the checkpoint's file that a step's manifest describes, if it can be read."""
@@ -202,8 +208,8 @@ class CheckpointFolder:
     def _remove_older(self) -> None:
         """Keep the newest checkpoints and their best ones; a manifest goes before its file."""
         steps: set[int] = set()
-        for manifest in list(self.manifests())[:KEPT]:
-            checkpoint = self.find(int(manifest.stem.removeprefix("step-")))
+        for step in self._steps()[:KEPT]:
+            checkpoint = self.find(step)
             if checkpoint is not None:
                 steps |= {checkpoint.step} | ({checkpoint.best.step} if checkpoint.best else set())
         files = {self._file(step) for step in steps}

@@ -63,8 +63,7 @@ class MLflowTracker(Tracker):
             return None
         seconds, mirror = FINAL_SECONDS[state], self._mirror
         problem = mirror.finish(STATUS[state], seconds=seconds, stall_seconds=min(seconds, STALL_SECONDS))
-        own = Store(experiment="")  # where `sync` sends by itself
-        where = "" if self.store.uri == own.uri else f" tracking.uri={self.store.printed_address}"
+        where = f" tracking.uri={self.store.printed_address}" if self.store.is_given else ""
         return problem and f"{problem}; python -m pipeline.sync {mirror.page.run.folder}{where} sends the rest"
 
     def send(self, run: Run) -> Sent:

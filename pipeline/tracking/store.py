@@ -37,7 +37,9 @@ class Store:
 
     def __init__(self, uri: str | None = None, *, experiment: str = "convoy") -> None:
         default = f"sqlite:///{Path(DATABASE).resolve()}"
-        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+        chosen = os.environ.get("MLFLOW_TRACKING_URI") or default
+        self.uri = uri or chosen
+        self.is_given = self.uri != chosen  # by the config
         self.is_default, self.is_server = self.uri == default, is_server(self.uri)
         self.file = Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
         self._experiment = experiment
@@ -92,7 +94,7 @@ class Store:
 
     def reason(self, error: BaseException) -> str:
         """Return the first line of an error, shortened, with the printed address; of a connection, its cause."""
-        if cause := ERRNO.search(str(error)):
+        if self.is_server and (cause := ERRNO.search(str(error))):
             return cause[1]
         line = " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
         line = mask_address(line.replace(self.uri, self.printed_address))

@@ -32,17 +32,14 @@ class RanksDifferError(ValueError):
 
 
 class DivergedError(FailureError):
-    """A loss or a gradient is not finite. Raised on every rank after the same step.
+    """A loss or a gradient is not finite, as `finding` says. Raised on every rank after the same step."""
 
-    Without `samples` it is the loss of the evaluation after the step.
-    """
-
-    def __init__(self, what: str, *, step: int, learning_rate: float, advice: str, samples: Sequence[str] = ()) -> None:
+    def __init__(
+        self, finding: str, *, step: int, learning_rate: float, advice: str, samples: Sequence[str] = ()
+    ) -> None:
         others = f" and {len(samples) - 3} more in {NONFINITE}" if len(samples) > 3 else ""
         named = f" with the samples {', '.join(samples[:3])}{others}" if samples else ""
-        super().__init__(
-            f"step {step} has a {what} that is not finite, at a learning rate of {learning_rate:.4g}{named}: {advice}"
-        )
+        super().__init__(f"{finding}, at a learning rate of {learning_rate:.4g}{named}: {advice}")
         self.step, self.samples = step, tuple(samples)
 
 

@@ -91,14 +91,16 @@ class GuardFinite(pl.Callback):
         found = self._found_by_all(trainer)
         if found is not None:
             rate = self._learning_rate(trainer, found.step)
-            raise DivergedError(found.what, step=found.step, learning_rate=rate, samples=found.samples, advice=ADVICE)
+            finding = f"step {found.step} has a {found.what} that is not finite"
+            raise DivergedError(finding, step=found.step, learning_rate=rate, samples=found.samples, advice=ADVICE)
 
     def check_evaluations(self, trainer: pl.Trainer, *, had_finite_loss: bool | None) -> None:
         """Raise DivergedError, on every rank, at the end of a training without an evaluation whose loss was finite."""
         if had_finite_loss is False:
             step = trainer.global_step
             rate = self._learning_rate(trainer, step)
-            raise DivergedError("val/loss", step=step, learning_rate=rate, advice=LOWER)
+            finding = f"no evaluation up to step {step} had a finite loss"
+            raise DivergedError(finding, step=step, learning_rate=rate, advice=LOWER)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of skipped steps."""

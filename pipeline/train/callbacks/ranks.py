@@ -109,7 +109,7 @@ class RankWatch(pl.Callback):
                 self.folder.rmdir()
 
     def wait_for_main(self) -> None:
-        """Wait on other ranks until rank 0 has ended, which reports for all: a launcher kills it once one has ended."""
+        """On other ranks, wait until rank 0 has reported and ended: a launcher kills it soon after another one ends."""
         if self._rank > 0 and self._store is not None:
             stop_signals.finish()
             with suppress(RuntimeError):

@@ -49,6 +49,16 @@ SUCCEEDS = """
 signals.stop_signals.succeed()
 wait()
 """
+TIMES_OUT = """
+from concurrent.futures import ThreadPoolExecutor
+from pipeline.cli.errors import one_line_errors
+from pipeline.cli.run import ended_by_timeouts
+print("ready", flush=True)
+with ended_by_timeouts(), one_line_errors():
+    ThreadPoolExecutor().submit(time.sleep, 60)
+    print("printed before")
+    raise TimeoutError("the disk does not answer")
+"""
 STOPS = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
 
 
@@ -75,6 +85,13 @@ def test_a_signal_ends_a_verb_with_its_code_after_its_cleanup(number: signal.Sig
         assert process.stdout is not None
         assert process.stdout.read() == "cleaned up\n"
         assert process.wait(30) == code
+
+
+def test_a_timeout_ends_a_process_whose_threads_still_wait() -> None:
+    with running(TIMES_OUT) as process:
+        assert process.wait(30) == 2
+        assert process.stdout is not None
+        assert process.stdout.read() == "printed before\n"
 
 
 def test_a_signal_after_success_leaves_the_exit_code_of_success() -> None:
