@@ -5,6 +5,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
@@ -118,12 +119,16 @@ def check_finite(state: dict[str, Any]) -> None:
     """Raise NonFiniteStateError, naming the tensor, for weights or a state of an optimizer with NaN or infinity."""
     parts = {"weights": state["state_dict"], "optimizer": state["optimizer_states"]}
     named = [(name, tensor) for name, tensor in _tensors(parts, "") if tensor.is_floating_point() and tensor.numel()]
-    # isfinite() of each tensor would take five times the processor's time, which the training has to do without.
-    extremes = [extreme for _, tensor in named for extreme in torch.aminmax(tensor)]
-    if extremes and not torch.stack(extremes).isfinite().all():
-        name = next(name for name, tensor in named if not tensor.isfinite().all())
+    name = next((name for name, tensor in named if not _is_finite(tensor)), None)
+    if name is not None:
         advice = "the checkpoint before it is kept; lower recipe.optimizer.lr, which starts a new run"
         raise NonFiniteStateError(f"step {state['global_step']} left NaN or infinite values in {name}: {advice}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # NumPy's extremes: torch would start threads, for the cores that the training needs, and isfinite() is slower.
+    values = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return bool(np.isfinite((values.min(), values.max())).all())
 
 
 def _tensors(tree: object, name: str) -> list[tuple[str, Tensor]]:

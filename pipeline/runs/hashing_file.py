@@ -44,9 +44,10 @@ class HashingFile:
         """Write, and add to the digest. Raises: OSError, naming the file."""
         rest = memoryview(content)
         while rest:
-            taken = min(len(rest), BUFFER_BYTES - self._filled)
-            self._buffer[self._filled : self._filled + taken] = rest[:taken]
-            self._filled, rest = self._filled + taken, rest[taken:]
+            piece = rest[: BUFFER_BYTES - self._filled]
+            self.sha256.update(piece)  # before the copy, which then reads from the processor's cache
+            self._buffer[self._filled : self._filled + len(piece)] = piece
+            self._filled, rest = self._filled + len(piece), rest[len(piece) :]
             if self._filled == BUFFER_BYTES:
                 self._write_buffer()
         return len(content)
@@ -56,7 +57,6 @@ class HashingFile:
 
     def _write_buffer(self) -> None:
         rest = self._buffer[: self._filled]
-        self.sha256.update(rest)
         self.bytes += len(rest)
         while rest:
             rest = rest[self._write(rest) :]
