@@ -14,7 +14,7 @@ import torchvision
 
 from data.shards.dataset import Dataset
 from models.residual import resnet
-from pipeline import pack, sync
+from pipeline import index, pack, sync
 from pipeline.evaluate import __main__ as evaluate
 from pipeline.export import __main__ as export
 from pipeline.predict import __main__ as predict
@@ -52,6 +52,7 @@ VERBS = {
     "pipeline.predict": predict,
     "pipeline.export": export,
     "pipeline.sync": sync,
+    "pipeline.index": index,
 }
 NEEDS_PROCESS = ("models=", "trainer=ddp", "--nproc-per-node")
 MAIN_JOB, NAME = "python -m pipeline.train +model=resnet", "mine"  # the run that the README calls NAME

@@ -51,9 +51,9 @@ def pack(
     """Write `source` as a data set into `folder`, which appears only when it is complete.
 
     `resize` re-encodes larger images to that shorter side in pixels; None copies the bytes. Unreadable images are
-    skipped and returned, or raise when `strict`. Raises: FileExistsError when `folder` exists; ValueError.
+    skipped and returned, or raise when `strict`. Raises: FileExistsError when `folder` has files; ValueError.
     """
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists: remove it, or choose another name")
     require(shard_samples >= 1, "must be at least 1", shard_samples=shard_samples)
     is_valid = resize is None or (isinstance(resize, int) and resize >= 1)

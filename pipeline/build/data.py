@@ -4,15 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 
 from data.loading.crops import CropPolicy
 from data.loading.datamodule import LoaderSettings, ShardData
 from data.shards.dataset import Dataset
-from data.shards.indexing import NotADatasetError, open_dataset
 from pipeline.build.objects import build_object
-from pipeline.build.source import pack_once
-from pipeline.cli.console import print_skipped
+from pipeline.build.source import open_tars, pack_once
 from pipeline.cli.errors import config_keys_in_errors
 
 LOADER_OPTIONS = (
@@ -55,16 +52,7 @@ class DataConfig:
             pack_once(self.source, root)
         if not root.exists():
             raise FileNotFoundError(f"data.root={root} is not a folder: pack one with python -m pipeline.pack")
-        try:
-            with config_keys_in_errors(DATASET_KEYS):
-                dataset, skipped = open_dataset(root, index, label_field=self.label_field)
-        except NotADatasetError as error:
-            command = f"python -m pipeline.pack source=folder source.root={root} name=NAME"
-            raise ValueError(f"{error} (to pack class folders: {command})") from error
-        print_skipped(Console(), skipped)
-        if any(sample.lacks_label_field for sample in skipped):
-            Console().print("data.label_field=NAME reads labels from another field of .json files", highlight=False)
-        return dataset
+        return open_tars(root, index, label_field=self.label_field, keys=DATASET_KEYS)
 
 
 def build_data(config: DictConfig, *, accumulate: int) -> ShardData:

@@ -1,10 +1,12 @@
 """The values of a config that decide the result of a run: its name, its fingerprint and its record."""
 
+from enum import StrEnum
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from data.shards.dataset import Dataset
+from models.arguments import require
 from models.learning.evaluation import TOP1
 from pipeline.build.choice import build_choice
 from pipeline.build.network import network_name
@@ -17,6 +19,8 @@ OURS = ("models.", "data.", "pipeline.")
 NOT_IN_NAME = (
     "name",
     "runs",
+    "out",
+    "again",
     "trust",
     "log_every",
     "checkpoint.",
@@ -42,12 +46,25 @@ NOT_IN_NAME = (
 NOT_IN_FINGERPRINT = (*NOT_IN_NAME, "data.batch_size", "recipe.accumulate", "trainer.precision")
 
 
+class Again(StrEnum):
+    """The treatment of a run that is already in the folder of a training.
+
+    CONTINUE accepts one of the same settings, and has nothing left to do if it is finished. REPLACE does the same, and
+    moves one of other settings aside.
+    """
+
+    CONTINUE = "continue"
+    REPLACE = "replace"
+    REFUSE = "refuse"
+
+
 class RunSettings:
     """The values of a config that a run uses; `weights_sha256` stands for the file of weights.
 
-    `runs` is the folder of all runs, `name` is None for a default name. `parameters` are all values by dotted key;
-    `in_name` and `in_fingerprint` are those that decide the result. `record` is the config as YAML, from which the run
-    can be restored without the data set. None of these holds a secret, and `record` leaves out `trust`.
+    `runs` is the folder of all runs, `name` is None for a default name, `out` for a folder in `runs`. `parameters` are
+    all values by dotted key; `in_name` and `in_fingerprint` are those that decide the result. `record` is the config as
+    YAML, from which the run can be restored without the data set. None of these holds a secret, and `record` leaves out
+    `trust`.
     Raises: ValueError.
     """
 
@@ -57,6 +74,10 @@ class RunSettings:
         self.network = network_name(config)
         self.runs = Path(str(config.runs))
         self.name = None if config.name is None else str(config.name)
+        self.out = None if config.out is None else Path(str(config.out))
+        require(self.out is None or self.name is None, "names the run's folder too: leave name out", out=config.out)
+        require(config.again in (None, *Again), f"is not one of {', '.join(Again)}", again=config.again)
+        self.again = None if config.again is None else Again(config.again)
         self.seed: int = config.seed
         self.log_every: int = config.log_every
         self.every_steps: int | None = config.checkpoint.every_steps

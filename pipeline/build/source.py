@@ -1,17 +1,20 @@
-"""From `conf/source` to a packed data set; imports no Lightning, for which `pack` would wait."""
+"""From `conf/source` or a folder of tars to a data set; imports no Lightning, for which `pack` would wait."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from filelock import FileLock
 from omegaconf import DictConfig
 from rich.console import Console
 
-from data.shards.indexing import LOCK_SECONDS
+from data.shards.dataset import Dataset
+from data.shards.indexing import LOCK_SECONDS, NotADatasetError, open_dataset
 from data.shards.pack import Packed, pack
 from data.shards.sources import Source
 from pipeline.build.objects import build_object
 from pipeline.cli.compose import choices, compose
-from pipeline.cli.errors import ConfigError, nearest
+from pipeline.cli.console import print_skipped
+from pipeline.cli.errors import ConfigError, config_keys_in_errors, nearest
 
 
 def pack_source(config: DictConfig) -> Packed:
@@ -38,3 +41,21 @@ def pack_once(source: str, root: Path) -> None:
         if not root.exists():
             Console().print(f"packing {source} into {root}", highlight=False, markup=False)
             pack_source(compose("pack", [f"source={source}", f"out={root}"]))
+
+
+def open_tars(root: Path, folder: Path | None, *, label_field: str, keys: Mapping[str, str]) -> Dataset:
+    """Open a data set, and report the samples that indexing has just skipped; `keys` are those of the arguments.
+
+    Raises: ValueError.
+    """
+    try:
+        with config_keys_in_errors(keys):
+            dataset, skipped = open_dataset(root, folder, label_field=label_field)
+    except NotADatasetError as error:
+        command = f"python -m pipeline.pack source=folder source.root={root} name=NAME"
+        raise ValueError(f"{error} (to pack class folders: {command})") from error
+    print_skipped(Console(), skipped)
+    if any(sample.lacks_label_field for sample in skipped):
+        text = f"{keys['label_field']}=NAME reads labels from another field of .json files"
+        Console().print(text, highlight=False)
+    return dataset

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline.cli.compose import CONF
+
 if TYPE_CHECKING:
+    from data.shards.dataset import Dataset
     from data.shards.tars import SkippedSample
 
 TABLE_WIDTH = 160  # columns, where the output is a file or a pipe
 NUM_NAMED = 10  # skipped samples that are named
+NUM_NAMED_CLASSES = 10
 LABEL_WIDTH = 10  # columns of a fact's name at least, so that consecutive lists align
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # set by torchrun, Lightning, a cluster's script, srun
 
@@ -49,3 +54,28 @@ def print_skipped(console: Console, skipped: Sequence[SkippedSample]) -> None:
         console.print(f"skipped: {sample.name}: {sample.reason}", highlight=False, markup=False, soft_wrap=True)
     if skipped:
         console.print(f"{len(skipped):,} skipped in all", highlight=False)
+
+
+def dataset_facts(dataset: Dataset, *, seconds: float) -> dict[str, str]:
+    """Return name, images, classes and colours of a data set, the time that it took, and the next command."""
+    num_images = sum(split.samples for split in dataset.splits.values())
+    splits = [f"{name} {split.samples:,} (tars: {len(split.shards):,})" for name, split in dataset.splits.items()]
+    classes, more = dataset.classes[:NUM_NAMED_CLASSES], len(dataset.classes) > NUM_NAMED_CLASSES
+    return {
+        "data set": f"{dataset.name} in {dataset.folder}",
+        "images": ", ".join(splits),
+        "classes": f"{len(dataset.classes):,}: {', '.join(classes)}{', ...' if more else ''}",
+        "mean": ", ".join(f"{value:.4f}" for value in dataset.mean),
+        "std": ", ".join(f"{value:.4f}" for value in dataset.std),
+        "time": f"{seconds:.1f} s, {num_images / seconds:,.0f} images/s",
+        "next": f"python -m pipeline.train +model=resnet {_overrides_of(dataset)}",
+    }
+
+
+def _overrides_of(dataset: Dataset) -> str:
+    """Return the overrides with which a training reads a data set."""
+    folder = dataset.folder
+    if (CONF / "data" / f"{folder.name}.yaml").is_file() and folder == Path("datasets", folder.name):
+        return f"data={folder.name}"
+    index = "" if dataset.root == folder else f" data.index={folder}"
+    return f"data=shards data.root={dataset.root}{index}"

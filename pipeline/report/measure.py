@@ -1,5 +1,6 @@
 """Measure a network and write the results: what `report` and every training share."""
 
+import io
 import json
 import os
 import statistics
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from data.shards.dataset import write_atomically
 from models.analysis.cost import training_memory
 from models.analysis.effective_field import effective_field, field_warnings
 from models.analysis.fresh_norms import estimated_norms, is_fresh
@@ -108,19 +110,20 @@ def writable_folder(folder: Path) -> Path:
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write the page, its numbers as JSON, and the layers as JSON and Parquet; return their paths."""
+    """Write the page, the layers as JSON and Parquet, and last the numbers as JSON; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     page, numbers = folder / "report.html", folder / "report.json"
-    page.write_text(render_report(report), encoding="utf-8")
-    numbers.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-    return [page, numbers, *_write_table(report.layer_table(), folder / LAYER_TABLE, types=LAYER_COLUMNS)]
+    write_atomically(page, render_report(report).encode())
+    tables = _write_table(report.layer_table(), folder / LAYER_TABLE, types=LAYER_COLUMNS)
+    write_atomically(numbers, json.dumps(report.to_dict(), indent=1).encode())
+    return [page, numbers, *tables]
 
 
 def write_comparison(reports: Sequence[Report], folder: Path, *, images_per_second: Sequence[float]) -> list[Path]:
     """Write the page of a comparison and its table as JSON and Parquet; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "comparison.html"
-    page.write_text(render_comparison(reports, images_per_second=images_per_second), encoding="utf-8")
+    write_atomically(page, render_comparison(reports, images_per_second=images_per_second).encode())
     local = [report.summary.last_local_layer for report in reports]
     global_layers = [report.summary.first_global_layer for report in reports]
     table: dict[str, Sequence[object]] = {
@@ -139,12 +142,13 @@ def write_comparison(reports: Sequence[Report], folder: Path, *, images_per_seco
 
 
 def _write_table(table: Mapping[str, Sequence[object]], path: Path, *, types: Mapping[str, type]) -> list[Path]:
-    """Write a table by column as JSON, in pandas' split layout, and as Parquet beside it."""
-    rows = [list(row) for row in zip(*table.values(), strict=True)]
-    path.write_text(json.dumps({"columns": list(table), "data": rows}), encoding="utf-8")
-    parquet = path.with_suffix(".parquet")
+    """Write a table by column as Parquet, and then as JSON beside it, in pandas' split layout."""
+    parquet, content = path.with_suffix(".parquet"), io.BytesIO()
     schema = pa.schema([(name, ARROW_TYPES[kind]) for name, kind in types.items()])
-    pq.write_table(pa.table(dict(table), schema=schema), parquet)
+    pq.write_table(pa.table(dict(table), schema=schema), content)
+    write_atomically(parquet, content.getvalue())
+    rows = [list(row) for row in zip(*table.values(), strict=True)]
+    write_atomically(path, json.dumps({"columns": list(table), "data": rows}).encode())
     return [path, parquet]
 
 

@@ -12,7 +12,7 @@ from data.shards.dataset import Dataset
 
 Fingerprint = Mapping[str, object]  # settings, digests and versions by name
 LIBRARIES = ("torch", "nvidia-dali-cuda130")
-CODECS = "nvidia-nvimgcodec-cu13"
+CODECS, NVJPEG = "nvidia-nvimgcodec-cu13", "nvJPEG"
 DECODER, DIGEST_OF = "data.decoder", "digest of "
 ADVICE = {
     DECODER: "continue it where it began, with a GPU that decodes or on a CPU",
@@ -38,20 +38,24 @@ def fingerprint(
     versions = {library: metadata.version(library) for library in LIBRARIES}
     if decoder is not None:
         nvjpeg = loaded_nvjpeg()
-        versions["nvJPEG"] = "none" if nvjpeg is None else ".".join(map(str, nvjpeg[0]))
+        versions[NVJPEG] = "none" if nvjpeg is None else ".".join(map(str, nvjpeg[0]))
         versions[CODECS] = metadata.version(CODECS)
     return dict(settings) | digests(dataset) | resolved | versions
 
 
+class OtherSettingsError(ValueError):
+    """A run was started with another fingerprint."""
+
+
 def check_unchanged(before: Fingerprint, now: Fingerprint, *, run: Path) -> None:
-    """Raise ValueError, naming the first difference, unless both fingerprints are equal as JSON."""
+    """Raise OtherSettingsError, naming the first difference, unless both fingerprints are equal as JSON."""
     before = {DECODER: "cpu", **before}  # runs from before there was a choice
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), json.loads(json.dumps(now.get(name)))
         if old != new:
             advice = ADVICE.get(name, "give the values it was started with")
             began, wanted = (_as_typed(name, value) for value in (old, new))
-            raise ValueError(
+            raise OtherSettingsError(
                 f"{run} was started with {name}={began}, not {wanted}: add name=NAME for a new run, or {advice}"
             )
 
@@ -66,6 +70,11 @@ def recorded_decoder(before: Fingerprint) -> DecoderChoice:
     """Return the decoder of a fingerprint."""
     decoder = before.get(DECODER)
     return DecoderChoice(GpuDecoder(**decoder) if isinstance(decoder, dict) else None, "as the run began")
+
+
+def decoding_of(before: Fingerprint) -> Fingerprint:
+    """Return the part of a fingerprint that the choice of a decoder decides."""
+    return {name: before[name] for name in (DECODER, NVJPEG, CODECS) if name in before}
 
 
 def digests(dataset: Dataset) -> dict[str, str]:

@@ -47,7 +47,7 @@ class RestoredRun(RecordedConfig):
     @property
     def unfinished(self) -> str | None:
         """A sentence for a run that has not finished, of which the best weights so far are used."""
-        if self.run.result_file.is_file():
+        if self.run.is_finished:
             return None
         state = "is still training" if self.run.is_locked else "has not finished"
         return f"{self.run.folder} {state}: {self.weights_file.name} is its best so far"

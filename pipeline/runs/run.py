@@ -5,16 +5,25 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from data.loading.decoder import DecoderChoice
 from data.shards.dataset import Dataset, write_atomically
 from pipeline.build.parameters import with_digest
-from pipeline.build.settings import RunSettings
+from pipeline.build.settings import Again, RunSettings
 from pipeline.runs.checkpoints import CheckpointFolder, FoundCheckpoint
-from pipeline.runs.fingerprint import Fingerprint, check_unchanged, digests, recorded_decoder
+from pipeline.runs.fingerprint import (
+    Fingerprint,
+    OtherSettingsError,
+    check_unchanged,
+    decoding_of,
+    digests,
+    recorded_decoder,
+)
 from pipeline.runs.journal import Journal
 
 LOCK_SECONDS = 2.0  # other commands take the lock for a moment, to find out whether a process trains the run
@@ -62,6 +71,11 @@ class Run:
         return recorded_decoder(self.fingerprint())
 
     @property
+    def is_finished(self) -> bool:
+        """Whether a training has succeeded in it."""
+        return self.result_file.is_file()
+
+    @property
     def is_locked(self) -> bool:
         """Whether a process trains it."""
         try:
@@ -101,6 +115,26 @@ class Run:
             raise ValueError(f"{path} is missing, so the checkpoints cannot be matched with a config: add name=NAME")
         check_unchanged(self.fingerprint(), fingerprint, run=self.folder)
 
+    def check_settings(self, fingerprint: Fingerprint) -> None:
+        """Do the same for a fingerprint whose decoder is not chosen yet."""
+        begun = self.last_checkpoint is not None and self.fingerprint_file.is_file()
+        self.check({**fingerprint, **decoding_of(self.fingerprint() if begun else {})})
+
+    def is_of(self, fingerprint: Fingerprint) -> bool:
+        """Whether `check_settings` accepts it."""
+        try:
+            self.check_settings(fingerprint)
+        except OtherSettingsError:
+            return False
+        return True
+
+    def move_aside(self) -> Path:
+        """Give the folder another name, and return that. Raises: ValueError when another process trains it."""
+        names = (f"{self.name}-replaced-{number}" for number in count(1))
+        folder = next(one for one in map(self.folder.with_name, names) if not one.exists())
+        with self.locked():
+            return self.folder.rename(folder)
+
     def newest_checkpoint(self) -> FoundCheckpoint:
         """Return the newest intact checkpoint. Raises: ValueError where all are damaged, or of an earlier version."""
         found, folder = self.checkpoints.newest(), self.checkpoints.path
@@ -123,22 +157,34 @@ class Run:
             raise ValueError(f"{self.fingerprint_file} is damaged ({error}): train again with name=NAME") from error
         return dict(found)
 
+    def result(self) -> dict[str, Any]:
+        """Read the result of a finished run. Raises: ValueError where it is damaged."""
+        try:
+            return dict(json.loads(self.result_file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.result_file} is damaged ({error}): remove it to finish the run again") from error
+
     def finish(self, result: Mapping[str, object]) -> None:
         """Write the file that marks success, the last one of a run."""
         write_atomically(self.result_file, json.dumps(result, indent=1).encode() + b"\n")
 
 
 def open_run(settings: RunSettings, dataset: Dataset) -> Run:
-    """Return the unfinished run of these settings; after finished ones `name-2`, `name-3` follow.
+    """Return the run of these settings; where nothing else is configured, `name-2` follows a finished one.
 
-    Raises: ValueError for a name that is a path.
+    Raises: ValueError for a name that is a path; FileExistsError for a run that must not exist.
     """
     network = settings.network.rpartition(".")[2]  # without the location of a function that builds it
     name = candidate = settings.name or default_name(network, dataset, settings=settings.in_name)
     if name == ".." or Path(name).name != name:
         raise ValueError(f"name={name} is a path: runs=FOLDER sets the folder of all runs, name=NAME only names one")
+    if settings.again is not None or settings.out is not None:
+        run = Run(settings.out or settings.runs / name)
+        if settings.again == Again.REFUSE and run.config_file.is_file():
+            raise FileExistsError(f"{run.folder} has a run already, and again=refuse: remove it, or leave again out")
+        return run
     number = 1
-    while (run := Run(settings.runs / candidate)).result_file.is_file():
+    while (run := Run(settings.runs / candidate)).is_finished:
         number += 1
         candidate = f"{name}-{number}"
     return run

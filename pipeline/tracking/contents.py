@@ -68,7 +68,7 @@ def due_status(run: Run) -> str | None:
     """Return the status for the page of a run whose process has ended; None while a process trains it."""
     if run.is_locked:
         return None
-    if run.result_file.is_file():
+    if run.is_finished:
         return FINISHED
     state = read_state(run.status_file)
     return KILLED if state in (None, State.TRAINING) else STATUS[state]

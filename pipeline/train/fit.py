@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from models.arguments import require
 from models.learning.evaluation import TOP5
 from pipeline.build.choice import Choice
 from pipeline.build.memory import GPU_MEMORY, exhausted_memory
+from pipeline.build.settings import Again
 from pipeline.cli.console import is_main_process, main_console, print_facts
 from pipeline.cli.errors import FailureError, config_keys_in_errors, exit_code
 from pipeline.cli.signals import EXIT_CODES, stop_signals
@@ -37,6 +39,8 @@ from pipeline.train.callbacks.stopping import StopTogether
 from pipeline.train.ends import NONFINITE, DivergedError, Ending, RanksDifferError, Stopped, ending_of
 from pipeline.train.job import Job
 from pipeline.train.summary import outcome, print_missing, run_header, run_result, saving_of
+
+MOVE_SECONDS, POLL_SECONDS = 120.0, 0.1  # until other hosts see that rank 0 has moved a run aside
 
 
 def prepare_process(seed: int) -> None:
@@ -87,6 +91,9 @@ def train(job: Job, trainer: pl.Trainer) -> None:
     """
     limit_epoch(trainer, job.data, num_epochs=job.module.recipe.epochs)
     check_choice(job, trainer)
+    if not settle(job, trainer):
+        print_facts(main_console(), run_result(job, job.run.result()))
+        return
     with config_keys_in_errors({"decoder": "data.decoder"}):
         device, probes = trainer.strategy.root_device, is_main_process()
         decoder = job.data.choose_decoder(device, before=job.run.decoder, probes=probes)
@@ -133,6 +140,27 @@ def check_choice(job: Job, trainer: pl.Trainer) -> None:
     require(trainer.limit_val_batches != 0, no_batch, **{key: value})
     few = f"needs more than five classes, and {dataset.name} has {len(dataset.classes)}: choose_by=top1 goes with any"
     require(choice.metric != TOP5 or job.module.top_k == 5, few, choose_by=choice.metric.key)
+
+
+def settle(job: Job, trainer: pl.Trainer) -> bool:
+    """Do with a run in the folder what `again` says; return whether anything is left to train.
+
+    Raises: ValueError for a run of other settings that must stay, or one that another process trains.
+    """
+    run, current = job.run, fingerprint_of(job, trainer)
+    if job.settings.again == Again.REPLACE and not run.is_of(current):
+        if is_main_process():
+            moved = run.move_aside()
+            main_console().print(f"moved the run of other settings to {moved}", highlight=False, markup=False)
+        end = time.monotonic() + MOVE_SECONDS
+        while not run.is_of(current) and time.monotonic() < end:  # on other ranks
+            time.sleep(POLL_SECONDS)
+    if not run.is_finished:
+        return True
+    run.check_settings(current)
+    if is_main_process():
+        run.finish(run.result())  # a newer file says that nothing has to be done again
+    return False
 
 
 @contextmanager

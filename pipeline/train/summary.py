@@ -97,10 +97,12 @@ def outcome(job: Job, trainer: pl.Trainer) -> dict[str, object]:
         values[key] = None if best is None else best.score
     if best is not None and key != TOP1.key:  # the journal has what the checkpoint has not
         values[TOP1.key] = job.run.journal.values_at(best.step).get(TOP1.key)
+    manifest = job.run.checkpoints.find(trainer.global_step if best is None else best.step)
+    checkpoint = {"checkpoint": str(path), "checkpoint_sha256": manifest and manifest.sha256}
     stopped = [one.reason for one in trainer.early_stopping_callbacks if isinstance(one, StopEarly) and one.reason]
     early = {"stopped_early": stopped[0]} if stopped else {}
     skipped = {"skipped_steps": saving.guard.num_skipped} if saving.guard.num_skipped else {}
-    return {**values, "chosen_by": key, "checkpoint": str(path), **early, **skipped}
+    return {**values, "chosen_by": key, **checkpoint, **early, **skipped}
 
 
 def run_result(job: Job, result: Mapping[str, Any]) -> dict[str, str]:
