@@ -12,7 +12,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-faults test-soak lint gpu-check ui browser lock clean
+.PHONY: help demo workflow test test-all test-faults test-soak test-engines lint gpu-check ui browser lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST) | awk '{printf "  %s %-9s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -24,13 +24,16 @@ test: .venv/ready  ## run the tests, in 10 minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: .venv/ready  ## also run the slow tests, of every variant of every network
-	$(BIN)/python -m pytest $(PARALLEL) -m "not faults and not soak"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not faults and not soak and not engines"
 
 test-faults: .venv/ready  ## kill, signal, damage and starve trainings, in 10 minutes on two cores
 	$(BIN)/python -m pytest -m faults
 
 test-soak: .venv/ready  ## the same for an hour
 	$(BIN)/python -m pytest -m soak
+
+test-engines: .venv/ready .workflow/ready  ## run studies on Snakemake, in 3 minutes on two cores
+	$(BIN)/python -m pytest -m engines
 
 lint: .venv/ready  ## run ruff and mypy
 	$(BIN)/ruff check .
@@ -51,12 +54,16 @@ browser:  ## install Chromium, for the test that opens the report
 	  DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends chromium > /dev/null; \
 	then command -v chromium; else echo "no browser: install chromium or google-chrome to run that test"; fi
 
+workflow: .workflow/ready  ## build the environment of Snakemake, which runs studies
+
 lock: .venv/ready  ## resolve pyproject.toml into requirements.lock, versions and hashes only
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --upgrade \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet --output-file requirements.lock
+	$(BIN)/uv pip compile pipeline/engines/requirements.txt --universal --python-version 3.11 --upgrade \
+	  --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet --output-file pipeline/engines/requirements.lock
 
 clean:  ## remove the environment and caches, but no data set or run
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .workflow .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # uv installs in one minute, pip in three; pip is the fallback where uv cannot reach the packages. Without precompiled
 # bytecode, which some machines never write, every command would spend ten seconds compiling torch.
@@ -67,4 +74,10 @@ clean:  ## remove the environment and caches, but no data set or run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt
 	$(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes --python $(BIN)/python requirements.lock || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	touch $@
+
+# Snakemake's versions of libraries differ from MLflow's.
+.workflow/ready: pipeline/engines/requirements.lock .venv/ready
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .workflow
+	$(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes --python .workflow/bin/python $<
 	touch $@

@@ -4,6 +4,7 @@ Hydra answers many mistakes with a traceback or not at all. These checks answer 
 nearest valid word.
 """
 
+import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--multi
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i")
 HELP = ("--help", "-h")
 SWEEP = ("-m", "--multirun")
+Composed = dict[tuple[str, ...], DictConfig]
 INTERPOLATION = re.compile(r"\$\{[^}]*\}")
 FLAGS_ALONE = (*HELP, "--hydra-help", "--version")
 # The types that a value may have, by the type of its default, and their name in messages.
@@ -38,9 +40,10 @@ KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
 }
 
 
-def check_command_line(verb: Verb, arguments: Sequence[str]) -> list[str]:
+def check_command_line(verb: Verb, arguments: Sequence[str], *, composed: Composed | None = None) -> list[str]:
     """Check flags, choices, keys and types; return the arguments with aliases and implied choices resolved.
 
+    `composed` keeps configs by verb and groups, for commands that choose the same ones.
     Raises: ConfigError.
     """
     typed = overrides_in(arguments)
@@ -56,11 +59,11 @@ def check_command_line(verb: Verb, arguments: Sequence[str]) -> list[str]:
     for override in overrides:
         if _is_group(override):
             _check_choice(verb, override)
-    base = _check_hooks(verb, overrides)
+    base = _check_hooks(verb, overrides, composed={} if composed is None else composed)
     if any(flag in complete for flag in FLAGS_ALONE):
         return complete
     _check_required(verb, base, overrides=overrides)
-    _check_keys(base, overrides)
+    _check_keys(verb, base, overrides=overrides)
     if set(SWEEP) & set(complete):
         _check_no_secret(base, overrides)
     unset = {key for key, value in known_keys(base).items() if value == "???"}
@@ -84,11 +87,26 @@ def _expand_alias(verb: Verb, word: str, *, sweeps: bool) -> str:
     if verb.positional is not None and "=" not in word and not word.startswith("~"):
         word = f"{verb.positional}={word}"
     key, equals, value = word.partition("=")
+    if verb.open_group is not None and key.lstrip("+").startswith(f"{verb.open_group}.") and value[:1] == "[":
+        return f"{key}={_quote_overrides(value)}"
     if not equals or key not in (*verb.aliases, *verb.text_keys) or value[:1] in ("{", "["):
         return word
     needs_no_quotes = value in ("", "null") or value[0] in "'\"" or (sweeps and "," in value)
     quoted = value if needs_no_quotes else "'{}'".format(value.replace("'", "\\'"))
     return f"{verb.aliases.get(key, key)}={quoted}"
+
+
+def _quote_overrides(text: str) -> str:
+    """Quote the elements of a list that are overrides: Hydra's grammar has no `=` in a list."""
+    parts, depth = [""], 0
+    for letter in text[1:-1]:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    quoted = (part if "=" not in part or part[0] in "'\"{[" else f"'{part.strip()}'" for part in parts)
+    return f"[{','.join(quoted)}]"
 
 
 def _check_choice(verb: Verb, override: Override) -> None:
@@ -117,17 +135,20 @@ def _check_required(verb: Verb, base: DictConfig, *, overrides: list[Override]) 
     group = verb.required_group
     if group is None or group in base or _sets(overrides, group, *verb.alternatives):
         return
-    _check_keys(base, [override for override in overrides if not override.key_or_group.startswith(f"{group}.")])
+    others = [override for override in overrides if not override.key_or_group.startswith(f"{group}.")]
+    _check_keys(verb, base, overrides=others)
     raise ConfigError(f"no {group}: add +{group}=NAME, one of {', '.join(choices(group))}")
 
 
-def _check_keys(base: DictConfig, overrides: list[Override]) -> None:
+def _check_keys(verb: Verb, base: DictConfig, *, overrides: list[Override]) -> None:
     known = known_keys(base)
     for override in overrides:
         key = override.key_or_group
         if key in groups() or _is_hydras(override):
             continue
-        if key not in known and not ((override.is_add() or override.is_force_add()) and _is_addable(key, base)):
+        is_open = verb.open_group is not None and key.startswith(f"{verb.open_group}.")
+        adds = override.is_add() or override.is_force_add()
+        if key not in known and not (adds and (is_open or _is_addable(key, base))):
             raise ConfigError(f"there is no {key}{_hint(key, known, base=base)}")
         if key in known and not override.is_delete() and not override.is_sweep_override():
             _check_type(override, known[key])
@@ -170,14 +191,15 @@ def _sets(overrides: list[Override], *keys: str) -> bool:
     return any(override.key_or_group in keys for override in overrides)
 
 
-def _check_hooks(verb: Verb, overrides: list[Override]) -> DictConfig:
+def _check_hooks(verb: Verb, overrides: list[Override], *, composed: Composed) -> DictConfig:
     """Check what Hydra would run for every combination of groups; return the config of the first, without values."""
     deciding = [one for one in overrides if _is_group(one) or _is_hydras(one) or _is_trust(one)]
-    combinations = product(*(_each(override) for override in deciding))
-    configs = (compose(verb.name, words, with_hydra=True) for words in combinations)
-    first = next(configs)
-    for config in (first, *configs):
-        check_hooks(config)
+    combinations = [(verb.name, *words) for words in product(*(_each(override) for override in deciding))]
+    for words in combinations:
+        if words not in composed:
+            composed[words] = compose(verb.name, words[1:], with_hydra=True)
+        check_hooks(composed[words])
+    first = copy.deepcopy(composed[combinations[0]])
     with open_dict(first):
         del first["hydra"]
         if "trust" in first:

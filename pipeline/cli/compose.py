@@ -54,11 +54,7 @@ def known_keys(config: DictConfig) -> dict[str, Any]:
     """Return every dotted key with its default; inner nodes map to an empty dict."""
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
-    keys: dict[str, Any] = dict(_leaves(plain, ""))
-    for key in list(keys):
-        parts = key.split(".")
-        keys.update({".".join(parts[:depth]): {} for depth in range(1, len(parts))})
-    return keys
+    return {key: {} if isinstance(value, dict) else value for key, value in _nodes(plain, "")}
 
 
 def verbs() -> list[str]:
@@ -83,6 +79,13 @@ def default_groups(verb: str) -> set[str]:
     defaults = OmegaConf.select(OmegaConf.load(CONF / f"{verb}.yaml"), "defaults")
     listed = {str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry}
     return listed & groups()
+
+
+def _nodes(node: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from _nodes(value, f"{prefix}{key}.")
 
 
 def _leaves(node: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,8 @@ class Verb:
 
     `examples` maps arguments to what they do. `required_group` needs a choice unless one of `alternatives` is given.
     `implied` maps a key to the groups that set it and the choice to add when none of them was chosen. `aliases` are
-    short keys; `text_keys` are always strings. A word without a key sets `positional`.
+    short keys; `text_keys` are always strings. A word without a key sets `positional`. `open_group` takes new keys with
+    a plus, which the verb checks itself.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Verb:
     aliases: Mapping[str, str] = field(default_factory=dict)
     text_keys: tuple[str, ...] = ()
     positional: str | None = None
+    open_group: str | None = None
 
     @property
     def groups(self) -> set[str]:

@@ -83,6 +83,10 @@ def mcnemar(first: Answers, second: Answers) -> tuple[int, int, float]:
     """
     one, other = first.is_among_top(1), second.is_among_top(1)
     only_first, only_second = int((one & ~other).sum()), int((other & ~one).sum())
-    if only_first + only_second == 0:
-        return 0, 0, 1.0
-    return only_first, only_second, float(binomtest(only_first, only_first + only_second).pvalue)
+    return only_first, only_second, mcnemar_p(only_first, only_second)
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Return the exact p-value of two models that alone are right on this many images."""
+    differing = only_first + only_second
+    return float(binomtest(only_first, differing).pvalue) if differing else 1.0

@@ -142,6 +142,33 @@ def scatter(dots: Sequence[Dot], *, x: str, y: str, reference: tuple[float, str]
 
 
 @STYLE
+def pareto_chart(
+    names: Sequence[str], costs: Sequence[float | None], *, top1: Sequence[float | None], x: str, best: Sequence[str]
+) -> Markup:
+    """Top-1 over a cost on a logarithmic axis, with a line through the names in `best`; empty without points."""
+    dots = [Dot(*one, 1.0) for one in zip(names, costs, top1, strict=True) if one[1] and one[2] is not None]  # type: ignore[arg-type]  # known values only
+    if not dots:
+        return Markup()
+    axes = _axes(440, 370, margins=(52, 14, 44, 28))
+    heights = [dot.y for dot in dots]
+    room = max(0.01, 0.12 * (max(heights) - min(heights)))
+    axes.set(xscale="log", xlim=_log_limits([dot.x for dot in dots]), ylim=(min(heights) - room, max(heights) + room))
+    axes.grid()
+    front = sorted((dot for dot in dots if dot.name in best), key=lambda dot: dot.x)
+    axes.step([dot.x for dot in front], [dot.y for dot in front], where="post", color=ORANGE, linewidth=1.5)
+    for dot in dots:
+        place = names.index(dot.name)
+        _place(axes, Circle((0, 0), 7, gid=f"dot{place}", zorder=3), at=(dot.x, dot.y))
+    axes.annotate(x, (1, 0), (0, -36), "axes fraction", "offset points", ha="right", color=MUTED)
+    axes.annotate("top-1", (0, 1), (-40, 12), "axes fraction", "offset points", color=MUTED)
+    _set_log_ticks(axes.xaxis)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+    by_place = {name: Dot(name, 1.0, 1.0, 1.0) for name in names}
+    return _to_svg(axes, f"Top-1 over {x}: {', '.join(dot.name for dot in dots)}", dots=list(by_place.values()))
+
+
+@STYLE
 def calibration_chart(before: ConfidenceBins, *, with_temperature: ConfidenceBins) -> Markup:
     """Accuracy over confidence, a ring for each bin, the larger the more images it has."""
     axes = _unit_axes(x="confidence", y="accuracy", low=(0.0, 0.0))

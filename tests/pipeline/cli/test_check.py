@@ -121,8 +121,10 @@ def test_a_root_alone_implies_data_shards() -> None:
 @pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_composes(path: Path) -> None:
     group, choice = path.parent.name, path.stem
-    if group == "source":
-        config = compose("pack", [f"source={choice}"])
+    if group in ("source", "profile"):
+        config = compose("pack" if group == "source" else "workflow", [f"{group}={choice}"])
+    elif group == "study":
+        config = compose("workflow", [f"+study={choice}"])
     else:
         plus = "+" if group in ("model", "experiment") else ""
         model = [] if group in ("model", "experiment") else ["+model=resnet"]

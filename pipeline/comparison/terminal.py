@@ -1,0 +1,28 @@
+"""The table of a comparison in a terminal."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from pipeline.comparison.runs import ComparedRun
+from pipeline.pages.wording import integer, rate, share
+
+
+def table_of(runs: Sequence[ComparedRun], *, split: str | None) -> Table:
+    """Return the table of ranked runs."""
+    where = "of the best checkpoint" if split is None else f"on {split}"
+    names = ("parameters, M", "multiply-adds, G", "receptive field, px", "images/s", "epochs", "hours")
+    table = Table("run", f"top-1 {where}", "95 % interval", *names)
+    for run in runs:
+        table.add_row(
+            run.name,
+            "" if run.top1 is None else share(run.top1, digits=2),
+            "" if run.interval is None else " to ".join(map(share, run.interval)),
+            f"{run.parameters / 1e6:.2f}",
+            f"{run.gmacs:.3f}",
+            integer(run.receptive_field),
+            "" if run.images_per_second is None else rate(run.images_per_second),
+            str(run.epochs),
+            f"{run.hours:.3g}",
+        )
+    return table

@@ -1,0 +1,1 @@
+"""Workflows: from a study to commands, and the engine that runs them."""

@@ -1,0 +1,179 @@
+"""Snakemake runs the steps of a study; it has an environment of its own, whose versions differ from ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from data.shards.dataset import write_atomically
+from pipeline.cli.signals import stop_signals
+from pipeline.engines.study import Step
+
+ROOT = Path(__file__).resolve().parents[2]
+SNAKEFILE = Path(__file__).with_name("Snakefile")
+ENVIRONMENT = ROOT / ".workflow"
+POLL_SECONDS, END_SECONDS = 0.2, 6.0
+NAMED = 3  # steps in a reason
+
+
+class Profile(NamedTuple):
+    """Where steps run: Snakemake's executor, steps at a time, words before `python` and resources by verb."""
+
+    executor: str
+    jobs: int
+    prefix: Mapping[str, str]
+    resources: Mapping[str, Mapping[str, object]]
+    arguments: Sequence[str] = ()
+
+
+class Ended(NamedTuple):
+    """A step that has ended: its exit code and seconds."""
+
+    step: Step
+    code: int
+    seconds: int
+
+
+def build_environment() -> Path:
+    """Return Snakemake's program; install it on first use. Raises: OSError where that fails."""
+    program = ENVIRONMENT / "bin" / "snakemake"
+    if not (ENVIRONMENT / "ready").is_file():
+        print(f"installing Snakemake into {ENVIRONMENT.name}", flush=True)
+        made = subprocess.run(["make", "--quiet", "workflow"], cwd=ROOT, check=False)
+        if made.returncode:
+            raise OSError("Snakemake could not be installed: make workflow says why")
+    return program
+
+
+def write_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> Path:
+    """Write the resolved study, and the command of each step where it has changed; return the study's file."""
+    by_verb: dict[str, dict[str, object]] = {}
+    for step in steps:
+        command = " ".join(map(shlex.quote, step.overrides))
+        described = {"command": command, "needs": step.needs, "result": str(step.result)}
+        by_verb.setdefault(step.verb, {})[step.name] = described
+        file = folder / "steps" / step.verb / f"{step.name}.json"
+        content = json.dumps({"verb": step.verb, "overrides": step.overrides, "needs": step.needs}, indent=1).encode()
+        if not file.is_file() or file.read_bytes() != content:  # its time decides whether the step is done
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, content)
+    launch = {"python": sys.executable, "root": str(ROOT), "prefix": dict(profile.prefix)}
+    study = {"folder": str(folder), "launch": launch, "resources": profile.resources, "steps": by_verb}
+    write_atomically(folder / "study.json", json.dumps(study, indent=1).encode() + b"\n")
+    return folder / "study.json"
+
+
+def command_line(program: Path, study: Path, *, profile: Profile, arguments: Sequence[str]) -> list[str]:
+    """Return Snakemake's command line."""
+    common = ["-s", str(SNAKEFILE), "--configfile", str(study), "--rerun-triggers", "mtime", "--nocolor"]
+    at_once = ["--cores", str(profile.jobs)] if profile.executor == "local" else ["--jobs", str(profile.jobs)]
+    return [str(program), *common, "--executor", profile.executor, *at_once, *profile.arguments, *arguments]
+
+
+def planned(words: Sequence[str], *, folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the steps that Snakemake would run, and why. Raises: OSError with its message when it fails."""
+    answer = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise OSError(_reason(answer.stdout + answer.stderr))
+    for block in re.split(r"\n(?=(?:local)?rule )", answer.stdout)[1:]:
+        verb = block.split(maxsplit=2)[1].rstrip(":")
+        fields = dict(re.findall(r"^    (\w+): (.*)$", block, re.MULTILINE))
+        if "wildcards" in fields:
+            reasons = (_in_words(reason, folder) for reason in fields.get("reason", "").split("; "))
+            yield f"{verb}/{fields['wildcards'].removeprefix('name=')}", "; ".join(reasons)
+
+
+def _in_words(reason: str, folder: Path) -> str:
+    """Return one of Snakemake's reasons with names of steps instead of files."""
+    text, _, files = reason.partition(": ")
+    if text == "Missing output files":
+        return "not done yet"
+    commands, steps = f"{folder}/steps/", f"{folder}/done/"
+    paths = files.split(", ")
+    if text == "Updated input files" and any(path.startswith(commands) for path in paths):
+        return "its command has changed"
+    names = [path.removeprefix(steps) for path in paths if path]
+    if text in ("Updated input files", "Input files updated by another job") and names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        return f"after {', '.join(sorted(names)[:NAMED])}{more}"
+    return reason
+
+
+def draw(words: Sequence[str], file: Path) -> None:
+    """Draw the graph of the steps into an .svg, .png or .dot. Raises: OSError, ValueError."""
+    kinds = (".dot", ".png", ".svg")
+    if file.suffix not in kinds:
+        raise ValueError(f"graph={file} must end in one of {', '.join(kinds)}")
+    answer = subprocess.run([*words, "--dag", "dot"], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise OSError(_reason(answer.stderr))
+    if file.suffix == ".dot":
+        file.write_text(answer.stdout)
+        return
+    program = shutil.which("dot")
+    if program is None:
+        raise OSError(f"graph={file} needs Graphviz: install it, or write {file.with_suffix('.dot')}")
+    drawing = [program, f"-T{file.suffix[1:]}", "-o", str(file)]
+    subprocess.run(drawing, input=answer.stdout, text=True, check=True)
+
+
+def run(words: Sequence[str], steps: Iterable[Step], *, folder: Path) -> Iterator[Ended]:
+    """Run the engine; yield each step when it has ended. The engine's own lines go to `snakemake.log`.
+
+    Raises: OSError when it fails without a failed step.
+    """
+    waiting = {step.identity: step for step in steps}
+    start, log, has_failed = time.time(), folder / "snakemake.log", False
+    with log.open("w") as file, _group(words, output=file) as process:
+        is_over = False
+        while not is_over:
+            is_over = process.poll() is not None
+            for ended in _ended(waiting, folder, since=start):
+                del waiting[ended.step.identity]
+                has_failed = has_failed or ended.code != 0
+                yield ended
+            time.sleep(0 if is_over else POLL_SECONDS)
+    if process.returncode and not has_failed:
+        raise OSError(_reason(log.read_text()))
+
+
+@contextmanager
+def _group(words: Sequence[str], *, output: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a program with a process group, to which a signal is passed on."""
+    process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, stop_signals.first or signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
+
+
+def _ended(waiting: Mapping[str, Step], folder: Path, *, since: float) -> list[Ended]:
+    ended = []
+    for step in waiting.values():
+        file = folder / "steps" / step.verb / f"{step.name}.exit"
+        with suppress(OSError, ValueError):
+            if os.stat(file).st_mtime >= since:
+                code, seconds = map(int, file.read_text().split())
+                ended.append(Ended(step, code, seconds))
+    return ended
+
+
+def _reason(text: str) -> str:
+    """Return the line in which Snakemake names its error."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [number for number, line in enumerate(lines) if re.match(r"\w*(Error|Exception)\b", line)]
+    return " ".join(lines[named[-1] : named[-1] + 3]) if named else " ".join(lines[-1:])

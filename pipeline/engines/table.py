@@ -1,0 +1,44 @@
+"""What a study prints: a line for each step that has ended, and a table of its trainings."""
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pipeline.engines.snakemake import Ended
+from pipeline.engines.study import Step
+
+
+def line_of(ended: Ended, folder: Path) -> str:
+    """Return the line of a step that has ended: its result, or the last line of its log."""
+    step, time = ended.step, timedelta(seconds=ended.seconds)
+    if ended.code == 0:
+        found = _top1(step)
+        return f"{step.identity}  {time}{'' if found is None else f'  top-1 {found:.4f}'}"
+    log = folder / "logs" / step.verb / f"{step.name}.log"
+    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    return f"{step.identity}  {time}  failed with exit code {ended.code}: {lines[-1] if lines else ''} ({log})"
+
+
+def table_of(steps: Sequence[Step]) -> Table:
+    """Return the trainings with their top-1 on the split that chose the weights, and in each evaluation."""
+    trainings = [step for step in steps if step.verb == "train"]
+    evaluations = [step for step in steps if step.verb == "evaluate"]
+    columns = list(dict.fromkeys(step.name.partition("/")[2] for step in evaluations))
+    table = Table("run", "top-1 of the best checkpoint", *(f"top-1, evaluation {name}" for name in columns))
+    for training in trainings:
+        of_run = {step.name.partition("/")[2]: _top1(step) for step in evaluations
+                  if step.name.partition("/")[0] == training.name}  # fmt: skip
+        values = [_top1(training), *(of_run.get(name) for name in columns)]
+        table.add_row(training.name, *("" if value is None else f"{value:.4f}" for value in values))
+    return table
+
+
+def _top1(step: Step) -> float | None:
+    if step.verb not in ("train", "evaluate") or not step.result.is_file():
+        return None
+    found: dict[str, Any] = json.loads(step.result.read_text())
+    return found.get("val/top1") if step.verb == "train" else found["metrics"].get("top1")

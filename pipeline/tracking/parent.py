@@ -1,0 +1,54 @@
+"""A comparison as a run of MLflow, of which the compared runs are the children."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+from pipeline.runs.run import Run
+from pipeline.tracking.contents import FINISHED
+from pipeline.tracking.store import Store
+
+COMPARISON_TAG, PARENT_TAG = "convoy.comparison", "mlflow.parentRunId"
+ARTIFACTS = "comparison"
+
+
+def send_comparison(
+    store: Store, name: str, *, runs: Sequence[Run], files: Sequence[Path], facts: Mapping[str, float]
+) -> str | None:
+    """Send a comparison's files and facts, and put the pages of its runs under it; return what is missing and why.
+
+    The same folder keeps its page, which is found by a tag.
+    """
+    try:
+        with redirect_stderr(StringIO()):
+            missing = _send(store, name, runs=runs, files=files, facts=facts)
+    except Exception as error:  # noqa: BLE001  # a backend may raise anything
+        return store.failure(error)
+    return f"{', '.join(missing)} not under it: no page in {store.printed_address}" if missing else None
+
+
+def _send(
+    store: Store, name: str, *, runs: Sequence[Run], files: Sequence[Path], facts: Mapping[str, float]
+) -> list[str]:
+    from mlflow.exceptions import MlflowException
+
+    client, experiment_id = store.open()
+    place = str(files[0].parent.absolute())
+    found = client.search_runs([experiment_id], f"tags.`{COMPARISON_TAG}` = '{place.replace(chr(39), '')}'")
+    page = found[0] if found else client.create_run(experiment_id, run_name=name, tags={COMPARISON_TAG: place})
+    parent = page.info.run_id
+    for file in files:
+        client.log_artifact(parent, str(file), ARTIFACTS)
+    for key, value in facts.items():
+        client.log_metric(parent, key, value, step=0)
+    missing = []
+    for run in runs:
+        try:
+            client.set_tag(run.tracking_id, PARENT_TAG, parent)
+        except MlflowException:  # trained with tracking=none, or into another store
+            missing.append(run.name)
+    client.set_terminated(parent, FINISHED)
+    return missing

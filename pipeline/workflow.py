@@ -1,0 +1,152 @@
+"""Run a study, a graph of commands: `python -m pipeline.workflow +study=digits`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.cli.errors import FAILURE, ConfigError
+from pipeline.cli.run import check_config, run_verb
+from pipeline.cli.verb import Verb
+
+if TYPE_CHECKING:
+    from pipeline.cli.check import Composed
+    from pipeline.engines.snakemake import Profile
+    from pipeline.engines.study import Step
+
+VERB = Verb(
+    "workflow",
+    "Run a study: data sets, trainings, evaluations, reports and exports, as far as they are missing.",
+    {
+        "+study=digits": "nine architectures on scikit-learn's digits",
+        "+study=digits dry_run=true": "list what would run, and why",
+        "+study=digits +study.train.grid.seed=[0,1,2]": "three trainings of each",
+        "+study=NAME profile=slurm jobs=20": "each step as a job of Slurm",
+        "+study=NAME -- --forcerun train": "arguments of Snakemake after --",
+    },
+    required_group="study",
+    open_group="study",
+    text_keys=("name", "studies", "graph"),
+)
+ENGINE_ARGUMENTS: list[str] = []  # those after `--`
+
+
+def main(config: DictConfig) -> None:
+    """Check every command of the study, write it down, and hand it to the engine; exit with code 2 where one failed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from pipeline.engines import snakemake
+    from pipeline.engines.study import build_steps
+
+    name = str(config.name or HydraConfig.get().runtime.choices["study"])
+    if name == ".." or Path(name).name != name:
+        raise ConfigError(f"name={name} is a path: studies=FOLDER sets the folder of all studies")
+    study = OmegaConf.to_container(config.study, resolve=True)
+    assert isinstance(study, dict)
+    folder = Path(str(config.studies)) / name
+    steps = build_steps({str(key): value for key, value in study.items()}, folder)
+    if config.trust:
+        steps = [step.trusted() for step in steps]
+    composed: Composed = {}
+    for step in distinct(steps):
+        check_step(step, composed=composed)
+    profile = build_profile(config)
+    program = snakemake.build_environment()
+    file = snakemake.write_study(steps, folder, profile=profile)
+    arguments = [*(["--keep-going"] if config.keep_going else []), *ENGINE_ARGUMENTS]
+    words = snakemake.command_line(program, file, profile=profile, arguments=arguments)
+    if config.dry_run:
+        print_plan(words, steps, folder=folder)
+    elif config.graph is not None:
+        snakemake.draw(words, Path(str(config.graph)))
+    else:
+        run_study(words, steps, folder=folder)
+
+
+def build_profile(config: DictConfig) -> Profile:
+    """Build the profile. Raises: ConfigError for one that a study changes: it holds commands."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from pipeline.cli.compose import compose
+    from pipeline.engines.snakemake import Profile
+
+    typed = [word for word in HydraConfig.get().overrides.task if word.lstrip("+~").startswith(("profile", "jobs="))]
+    if config.profile != compose("workflow", typed).profile:
+        raise ConfigError("the study changes the profile, which does not count: profile= is for the command line")
+    values = OmegaConf.to_container(config.profile, resolve=True)
+    assert isinstance(values, dict)
+    jobs = values["jobs"] if config.jobs is None else config.jobs
+    if not isinstance(jobs, int) or jobs < 1:
+        raise ConfigError(f"jobs={jobs} must be an integer of at least 1")
+    prefix = {verb: words for verb, words in values["prefix"].items() if words is not None}
+    resources = {
+        verb: {name: value for name, value in named.items() if value is not None}
+        for verb, named in values["resources"].items()
+    }
+    return Profile(values["executor"], jobs, prefix, resources, values["arguments"])
+
+
+def distinct(steps: Sequence[Step]) -> list[Step]:
+    """Return one step of those that differ only in the folders of runs, which composing does not read."""
+    folders = ("run=", "runs=", "out=")
+    found = {(step.verb, *(word for word in step.overrides if not word.startswith(folders))): step for step in steps}
+    return list(found.values())
+
+
+def check_step(step: Step, *, composed: Composed) -> None:
+    """Compose and check the command of a step. Raises: ConfigError, with the step's name."""
+    from importlib import import_module
+
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from pipeline.cli.check import check_command_line
+    from pipeline.cli.compose import compose
+    from pipeline.cli.errors import one_line
+
+    package = step.verb in ("train", "evaluate", "report", "export", "predict")
+    verb = import_module(f"pipeline.{step.verb}{'.__main__' if package else ''}").VERB
+    try:
+        complete = check_command_line(verb, step.overrides, composed=composed)
+        check_config(compose(verb.name, complete), complete)
+    except (ConfigError, HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{step.identity}: {one_line(error)}") from None
+
+
+def print_plan(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> None:
+    """Print a line for each step that would run."""
+    from pipeline.cli.console import main_console
+    from pipeline.engines.snakemake import planned
+
+    found = dict(planned(words, folder=folder))
+    for step in steps:
+        if step.identity in found:
+            line = f"{step.identity}  {found[step.identity]}"
+            main_console().print(line, highlight=False, markup=False, soft_wrap=True)
+    main_console().print(f"{len(found)} of {len(steps)} steps would run", highlight=False)
+
+
+def run_study(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> None:
+    """Run the steps; print a line for each one that has ended, and a table of the trainings."""
+    from pipeline.cli.console import main_console
+    from pipeline.engines.snakemake import run
+    from pipeline.engines.table import line_of, table_of
+
+    failed = 0
+    for ended in run(words, steps, folder=folder):
+        failed += ended.code != 0
+        main_console().print(line_of(ended, folder), highlight=False, markup=False, soft_wrap=True)
+    main_console().print(table_of(steps))
+    if failed:
+        raise SystemExit(FAILURE)
+
+
+if __name__ == "__main__":
+    if "--" in sys.argv:
+        place = sys.argv.index("--")
+        ENGINE_ARGUMENTS[:], sys.argv[place:] = sys.argv[place + 1 :], []
+    run_verb(VERB, main)

@@ -1,0 +1,186 @@
+"""A study on Snakemake: what runs, what does not run again, what a failure stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.runs.run import Run
+from tests.support.commands import run_module
+from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.engines
+
+STUDY = """
+data:
+  digits: {pack: [source=digits], train: [data=digits]}
+train:
+  overrides: [+model=lenet, tracking=none, recipe.epochs=2, data.batch_size=256, +trainer.limit_train_batches=2]
+  runs:
+    good: []
+    bad: [recipe.optimizer.lr=1e30]
+evaluate: {val: [split=val]}
+report: {}
+export: {weights: [format=safetensors]}
+compare: [mlflow=false]
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project's configs and code with the study `two`, and a folder `work` to run it in."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("conf", "pipeline", "models", "data"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(root)], check=True)
+    for name in (".workflow", ".venv", "Makefile", "requirements.lock"):
+        (root / name).symlink_to(ROOT / name)
+    (root / "conf" / "study" / "two.yaml").write_text(STUDY)
+    (root / "work").mkdir()
+    return root
+
+
+def workflow(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return run_module(project / "work", "pipeline.workflow", "+study=two", *words, root=project)
+
+
+def ran(answer: subprocess.CompletedProcess[str]) -> list[str]:
+    """The steps of which an answer has a line, with `!` for those that failed."""
+    lines = [line.split("  ") for line in answer.stdout.splitlines() if "/" in line.split("  ")[0]]
+    return sorted(words[0] + "!" * any("failed with exit code" in word for word in words) for words in lines)
+
+
+def planned(project: Path, *words: str) -> dict[str, str]:
+    """The steps that would run, and why."""
+    answer = workflow(project, "dry_run=true", *words)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    *lines, last = answer.stdout.splitlines()
+    assert last == f"{len(lines)} of 8 steps would run"
+    return dict(line.split("  ") for line in lines)
+
+
+GOOD = "study.train.runs.bad=[recipe.optimizer.lr=0.01]"
+
+
+def test_a_failure_stops_only_what_needs_it_and_the_same_command_does_what_is_missing(project: Path) -> None:
+    folder = project / "work" / "studies" / "two"
+    assert set(planned(project).values()) >= {"not done yet", "not done yet; after train/good"}
+    assert not (folder / "runs").exists()
+    answer = workflow(project)
+    assert answer.returncode == 2, answer.stdout + answer.stderr
+    assert ran(answer) == ["evaluate/good/val", "export/good/weights", "pack/digits", "train/bad!", "train/good"]
+    assert re.search(r"failed with exit code 2: error: step \d has a ", answer.stdout)
+    assert f"({Path('studies/two/logs/train/bad.log')})" in answer.stdout
+    first = (folder / "runs" / "good" / "result.json").stat().st_mtime_ns
+    assert ran(workflow(project)) == ["train/bad!"]
+    answer = workflow(project, GOOD)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert ran(answer) == ["compare/all", "evaluate/bad/val", "export/bad/weights", "train/bad"]
+    assert (folder / "runs" / "good" / "result.json").stat().st_mtime_ns == first
+    numbers = json.loads((folder / "comparison" / "comparison.json").read_text())
+    assert {run["name"] for run in numbers["runs"]} == {"good", "bad"}
+    assert numbers["split"] == "val"
+    for same in ((), ("profile.prefix.train=env",), ("jobs=2",)):
+        assert planned(project, GOOD, *same) == {}, same
+
+
+def test_a_changed_value_reruns_what_depends_on_it_and_keeps_the_old_result(project: Path) -> None:
+    runs = project / "work" / "studies" / "two" / "runs"
+    seed = Run(runs / "good").fingerprint()["seed"]
+    changed = (GOOD, "study.train.runs.good=[seed=7]")
+    assert planned(project, *changed) == {
+        "train/good": "its command has changed",
+        "evaluate/good/val": "after train/good",
+        "export/good/weights": "after train/good",
+        "compare/all": "after evaluate/good/val, train/good",
+    }
+    answer = workflow(project, *changed)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    moved, current = Run(runs / "good-replaced-1"), Run(runs / "good")
+    assert (moved.fingerprint()["seed"], current.fingerprint()["seed"]) == (seed, 7)
+    assert moved.is_finished
+    assert (moved.evaluation / "val" / "evaluation.json").is_file()
+    evaluated = (*changed, "study.evaluate.val=[split=val,batch_size=32]")
+    assert set(planned(project, *evaluated)) == {"evaluate/good/val", "evaluate/bad/val", "compare/all"}
+    assert workflow(project, *evaluated).returncode == 0
+    assert (runs / "good" / "evaluation" / "val-replaced-1" / "evaluation.json").is_file()
+    (runs / "bad" / "evaluation" / "val" / "evaluation.json").unlink()
+    assert planned(project, *evaluated) == {"evaluate/bad/val": "not done yet", "compare/all": "after evaluate/bad/val"}
+
+
+def test_a_study_cannot_change_the_commands_of_a_profile(project: Path) -> None:
+    indented = STUDY.replace("\n", "\n  ")
+    profile = "profile: {prefix: {train: touch ran;}}"
+    evil = f"# @package _global_\n{profile}\nstudy:{indented}"
+    file = project / "conf" / "study" / "evil.yaml"
+    file.write_text(evil)
+    answer = run_module(project / "work", "pipeline.workflow", "+study=evil", root=project)
+    file.unlink()
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("error: the study changes the profile, which does not count")
+    assert not (project / "work" / "ran").exists()
+
+
+def test_a_signal_stops_the_training_and_the_same_command_continues_it(project: Path) -> None:
+    long = ("name=long", "study.train.runs.good=[recipe.epochs=40]", "~study.train.runs.bad", "~study.compare")
+    command = [sys.executable, "-m", "pipeline.workflow", "+study=two", *long]
+    run = Run(project / "work" / "studies" / "long" / "runs" / "good")
+    environment = {**os.environ, "PYTHONPATH": str(project)}
+    with subprocess.Popen(command, cwd=project / "work", env=environment) as process:
+        end = time.monotonic() + 120
+        while run.last_checkpoint is None and time.monotonic() < end:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143
+    end = time.monotonic() + 20
+    while run.is_locked and time.monotonic() < end:
+        time.sleep(0.1)
+    status = json.loads(run.status_file.read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 143)
+    assert status["step"] > 0
+    answer = workflow(project, *long)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert ran(answer) == ["evaluate/good/val", "export/good/weights", "train/good"]
+    log = (run.folder.parents[1] / "logs" / "train" / "good.log").read_text()
+    assert "stopped: the same command continues after step" in log
+    assert f"(continues after step {status['step']})" in log
+
+
+def test_a_plain_snakemake_does_the_same(project: Path) -> None:
+    file = "studies/two/study.json"
+    assert workflow(project, GOOD).returncode == 0
+    words = [str(ROOT / ".workflow/bin/snakemake"), "-s", str(project / "pipeline/engines/Snakefile")]
+    words += ["--configfile", file, "--cores", "1"]
+    answer = subprocess.run([*words, "--dry-run"], cwd=project / "work", capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert "Nothing to be done" in answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["+study=toy"], "error: study=toy is not one of digits, two"),
+        (["study.train.runs.bad=[+model=resnet18]"], "error: train/bad: model=resnet18 is not one of "),
+        (
+            ["study.train.overrides=[+model=lenet,recipe.epoch=2]"],
+            "error: train/good: there is no recipe.epoch",
+        ),
+        (["jobs=0"], "error: jobs=0 must be an integer of at least 1"),
+        (["graph=steps.pdf"], "error: graph=steps.pdf must end in one of .dot, .png, .svg"),
+        (["profile=lsf"], "error: profile=lsf is not one of local, slurm"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_anything_runs(project: Path, words: list[str], message: str) -> None:
+    given = words if words[0].startswith("+study") else ["+study=two", *words]
+    answer = run_module(project / "work", "pipeline.workflow", *given, "name=wrong", root=project)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith(message)
+    assert answer.stderr.count("\n") == 1
+    assert not (project / "work" / "studies" / "wrong" / "runs").exists()
