@@ -1,9 +1,12 @@
 """From a config to Lightning's Trainer, without the parts that this project does itself."""
 
 import inspect
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -51,6 +54,9 @@ def build_trainer(
     plain = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(plain, dict)
     options = OmegaConf.create({name: value for name, value in plain.items() if name != "compile"})
+    launched = launched_ranks(os.environ)
+    if launched is not None and options.devices == "auto":
+        options.devices, options.num_nodes = launched.per_node, options.get("num_nodes", launched.nodes)
     # Batches have one shape in a training and at most two in an evaluation: cuDNN may choose its fastest algorithms.
     benchmark = options.get("benchmark", not options.get("deterministic"))
     user_plugins = build_object(config, "trainer.plugins", kind=list) if options.get("plugins") else []
@@ -81,6 +87,31 @@ def build_trainer(
     if trainer.world_size > 1 and trainer.strategy.launcher is not None and {"-m", "--multirun"} & set(sys.argv):
         raise ValueError("each process that Lightning starts would repeat the sweep: use one device, or torchrun")
     return trainer
+
+
+class LaunchedRanks(NamedTuple):
+    """The processes that torchrun or srun has started for one training."""
+
+    nodes: int
+    per_node: int
+
+
+def launched_ranks(environment: Mapping[str, str]) -> LaunchedRanks | None:
+    """Return the ranks of a launcher, None without one. Raises: ValueError for other numbers of ranks on some nodes."""
+    names = {
+        "torchrun": ("WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+        "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
+    }
+    for launcher, (total, per_node) in names.items():
+        if total not in environment or per_node not in environment:
+            continue  # Lightning sets one of them for the ranks that it starts
+        if not re.fullmatch(r"\d+(\(x\d+\))?", environment[per_node]):
+            advice = "the same number on every node is needed: srun --ntasks-per-node=N"
+            raise ValueError(f"{launcher} has started {environment[per_node]} ranks on its nodes: {advice}")
+        ranks, on_each = int(environment[total]), int(environment[per_node].partition("(")[0])
+        if ranks > 1:
+            return LaunchedRanks(ranks // on_each, on_each)
+    return None
 
 
 def build_callbacks(config: DictConfig) -> list[pl.Callback]:

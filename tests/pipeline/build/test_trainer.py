@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.build.network import build_recipe
-from pipeline.build.trainer import build_callbacks, build_trainer, choose_precision, no_gpu_reason
+from pipeline.build.trainer import build_callbacks, build_trainer, choose_precision, launched_ranks, no_gpu_reason
 from pipeline.cli.compose import compose
 
 
@@ -33,6 +33,30 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch.cuda, "init", refuse)
     assert no_gpu_reason() == " (The NVIDIA driver on your system is too old (found version 11040))"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, (2, 4)),
+        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, None),
+        ({"WORLD_SIZE": "2"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "2(x3)"}, (3, 2)),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}, (1, 2)),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+    ],
+)
+def test_the_ranks_of_a_launcher_are_read_from_its_environment(
+    environment: dict[str, str], expected: tuple[int, int] | None
+) -> None:
+    assert launched_ranks(environment) == expected
+
+
+def test_unequal_nodes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"srun has started 2,1 ranks on its nodes: the same number on every node is"):
+        launched_ranks({"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"})
 
 
 def test_callbacks_that_save_checkpoints_are_refused() -> None:
