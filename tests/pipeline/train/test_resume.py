@@ -100,7 +100,7 @@ def test_a_moved_run_keeps_its_best_score_and_its_page(
     train(*MINE, "runs=elsewhere")
     assert json.loads((with_digits / "elsewhere" / "mine" / "result.json").read_text()) == {
         "val/top1": result["val/top1"], "chosen_by": "val/top1",
-        "checkpoint": "elsewhere/mine/checkpoints/best.ckpt",
+        "checkpoint": "elsewhere/mine/checkpoints/best.ckpt", "checkpoint_sha256": result["checkpoint_sha256"],
     }  # fmt: skip
     client = MlflowClient(f"sqlite:///{with_digits / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("convoy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from math import nan
@@ -154,6 +155,7 @@ def test_a_stopped_run_succeeds_and_says_why(train: Typed, with_digits: Path) ->
         "val/top1": 0.75,
         "chosen_by": "val/top1",
         "checkpoint": "runs/scripted/checkpoints/best.ckpt",
+        "checkpoint_sha256": hashlib.sha256((run / "checkpoints" / "best.ckpt").read_bytes()).hexdigest(),
         "stopped_early": reason,
     }
     lines, weights = journal(run), (run / "checkpoints" / "last.ckpt").read_bytes()
