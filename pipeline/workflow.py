@@ -56,15 +56,17 @@ def main(config: DictConfig) -> None:
         check_step(step, composed=composed)
     profile = build_profile(config)
     program = snakemake.build_environment()
-    file = snakemake.write_study(steps, folder, profile=profile)
     arguments = [*(["--keep-going"] if config.keep_going else []), *ENGINE_ARGUMENTS]
-    words = snakemake.command_line(program, file, profile=profile, arguments=arguments)
-    if config.dry_run:
-        print_plan(words, steps, folder=folder)
-    elif config.graph is not None:
-        snakemake.draw(words, Path(str(config.graph)))
-    else:
-        run_study(words, steps, folder=folder)
+    words = snakemake.command_line(program, folder, profile=profile, arguments=arguments)
+    if config.dry_run or config.graph is not None:
+        with snakemake.study_as_written(steps, folder, profile=profile):
+            if config.graph is not None:
+                snakemake.draw(words, Path(str(config.graph)))
+            else:
+                print_plan(words, steps, folder=folder)
+        return
+    snakemake.write_study(steps, folder, profile=profile)
+    run_study(words, steps, folder=folder)
 
 
 def build_profile(config: DictConfig) -> Profile:
@@ -136,12 +138,12 @@ def run_study(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> N
     from pipeline.engines.snakemake import run
     from pipeline.engines.table import line_of, table_of
 
-    failed = 0
+    codes: dict[str, int] = {}  # of each step's last try
     for ended in run(words, steps, folder=folder):
-        failed += ended.code != 0
+        codes[ended.step.identity] = ended.code
         main_console().print(line_of(ended, folder), highlight=False, markup=False, soft_wrap=True)
     main_console().print(table_of(steps))
-    if failed:
+    if any(codes.values()):
         raise SystemExit(FAILURE)
 
 

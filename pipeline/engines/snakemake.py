@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -23,6 +23,7 @@ from pipeline.engines.study import Step
 ROOT = Path(__file__).resolve().parents[2]
 SNAKEFILE = Path(__file__).with_name("Snakefile")
 ENVIRONMENT = ROOT / ".workflow"
+STUDY = "study.json"
 POLL_SECONDS, END_SECONDS = 0.2, 6.0
 NAMED = 3  # steps in a reason
 
@@ -56,27 +57,49 @@ def build_environment() -> Path:
     return program
 
 
-def write_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> Path:
-    """Write the resolved study, and the command of each step where it has changed; return the study's file."""
+def write_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> None:
+    """Write the resolved study, `study.json`, and the command of each step where it has changed."""
+    for file, content in study_files(steps, folder, profile=profile).items():
+        if not file.is_file() or file.read_bytes() != content:  # its time decides whether a step is done
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, content)
+
+
+@contextmanager
+def study_as_written(steps: Sequence[Step], folder: Path, *, profile: Profile) -> Iterator[None]:
+    """Write the study for this block only: looking at what would run must not change what will."""
+    files = study_files(steps, folder, profile=profile)
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files if file.is_file()}
+    write_study(steps, folder, profile=profile)
+    try:
+        yield
+    finally:
+        for file in files:
+            if file not in before:
+                file.unlink()
+            elif file.read_bytes() != before[file][0]:
+                write_atomically(file, before[file][0])
+                os.utime(file, ns=(before[file][1],) * 2)
+
+
+def study_files(steps: Sequence[Step], folder: Path, *, profile: Profile) -> dict[Path, bytes]:
+    """Return the contents of `study.json` and of the file of each step's command, by path."""
+    files: dict[Path, bytes] = {}
     by_verb: dict[str, dict[str, object]] = {}
     for step in steps:
         command = " ".join(map(shlex.quote, step.overrides))
         described = {"command": command, "needs": step.needs, "result": str(step.result)}
         by_verb.setdefault(step.verb, {})[step.name] = described
-        file = folder / "steps" / step.verb / f"{step.name}.json"
-        content = json.dumps({"verb": step.verb, "overrides": step.overrides, "needs": step.needs}, indent=1).encode()
-        if not file.is_file() or file.read_bytes() != content:  # its time decides whether the step is done
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, content)
+        own = {"verb": step.verb, "overrides": step.overrides, "needs": step.needs}
+        files[folder / "steps" / step.verb / f"{step.name}.json"] = json.dumps(own, indent=1).encode()
     launch = {"python": sys.executable, "root": str(ROOT), "prefix": dict(profile.prefix)}
     study = {"folder": str(folder), "launch": launch, "resources": profile.resources, "steps": by_verb}
-    write_atomically(folder / "study.json", json.dumps(study, indent=1).encode() + b"\n")
-    return folder / "study.json"
+    return files | {folder / STUDY: json.dumps(study, indent=1).encode() + b"\n"}
 
 
-def command_line(program: Path, study: Path, *, profile: Profile, arguments: Sequence[str]) -> list[str]:
-    """Return Snakemake's command line."""
-    common = ["-s", str(SNAKEFILE), "--configfile", str(study), "--rerun-triggers", "mtime", "--nocolor"]
+def command_line(program: Path, folder: Path, *, profile: Profile, arguments: Sequence[str]) -> list[str]:
+    """Return Snakemake's command line for the study in a folder."""
+    common = ["-s", str(SNAKEFILE), "--configfile", str(folder / STUDY), "--rerun-triggers", "mtime", "--nocolor"]
     at_once = ["--cores", str(profile.jobs)] if profile.executor == "local" else ["--jobs", str(profile.jobs)]
     return [str(program), *common, "--executor", profile.executor, *at_once, *profile.arguments, *arguments]
 
@@ -128,19 +151,18 @@ def draw(words: Sequence[str], file: Path) -> None:
     subprocess.run(drawing, input=answer.stdout, text=True, check=True)
 
 
-def run(words: Sequence[str], steps: Iterable[Step], *, folder: Path) -> Iterator[Ended]:
-    """Run the engine; yield each step when it has ended. The engine's own lines go to `snakemake.log`.
+def run(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> Iterator[Ended]:
+    """Run the engine; yield each step when it has ended, again for one that the engine has repeated.
 
-    Raises: OSError when it fails without a failed step.
+    The engine's own lines go to `snakemake.log`. Raises: OSError when it fails without a failed step.
     """
-    waiting = {step.identity: step for step in steps}
-    start, log, has_failed = time.time(), folder / "snakemake.log", False
+    since = dict.fromkeys((step.identity for step in steps), time.time_ns())
+    log, has_failed = folder / "snakemake.log", False
     with log.open("w") as file, _group(words, output=file) as process:
         is_over = False
         while not is_over:
             is_over = process.poll() is not None
-            for ended in _ended(waiting, folder, since=start):
-                del waiting[ended.step.identity]
+            for ended in _ended(steps, folder, since=since):
                 has_failed = has_failed or ended.code != 0
                 yield ended
             time.sleep(0 if is_over else POLL_SECONDS)
@@ -161,15 +183,16 @@ def _group(words: Sequence[str], *, output: IO[str]) -> Iterator[subprocess.Pope
                 process.wait(END_SECONDS)
 
 
-def _ended(waiting: Mapping[str, Step], folder: Path, *, since: float) -> list[Ended]:
-    ended = []
-    for step in waiting.values():
+def _ended(steps: Sequence[Step], folder: Path, *, since: dict[str, int]) -> Iterator[Ended]:
+    """Yield the steps that have ended later than `since`, which is brought up to date."""
+    for step in steps:
         file = folder / "steps" / step.verb / f"{step.name}.exit"
         with suppress(OSError, ValueError):
-            if os.stat(file).st_mtime >= since:
+            changed = file.stat().st_mtime_ns
+            if changed > since[step.identity]:
                 code, seconds = map(int, file.read_text().split())
-                ended.append(Ended(step, code, seconds))
-    return ended
+                since[step.identity] = changed
+                yield Ended(step, code, seconds)
 
 
 def _reason(text: str) -> str:

@@ -101,6 +101,7 @@ def test_a_changed_value_reruns_what_depends_on_it_and_keeps_the_old_result(proj
         "export/good/weights": "after train/good",
         "compare/all": "after evaluate/good/val, train/good",
     }
+    assert planned(project, GOOD) == {}, "looking has changed nothing"
     answer = workflow(project, *changed)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     moved, current = Run(runs / "good-replaced-1"), Run(runs / "good")
