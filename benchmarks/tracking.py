@@ -3,7 +3,7 @@
     python -m benchmarks.tracking          ResNet-18 on digits, 132 steps, 5 interleaved rounds, 15 minutes
 
 A real `mlflow server` on the same cores. Each training is a command of its own: "start" is the time from the command to
-the point of step 10, "training" that from there to the last point, "CPU" the processor's time of the whole command.
+the point of step 10, "training" that from there to the last point, "CPU" the processor's time of the command.
 "More" is to a training without tracking in the same round; a "ratio" compares the fastest trainings, or the least CPU
 time.
 """

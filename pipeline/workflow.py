@@ -95,7 +95,9 @@ def build_profile(config: DictConfig) -> Profile:
 def distinct(steps: Sequence[Step]) -> list[Step]:
     """Return one step of those that differ only in the folders of runs, which composing does not read."""
     folders = ("run=", "runs=", "out=")
-    found = {(step.verb, *(word for word in step.overrides if not word.startswith(folders))): step for step in steps}
+    found: dict[tuple[str, ...], Step] = {}
+    for step in steps:
+        found.setdefault((step.verb, *(word for word in step.overrides if not word.startswith(folders))), step)
     return list(found.values())
 
 

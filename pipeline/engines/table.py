@@ -30,9 +30,8 @@ def table_of(steps: Sequence[Step]) -> Table:
     columns = list(dict.fromkeys(step.name.partition("/")[2] for step in evaluations))
     table = Table("run", "top-1 of the best checkpoint", *(f"top-1, evaluation {name}" for name in columns))
     for training in trainings:
-        of_run = {step.name.partition("/")[2]: _top1(step) for step in evaluations
-                  if step.name.partition("/")[0] == training.name}  # fmt: skip
-        values = [_top1(training), *(of_run.get(name) for name in columns)]
+        found = {step.name: _top1(step) for step in evaluations}
+        values = [_top1(training), *(found.get(f"{training.name}/{name}") for name in columns)]
         table.add_row(training.name, *("" if value is None else f"{value:.4f}" for value in values))
     return table
 

@@ -15,6 +15,7 @@ from data.loading.decoder import DecoderChoice
 from data.shards.dataset import Dataset, write_atomically
 from pipeline.build.parameters import with_digest
 from pipeline.build.settings import Again, RunSettings
+from pipeline.cli.console import is_main_process
 from pipeline.runs.checkpoints import CheckpointFolder, FoundCheckpoint
 from pipeline.runs.fingerprint import (
     Fingerprint,
@@ -180,7 +181,8 @@ def open_run(settings: RunSettings, dataset: Dataset) -> Run:
         raise ValueError(f"name={name} is a path: runs=FOLDER sets the folder of all runs, name=NAME only names one")
     if settings.again is not None or settings.out is not None:
         run = Run(settings.out or settings.runs / name)
-        if settings.again == Again.REFUSE and run.config_file.is_file():
+        refuses = settings.again == Again.REFUSE and is_main_process()  # others may come after it has begun the run
+        if refuses and run.config_file.is_file():
             raise FileExistsError(f"{run.folder} has a run already, and again=refuse: remove it, or leave again out")
         return run
     number = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
@@ -36,8 +37,8 @@ def _send(
     from mlflow.exceptions import MlflowException
 
     client, experiment_id = store.open()
-    place = str(files[0].parent.absolute())
-    found = client.search_runs([experiment_id], f"tags.`{COMPARISON_TAG}` = '{place.replace(chr(39), '')}'")
+    place = hashlib.sha256(str(files[0].parent.absolute()).encode()).hexdigest()  # a path may have quotes
+    found = client.search_runs([experiment_id], f"tags.`{COMPARISON_TAG}` = '{place}'")
     page = found[0] if found else client.create_run(experiment_id, run_name=name, tags={COMPARISON_TAG: place})
     parent = page.info.run_id
     for file in files:

@@ -78,6 +78,13 @@ def test_two_ranks_replace_a_run(trained: Run) -> None:
     assert (again.returncode, "step " in again.stdout) == (0, False), again.stderr
 
 
+def test_two_ranks_train_in_a_new_folder_with_refuse(with_digits: Path) -> None:
+    words = (*WORDS, *TWO_RANKS, "data.batch_size=128", "again=refuse")
+    answer = run_module(with_digits, "pipeline.train", *words)  # the second rank starts when the first has begun
+    assert answer.returncode == 0, answer.stderr
+    assert Run(with_digits / "place").is_finished
+
+
 def test_refuse_leaves_every_run_as_it_is(train: Typed, trained: Run) -> None:
     before = {path: path.read_bytes() for path in trained.folder.rglob("*") if path.is_file()}
     with pytest.raises(FileExistsError, match="place has a run already, and again=refuse"):
