@@ -32,7 +32,8 @@ from pipeline.train.callbacks.loop_state import Point
 from pipeline.train.callbacks.saving import SaveCheckpoints
 from pipeline.train.fit import prepare_process
 
-FIRST, BETWEEN, SAVES = 4, 6, 4  # steps before the first save and between two; saves
+FIRST, SAVES = 4, 4  # steps before the first save; saves
+BETWEEN = 100 if torch.cuda.is_available() else 6  # steps from one save to the next, which has to find it written
 
 
 class Times(pl.Callback):

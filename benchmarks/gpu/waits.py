@@ -106,13 +106,13 @@ def _waits_in_lightning(device: torch.device) -> dict[str, list[str]]:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         recorder = SyncRecorder(caught)
-        dataset = samples.make_dataset(Path(folder), 1000)
-        index, decode = dataset.index("train"), make_settings(dataset, device)
-        loader = training_loader(dataset, device, batch_size=32)
-        plan, storage = EvaluationPlan(len(index), 32), LocalShards(dataset.root)
-        evaluation = Loader(index, storage, plan=plan, crop=EvaluationCrop(224), decode=decode)
+        dataset = samples.make_dataset(Path(folder), 36 * STEPS)  # 648 of them to train on
+        decode = make_settings(dataset, device)
+        loader = training_loader(dataset, device, batch_size=32)  # whose epoch has STEPS batches
+        plan, storage = EvaluationPlan(len(dataset.index("val")), 3), LocalShards(dataset.root)
+        evaluation = Loader(dataset.index("val"), storage, plan=plan, crop=EvaluationCrop(224), decode=decode)
         options: dict[str, Any] = dict.fromkeys(QUIET, False)
-        options |= {"limit_train_batches": STEPS, "limit_val_batches": STEPS, "num_sanity_val_steps": 0}
+        options |= {"limit_val_batches": STEPS, "num_sanity_val_steps": 0}
         guard = GuardFinite("stop", data=SimpleNamespace(), report=print)  # the data only names samples
         options |= {"max_epochs": 2, "precision": "bf16-mixed", "callbacks": [recorder, guard]}
         pl.Trainer(accelerator="gpu", devices=1, **options).fit(_classifier(10), loader, evaluation)
