@@ -79,6 +79,10 @@ def build_trainer(
         if reason and options.accelerator in ("gpu", "cuda"):
             problem = f"trainer.accelerator={options.accelerator}: there is no GPU{reason}"
         raise ValueError(f"{problem.rstrip('.')}: trainer=auto uses what the machine has") from error
+    started = launched.nodes * launched.per_node if launched else trainer.world_size
+    if started != trainer.world_size:  # each would be a training of its own, in the same folder
+        used = f"trainer.devices={options.devices} on {trainer.num_nodes} nodes uses {trainer.world_size}"
+        raise ValueError(f"{started} ranks were started, but {used}: trainer.devices=auto uses them all")
     if isinstance(trainer.strategy, DDPStrategy):
         # Gradients live in the buffers that are reduced. Ranks need no common batch-norm statistics before an
         # evaluation, for which the Classifier broadcasts them.

@@ -1,0 +1,124 @@
+"""Jobs on a Slurm of two nodes that this machine plays; it is started and ended here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.runs.run import Run
+
+pytestmark = pytest.mark.engines
+
+SCRIPT = "pipeline/engines/slurm/train.sbatch"
+TRAIN = (*("+model=lenet", "data=digits", "tracking=none", "recipe.epochs=8", "data.batch_size=16", "log_every=1000"),)
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
+SECONDS = 120.0
+
+
+def command(*words: str) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def until(condition: Callable[[], object], event: str) -> None:
+    """Wait for an event. Raises: AssertionError, with the state of all jobs, when it has not come in SECONDS."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, f"{event} has not come: {command('scontrol', 'show', 'job')}"
+        time.sleep(0.1)
+
+
+class Job:
+    """A job of `train.sbatch` with its log."""
+
+    def __init__(self, clone: Path, *words: str, name: str, overrides: Sequence[str] = ()) -> None:
+        submit = ["sbatch", "--parsable", *words, SCRIPT, *TRAIN, f"name={name}", *overrides]
+        answer = subprocess.run(submit, cwd=clone, check=True, capture_output=True, text=True)
+        self.number = answer.stdout.strip()
+        self.log, self.run = clone / f"convoy-{self.number}.log", Run(clone / "runs" / name)
+
+    @property
+    def state(self) -> str:
+        """Such as COMPLETED."""
+        return re.findall(r"JobState=(\w+)", command("scontrol", "show", "job", self.number))[0]
+
+    def text(self) -> str:
+        """The log so far."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def await_epoch(self, start: int) -> None:
+        """Wait until the start of this number has ended an epoch."""
+        until(lambda: "\nepoch " in self.text().partition(f"start {start}\n")[2], f"an epoch in start {start}")
+
+
+def test_a_training_of_two_nodes_survives_everything_to_the_same_bits(slurm: Path, clone: Path) -> None:
+    undisturbed = Job(clone, *TWO_NODES, name="undisturbed")
+    until(lambda: undisturbed.state != "RUNNING" and undisturbed.text(), "the end of the training")
+    assert undisturbed.state == "COMPLETED", undisturbed.text()
+    assert "batch       2 x 16 on CPU" in undisturbed.text()
+    assert "\U0001f4a1" not in undisturbed.text(), "Lightning's advertisement"
+
+    job = Job(clone, *TWO_NODES, name="disturbed")
+    disturbances = [
+        lambda: command("scancel", "--batch", "--signal=USR1", job.number),  # as Slurm before the time limit
+        preempt,
+        lambda: (forget_user_signal(slurm), preempt()),
+        lambda: command("scontrol", "requeue", job.number),
+        lambda: stop_node(slurm, "n2"),
+    ]
+    for start, disturb in enumerate(disturbances, start=1):
+        job.await_epoch(start)
+        disturb()
+    job.await_epoch(len(disturbances) + 1)
+    until(lambda: job.state == "COMPLETED", "the end of the disturbed training")
+    assert job.text().count("epoch 8/8") == 1
+    digests = [one.result()["checkpoint_sha256"] for one in (undisturbed.run, job.run)]
+    assert digests[0] == digests[1]
+
+
+def test_a_cancelled_job_is_not_queued_again(slurm: Path, clone: Path) -> None:
+    job = Job(clone, *TWO_NODES, name="cancelled")
+    job.await_epoch(1)
+    command("scancel", job.number)
+    until(lambda: job.state == "CANCELLED", "the end of the job")
+    assert "stopped: the same command continues" in job.text()
+
+
+def test_a_mistake_ends_the_job(slurm: Path, clone: Path) -> None:
+    job = Job(clone, *TWO_NODES, name="wrong", overrides=["trainer=cpu"])
+    until(lambda: job.state == "FAILED", "the end of the job")
+    assert "error: 2 ranks were started, but trainer.devices=1" in job.text()
+
+
+def preempt() -> None:
+    """Let a job of a higher priority take both nodes for a moment."""
+    command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+
+
+def forget_user_signal(slurm: Path) -> None:
+    """Let Slurm send no SIGUSR1 before a preemption."""
+    file = slurm / "slurm.conf"
+    line = "SlurmctldParameters=preempt_send_user_signal\n"
+    assert line in file.read_text()
+    file.write_text(file.read_text().replace(line, ""))
+    command("scontrol", "reconfigure")
+
+
+def stop_node(slurm: Path, node: str) -> None:
+    """Kill Slurm's daemon on a node and all that it has started; start it again once Slurm has noticed."""
+    psutil.Process(int((slurm / f"slurmd.{node}.pid").read_text())).kill()
+    for one in psutil.process_iter():
+        with suppress(psutil.Error):
+            if one.environ().get("SLURMD_NODENAME") == node:
+                parent = one.parent()
+                if parent is not None and "slurmstepd" in " ".join(parent.cmdline()):
+                    parent.kill()
+                one.kill()
+    until(lambda: "DOWN" in command("scontrol", "show", "node", node), "the failure of the node")
+    subprocess.run(["slurmd", "-f", str(slurm / "slurm.conf"), "-N", node], check=True)
