@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ VERB = Verb(
         "+study=digits dry_run=true": "list what would run, and why",
         "+study=digits +study.train.grid.seed=[0,1,2]": "three trainings of each",
         "+study=NAME profile=slurm jobs=20": "each step as a job of Slurm",
+        "+study=NAME profile=kubernetes profile.image=NAME profile.claim=NAME": "trainings as TrainJobs",
         "+study=NAME -- --forcerun train": "arguments of Snakemake after --",
     },
     required_group="study",
@@ -84,7 +86,8 @@ def build_profile(config: DictConfig) -> Profile:
     jobs = values["jobs"] if config.jobs is None else config.jobs
     if not isinstance(jobs, int) or jobs < 1:
         raise ConfigError(f"jobs={jobs} must be an integer of at least 1")
-    prefix = {verb: words for verb, words in values["prefix"].items() if words is not None}
+    python = shlex.quote(sys.executable)
+    prefix = {verb: words.replace("{python}", python) for verb, words in values["prefix"].items() if words is not None}
     resources = {
         verb: {name: value for name, value in named.items() if value is not None}
         for verb, named in values["resources"].items()
