@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from filelock import FileLock
 
 from data.arguments import ArgumentError, require
+from data.locks import file_lock
 from data.shards import images
 from data.shards.dataset import SCHEMA, SPLITS, Dataset, check_index
 from data.shards.index_writer import class_names, index_origin, merge_classes, statistics_shares, write_dataset
@@ -46,7 +46,7 @@ def open_dataset(
         return dataset, []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
+        with file_lock(folder / ".lock", seconds=LOCK_SECONDS):
             dataset = current()  # another process may have been faster
             if dataset is None:
                 return _index_tars(root, folder, tars=tars, label_field=label_field)

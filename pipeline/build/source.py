@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from filelock import FileLock
 from omegaconf import DictConfig
 from rich.console import Console
 
+from data.locks import file_lock
 from data.shards.dataset import Dataset
 from data.shards.indexing import LOCK_SECONDS, NotADatasetError, open_dataset
 from data.shards.pack import Packed, pack
@@ -37,7 +37,7 @@ def pack_once(source: str, root: Path) -> None:
     if source not in known:
         raise ConfigError(f"data.source={source} is not one of {', '.join(known)}{nearest(source, known)}")
     root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f".{root.name}.lock"), timeout=LOCK_SECONDS):
+    with file_lock(root.with_name(f".{root.name}.lock"), seconds=LOCK_SECONDS):
         if not root.exists():
             Console().print(f"packing {source} into {root}", highlight=False, markup=False)
             pack_source(compose("pack", [f"source={source}", f"out={root}"]))

@@ -79,10 +79,8 @@ def build_trainer(
         if reason and options.accelerator in ("gpu", "cuda"):
             problem = f"trainer.accelerator={options.accelerator}: there is no GPU{reason}"
         raise ValueError(f"{problem.rstrip('.')}: trainer=auto uses what the machine has") from error
-    started = launched.nodes * launched.per_node if launched else trainer.world_size
-    if started != trainer.world_size:  # each would be a training of its own, in the same folder
-        used = f"trainer.devices={options.devices} on {trainer.num_nodes} nodes uses {trainer.world_size}"
-        raise ValueError(f"{started} ranks were started, but {used}: trainer.devices=auto uses them all")
+    if launched is not None:
+        _check_ranks(trainer, launched, devices=options.devices)
     if isinstance(trainer.strategy, DDPStrategy):
         # Gradients live in the buffers that are reduced. Ranks need no common batch-norm statistics before an
         # evaluation, for which the Classifier broadcasts them.
@@ -116,6 +114,14 @@ def launched_ranks(environment: Mapping[str, str]) -> LaunchedRanks | None:
         if ranks > 1:
             return LaunchedRanks(ranks // on_each, on_each)
     return None
+
+
+def _check_ranks(trainer: pl.Trainer, launched: LaunchedRanks, *, devices: object) -> None:
+    """Raise ValueError where some ranks would be left out: each would be a training of its own, in the same folder."""
+    started = launched.nodes * launched.per_node
+    if started != trainer.world_size:
+        used = f"trainer.devices={devices} on {trainer.num_nodes} of the nodes trains with {trainer.world_size}"
+        raise ValueError(f"{started} ranks were started, but {used}: trainer.devices=auto takes them all")
 
 
 def build_callbacks(config: DictConfig) -> list[pl.Callback]:

@@ -4,14 +4,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from data.loading.decoder import DecoderChoice
+from data.locks import file_lock, is_file_locked
 from data.shards.dataset import Dataset, write_atomically
 from pipeline.build.parameters import with_digest
 from pipeline.build.settings import Again, RunSettings
@@ -79,27 +78,19 @@ class Run:
     @property
     def is_locked(self) -> bool:
         """Whether a process trains it."""
-        try:
-            with FileLock(self.folder / ".lock", timeout=0):
-                return False
-        except Timeout:
-            return True
-        except OSError:  # a folder that this user cannot write to
-            return False
+        return is_file_locked(self.folder / ".lock")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the folder. Raises: ValueError when another process holds the lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=LOCK_SECONDS)
-        except Timeout as error:
-            raise ValueError(f"{self.folder} is locked by a running process: add name=NAME for a new run") from error
-        try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(file_lock(self.folder / ".lock", seconds=LOCK_SECONDS))
+            except TimeoutError as error:
+                advice = "add name=NAME for a new run"
+                raise ValueError(f"{self.folder} is locked by a running process: {advice}") from error
             yield
-        finally:
-            lock.release()
 
     def begin(self, fingerprint: Fingerprint, config: str) -> None:
         """Create the folder; write the fingerprint and the composed config, a YAML text."""

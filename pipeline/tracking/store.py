@@ -9,8 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
+from data.locks import file_lock
 from pipeline.cli.environment import is_server
 from pipeline.cli.secrets import mask_address
 
@@ -71,8 +70,8 @@ class Store:
         from mlflow import MlflowClient
 
         # Processes that create one SQLite store at the same time all fail, so they take turns.
-        lock = None if self.file is None else FileLock(self.file.with_name(f".{self.file.name}.lock"))
-        with nullcontext() if lock is None else lock.acquire(timeout=LOCK_SECONDS):
+        name = None if self.file is None else self.file.with_name(f".{self.file.name}.lock")
+        with nullcontext() if name is None else file_lock(name, seconds=LOCK_SECONDS):
             if self.file is not None and not self.file.exists():
                 # MLflow cannot open a database that a kill or a full disk has left half created.
                 partial = self.file.with_name(f".{self.file.name}.new")

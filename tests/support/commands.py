@@ -64,6 +64,12 @@ def run_module(folder: Path, *words: str, root: Path = ROOT, **variables: str) -
     )
 
 
+def ran_steps(answer: subprocess.CompletedProcess[str]) -> list[str]:
+    """Return the steps of which the answer of `pipeline.workflow` has a line, with `!` for those that failed."""
+    lines = [line.split("  ") for line in answer.stdout.splitlines() if "/" in line.split("  ")[0]]
+    return sorted(words[0] + "!" * any("failed with exit code" in word for word in words) for words in lines)
+
+
 def call_verb(verb: Verb, main: Callable[[DictConfig], None], words: list[str]) -> None:
     """Run a verb in this process, which has loaded torch."""
     arguments = check_command_line(verb, words)

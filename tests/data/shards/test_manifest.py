@@ -147,13 +147,13 @@ def test_processes_that_open_an_edit_at_once_agree(root: Path) -> None:
 
 @pytest.mark.parametrize("reason", [errno.EACCES, errno.EROFS])
 def test_an_edit_is_read_where_nothing_can_be_written(root: Path, monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
-    def refuse(path: Path, timeout: float) -> None:
+    def refuse(path: Path, seconds: float) -> None:
         raise OSError(reason, "no", str(path))
 
     name_classes(root / "dataset.json")
     without_digest(root / "dataset.json")
     written = (root / "dataset.json").read_bytes()
-    monkeypatch.setattr("data.shards.indexing.FileLock", refuse)
+    monkeypatch.setattr("data.shards.indexing.file_lock", refuse)
     assert open_here(root).classes == ("ant", "bee", "cat")
     assert (root / "dataset.json").read_bytes() == written
 

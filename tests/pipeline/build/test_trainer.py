@@ -59,6 +59,18 @@ def test_unequal_nodes_are_refused() -> None:
         launched_ranks({"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"})
 
 
+def test_ranks_that_would_train_alone_in_one_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    config = compose("train", ["+model=resnet", "trainer=cpu"])
+    with pytest.raises(
+        ValueError, match=r"4 ranks were started, but trainer\.devices=1 on 1 of the nodes trains with 1"
+    ):
+        build_trainer(config, build_recipe(config), callbacks=[], plugins=[], folder=tmp_path)
+
+
 def test_callbacks_that_save_checkpoints_are_refused() -> None:
     target = "pytorch_lightning.callbacks.ModelCheckpoint"
     config = compose("train", ["+model=resnet", f"+callbacks.mine={{_target_: {target}}}"])

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.engines.test_workflow import ran
-from tests.support.commands import run_module
+from tests.support.commands import ran_steps, run_module
 
 pytestmark = pytest.mark.engines
 
@@ -35,10 +34,10 @@ def test_a_study_on_this_machine_that_fails_once(clone: Path) -> None:
     words = ("pipeline.workflow", *STUDY, "name=local", "jobs=2")
     failed = run_module(clone, *words, FAILS, root=clone)
     assert failed.returncode == 2, failed.stdout + failed.stderr
-    assert set(ran(failed)) == ALL - OF_RESNET | {"train/resnet!"}
+    assert set(ran_steps(failed)) == ALL - OF_RESNET | {"train/resnet!"}
     again = run_module(clone, *words, root=clone)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert set(ran(again)) == OF_RESNET
+    assert set(ran_steps(again)) == OF_RESNET
     assert compared(clone / "studies" / "local") == set(NAMES)
 
 
@@ -47,5 +46,5 @@ def test_the_same_study_on_slurm(clone: Path) -> None:
     words = (*STUDY, "name=slurm", "profile=slurm", "~profile.resources", "+profile.resources={}", "--", *SOON, *SMALL)
     answer = run_module(clone, "pipeline.workflow", *words, root=clone)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert set(ran(answer)) == ALL
+    assert set(ran_steps(answer)) == ALL
     assert compared(clone / "studies" / "slurm") == set(NAMES)

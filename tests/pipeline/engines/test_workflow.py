@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.runs.run import Run
-from tests.support.commands import run_module
+from tests.support.commands import ran_steps, run_module
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.engines
@@ -51,12 +51,6 @@ def workflow(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return run_module(project / "work", "pipeline.workflow", "+study=two", *words, root=project)
 
 
-def ran(answer: subprocess.CompletedProcess[str]) -> list[str]:
-    """The steps of which an answer has a line, with `!` for those that failed."""
-    lines = [line.split("  ") for line in answer.stdout.splitlines() if "/" in line.split("  ")[0]]
-    return sorted(words[0] + "!" * any("failed with exit code" in word for word in words) for words in lines)
-
-
 def planned(project: Path, *words: str) -> dict[str, str]:
     """The steps that would run, and why."""
     answer = workflow(project, "dry_run=true", *words)
@@ -75,14 +69,14 @@ def test_a_failure_stops_only_what_needs_it_and_the_same_command_does_what_is_mi
     assert not (folder / "runs").exists()
     answer = workflow(project)
     assert answer.returncode == 2, answer.stdout + answer.stderr
-    assert ran(answer) == ["evaluate/good/val", "export/good/weights", "pack/digits", "train/bad!", "train/good"]
+    assert ran_steps(answer) == ["evaluate/good/val", "export/good/weights", "pack/digits", "train/bad!", "train/good"]
     assert re.search(r"failed with exit code 2: error: step \d has a ", answer.stdout)
     assert f"({Path('studies/two/logs/train/bad.log')})" in answer.stdout
     first = (folder / "runs" / "good" / "result.json").stat().st_mtime_ns
-    assert ran(workflow(project)) == ["train/bad!"]
+    assert ran_steps(workflow(project)) == ["train/bad!"]
     answer = workflow(project, GOOD)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert ran(answer) == ["compare/all", "evaluate/bad/val", "export/bad/weights", "train/bad"]
+    assert ran_steps(answer) == ["compare/all", "evaluate/bad/val", "export/bad/weights", "train/bad"]
     assert (folder / "runs" / "good" / "result.json").stat().st_mtime_ns == first
     numbers = json.loads((folder / "comparison" / "comparison.json").read_text())
     assert {run["name"] for run in numbers["runs"]} == {"good", "bad"}
@@ -148,7 +142,7 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(project: 
     assert status["step"] > 0
     answer = workflow(project, *long)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert ran(answer) == ["evaluate/good/val", "export/good/weights", "train/good"]
+    assert ran_steps(answer) == ["evaluate/good/val", "export/good/weights", "train/good"]
     log = (run.folder.parents[1] / "logs" / "train" / "good.log").read_text()
     assert "stopped: the same command continues after step" in log
     assert f"(continues after step {status['step']})" in log

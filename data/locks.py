@@ -1,0 +1,69 @@
+"""Locks on files that processes of several machines may share; each ends with its process."""
+
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from filelock import BaseFileLock, FileLock, LeaseCompromise, SoftFileLease, Timeout
+
+LEASE_SECONDS = 60.0  # without a sign of life after which the lock of another machine is taken over
+FAILURE = 2  # exit code
+NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def file_lock(path: Path, *, seconds: float) -> Iterator[None]:
+    """Hold the lock `path`, whose folder must exist.
+
+    Where the file system has no flock it is a lease: the file names host and process, which renew it. One that has not
+    been renewed for LEASE_SECONDS is taken over, and a process that finds its own taken ends at once.
+    Raises: TimeoutError when others hold it for `seconds`, in which a lease may expire in addition; OSError.
+    """
+    lock, limit = _lock(path), seconds
+    if isinstance(lock, SoftFileLease):
+        limit += 1.5 * LEASE_SECONDS
+    with lock.acquire(timeout=limit):
+        yield
+
+
+def is_file_locked(path: Path) -> bool:
+    """Return whether a process holds the lock; where it cannot be tried, none that this user could wait for."""
+    try:
+        with _lock(path).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
+def _lock(path: Path) -> BaseFileLock:
+    if _has_flock(path):
+        return FileLock(path, fallback_to_soft=False)
+    return SoftFileLease(path, lease_duration=LEASE_SECONDS, on_compromise=_end)
+
+
+def _has_flock(path: Path) -> bool:
+    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+    descriptor = os.open(probe, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_FLOCK:
+            return False
+        raise
+    finally:
+        os.close(descriptor)
+        probe.unlink(missing_ok=True)
+    return True
+
+
+def _end(lost: LeaseCompromise) -> NoReturn:
+    """End the process before it changes what another one may have begun to change."""
+    print(f"error: {lost.lock_file} was taken over by another process ({lost.reason})", file=sys.stderr, flush=True)
+    os._exit(FAILURE)
