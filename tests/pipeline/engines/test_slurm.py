@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import psutil
 import pytest
 
 from pipeline.runs.run import Run
+from tests.support.images import make_folder
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.engines
 
 SCRIPT = "pipeline/engines/slurm/train.sbatch"
 TRAIN = (*("+model=lenet", "data=digits", "tracking=none", "recipe.epochs=8", "data.batch_size=16", "log_every=1000"),)
-TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", SCRIPT, *TRAIN)
 SECONDS = 120.0
 
 
@@ -35,10 +38,10 @@ def until(condition: Callable[[], object], event: str) -> None:
 
 
 class Job:
-    """A job of `train.sbatch` with its log."""
+    """A job of `train.sbatch`, submitted with the words after `sbatch`, with its log."""
 
-    def __init__(self, clone: Path, *words: str, name: str, overrides: Sequence[str] = ()) -> None:
-        submit = ["sbatch", "--parsable", *words, SCRIPT, *TRAIN, f"name={name}", *overrides]
+    def __init__(self, clone: Path, *words: str, name: str) -> None:
+        submit = ["sbatch", "--parsable", *words, f"name={name}"]
         answer = subprocess.run(submit, cwd=clone, check=True, capture_output=True, text=True)
         self.number = answer.stdout.strip()
         self.log, self.run = clone / f"convoy-{self.number}.log", Run(clone / "runs" / name)
@@ -82,16 +85,32 @@ def test_a_training_of_two_nodes_survives_everything_to_the_same_bits(slurm: Pat
     assert digests[0] == digests[1]
 
 
-def test_a_cancelled_job_is_not_queued_again(slurm: Path, clone: Path) -> None:
+@pytest.mark.usefixtures("slurm")
+def test_the_commands_of_the_documentation_train_on_two_nodes(clone: Path) -> None:
+    make_folder(clone / "photos", images=20)
+    block = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)[0]
+    install, pack, submit = block.splitlines()
+    assert install == "make install"
+    subprocess.run(shlex.split(pack), cwd=clone, check=True, capture_output=True)
+    words = re.sub(r"(ntasks-per-node|gpus-per-node|cpus-per-task)=8", r"\1=1", submit).split()[1:]
+    job = Job(clone, *words, "data.image_size=32", "data.batch_size=5", "recipe.epochs=1", "tracking=none", name="pets")
+    until(lambda: job.state not in ("PENDING", "RUNNING"), "the end of the training")
+    assert job.state == "COMPLETED", job.text()
+    assert "batch       2 x 5 on CPU" in job.text()
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_cancelled_job_is_not_queued_again(clone: Path) -> None:
     job = Job(clone, *TWO_NODES, name="cancelled")
     job.await_epoch(1)
     command("scancel", job.number)
     until(lambda: job.state == "CANCELLED", "the end of the job")
-    assert "stopped: the same command continues" in job.text()
+    until(lambda: "stopped: the same command continues" in job.text(), "the save")
 
 
-def test_a_mistake_ends_the_job(slurm: Path, clone: Path) -> None:
-    job = Job(clone, *TWO_NODES, name="wrong", overrides=["trainer=cpu"])
+@pytest.mark.usefixtures("slurm")
+def test_a_mistake_ends_the_job(clone: Path) -> None:
+    job = Job(clone, *TWO_NODES, "trainer=cpu", name="wrong")
     until(lambda: job.state == "FAILED", "the end of the job")
     assert "error: 2 ranks were started, but trainer.devices=1" in job.text()
 
