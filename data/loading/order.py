@@ -102,12 +102,30 @@ class TrainingPlan:
         complete = sum(self.shard_samples) // self.global_batch_size * self.accumulate
         return complete if self.limit is None else min(self.limit, complete)
 
+    def window(self, epoch: int, step: int) -> int:
+        """Return the shuffle window in which a step begins, the same for all ranks."""
+        first = step * self.world_size * self.batch_size
+        return int(np.searchsorted(self._order(epoch).windows, first, side="right")) - 1
+
+    def coming_shards(self, epoch: int, window: int) -> list[int]:
+        """Return the shards of a shuffle window, then those of the next: of the next epoch after the last."""
+        order = self._order(epoch)
+        first, last = np.searchsorted(order.starts, [order.windows[window], order.windows[window + 1 :][:2][-1]])
+        shards: list[int] = order.shards[first:last].tolist()
+        if window == len(order.windows) - 2:
+            following = self._order(epoch + 1)
+            shards += following.shards[: np.searchsorted(following.starts, following.windows[1])].tolist()
+        return list(dict.fromkeys(shards))
+
     def samples(self, epoch: int, step: int) -> Samples:
         """Return this rank's samples of a step: (batch_size,) rows of the index."""
-        order = epoch_order(self.shard_samples, seed=self.seed, epoch=epoch, shuffle_window=self.shuffle_window)
+        order = self._order(epoch)
         # Micro-batches are cut from the order like batches: `accumulate` consecutive ones are one global batch.
         first = (step * self.world_size + self.rank) * self.batch_size
         return samples_at(np.arange(first, first + self.batch_size), order, seed=self.seed, epoch=epoch)
+
+    def _order(self, epoch: int) -> EpochOrder:
+        return epoch_order(self.shard_samples, seed=self.seed, epoch=epoch, shuffle_window=self.shuffle_window)
 
 
 @dataclass(frozen=True)
