@@ -14,8 +14,7 @@ from pipeline.evaluate.__main__ import VERB as EVALUATE
 from pipeline.evaluate.__main__ import main as evaluate
 from pipeline.train.__main__ import VERB as TRAIN
 from pipeline.train.__main__ import main as train
-from tests.support.commands import Run, call_verb, journal
-from tests.support.stores import S3, free_port, nginx
+from tests.support.commands import call_verb, journal
 
 WORDS = ("+model=lenet", "data=shards", "data.image_size=32", "data.batch_size=4", "data.shuffle_window=8",
          "recipe.epochs=2", "log_every=1", "tracking=none")  # fmt: skip
@@ -36,7 +35,6 @@ def test_a_training_from_s3_has_the_bits_of_a_local_one(
         "local": ("data.root=local",),
         "remote": (f"data.root={remote}", "data.index=index"),
         "cached": (f"data.root={remote}", "data.index=index", "data.cache=cache", "data.cache_gb=0.01"),
-        "again": (f"data.root={remote}", "data.index=index", "data.cache=cache", "data.inflight=2"),
     }
     for name, words in places.items():
         call_verb(TRAIN, train, [*WORDS, *words, f"name={name}"])
