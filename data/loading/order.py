@@ -108,13 +108,18 @@ class TrainingPlan:
         return int(np.searchsorted(self._order(epoch).windows, first, side="right")) - 1
 
     def coming_shards(self, epoch: int, window: int) -> list[int]:
-        """Return the shards of a shuffle window, then those of the next: of the next epoch after the last."""
-        order = self._order(epoch)
-        first, last = np.searchsorted(order.starts, [order.windows[window], order.windows[window + 1 :][:2][-1]])
-        shards: list[int] = order.shards[first:last].tolist()
-        if window == len(order.windows) - 2:
-            following = self._order(epoch + 1)
-            shards += following.shards[: np.searchsorted(following.starts, following.windows[1])].tolist()
+        """Return the shards of the steps that begin in a shuffle window, then those of the window that follows."""
+        order, size = self._order(epoch), self.world_size * self.batch_size
+        following = -(-int(order.windows[window + 1]) // size)  # the first step that begins after the window
+        ends_epoch = following >= self.num_steps
+        last = self.window(epoch, self.num_steps - 1 if ends_epoch else following)
+        end = max(int(order.windows[last + 1]), min(following, self.num_steps) * size)
+        places = np.searchsorted(order.starts, [order.windows[window], end])
+        shards: list[int] = order.shards[slice(*places)].tolist()
+        if ends_epoch:
+            following_order = self._order(epoch + 1)
+            first_window = np.searchsorted(following_order.starts, following_order.windows[1])
+            shards += following_order.shards[:first_window].tolist()
         return list(dict.fromkeys(shards))
 
     def samples(self, epoch: int, step: int) -> Samples:
