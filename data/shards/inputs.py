@@ -16,7 +16,7 @@ from data.shards.dataset import Dataset
 from data.shards.images import SUFFIXES
 from data.shards.members import JoinedTars, read_members
 from data.storage.local import read_bytes
-from data.storage.location import join
+from data.storage.location import URL, join
 from data.storage.open import open_storage
 
 STANDARD_INPUT = "-"
@@ -36,6 +36,7 @@ def find_images(text: str, *, lines: Iterable[str]) -> Iterator[Source]:
     Raises: ArgumentError for a path that does not exist or holds no image.
     """
     require(bool(text), "is empty: give a file, a folder or a pattern", input=text)
+    require(URL.match(text) is None, "is a URL: give images on this machine", input=text)
     if text == STANDARD_INPUT:
         return map(file_source, filter(None, (line.rstrip("\r\n") for line in lines)))
     path = Path(text)

@@ -71,7 +71,7 @@ class CacheFolder:
         with self._locked():
             free = shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._files())
         wanted = min(needed, self.limit)
-        rule = f" has {free / GIGABYTE:.1f} GB of disk for {wanted / GIGABYTE:.1f} GB of shards: free some, or lower "
+        rule = f" has {free / GIGABYTE:.3g} GB of disk for {wanted / GIGABYTE:.3g} GB of shards: free some, or lower "
         if free < wanted:
             raise ArgumentError(("folder", self.folder), rule, ("gigabytes", f"{self.limit / GIGABYTE:g}"))
 

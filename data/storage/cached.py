@@ -94,15 +94,17 @@ class CachedShards:
 
     def _download_all(self) -> None:
         while (file := self._next_file()) is not None:
+            failure = None
             try:
                 not_before = self._download(file)
             except _EndedError:
                 return
             except Exception as error:  # noqa: BLE001  # raised by the next read
-                not_before, self._error = float("inf"), error
+                not_before, failure = float("inf"), error
             with self._changed:
                 self._busy.discard(file)
                 self._not_before[file] = not_before
+                self._error = self._error or failure
 
     def _next_file(self) -> str | None:
         """Wait for a shard to download; None when the process ends."""

@@ -46,7 +46,7 @@ RULES = (  # the first that matches
          PermissionError, "needs credentials, and there are none: set {credentials}"),
     Rule("^PermissionDenied|^Unauthenticated|status code: 40[13]", PermissionError,
          "may not be read{because}: check {credentials}"),
-    Rule("^FileNotFoundError", FileNotFoundError, "does not exist"),
+    Rule("^FileNotFoundError", FileNotFoundError, "does not exist: upload it, or index what is there"),
     Rule("[Rr]edirect", ValueError, "is in another region: set AWS_REGION"),
     Rule("status code: 416", ValueError, "ends before its index does: it changed after it was indexed"),
     Rule("^Precondition", ValueError, CHANGED),

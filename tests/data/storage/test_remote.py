@@ -120,7 +120,7 @@ def test_a_short_range_is_an_error_that_names_the_object(remote: str, photograph
         shards.read_batch([Request(file, size - 50, into)])
     with pytest.raises(ValueError, match=f"{remote}/{file} ends before its index does"):
         shards.read_batch([Request(file, size + 50, into)])
-    with pytest.raises(FileNotFoundError, match=f"^{remote}/none.tar does not exist$"):
+    with pytest.raises(FileNotFoundError, match=f"^{remote}/none.tar does not exist: upload it"):
         shards.read_batch([Request("none.tar", 0, into)])
 
 

@@ -45,8 +45,13 @@ def test_a_training_from_s3_has_the_bits_of_a_local_one(
     assert len({weights_of(run) for run in runs.values()}) == 1
     prints = [json.loads((run / "fingerprint.json").read_text()) for run in runs.values()]
     assert all(one == prints[0] for one in prints)
+    before = (runs["local"] / "result.json").read_bytes()
+    call_verb(TRAIN, train, [*WORDS, *places["remote"], "name=local"])  # the same run, which is finished
+    assert (runs["local"] / "result.json").read_bytes() == before
     cached = [path.stat().st_size for path in Path("cache").glob("*.shard")]
     assert sum(cached) == sum(photographs.shard_bytes.values())
+    with pytest.raises(ValueError, match=f"^data={remote} is a URL, which only the runs that were trained on it"):
+        call_verb(EVALUATE, evaluate, ["run=cached", f"data={remote}"])
     call_verb(EVALUATE, evaluate, ["run=cached", "mlflow=false"])
     table = json.loads(Path("runs/cached/evaluation/val/evaluation.json").read_text())
     assert table["images"] == photographs.splits["val"].samples
