@@ -42,7 +42,7 @@ class Version(NamedTuple):
 class RemoteShards:
     """Objects below a URL, read by position with `inflight` requests at once.
 
-    Threads are faster than an event loop: 11,000 requests of 100 KB a second against 8,700 (benchmarks/README.md).
+    Threads are faster than an event loop: 10,600 requests of 100 KB a second against 9,800 (benchmarks/README.md).
     Raises: ArgumentError for a URL that the library refuses.
     """
 
