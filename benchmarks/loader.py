@@ -48,8 +48,8 @@ def convoy(folder: Path) -> Callable[[], Iterable[object]]:
     from data.loading.decoder import DecodeSettings
     from data.loading.loader import TrainingLoader
     from data.loading.order import TrainingPlan
-    from data.loading.storage import LocalShards
     from data.shards.indexing import open_dataset
+    from data.storage.local import LocalShards
 
     dataset, _ = open_dataset(folder / "shards")
     index = dataset.index("train")

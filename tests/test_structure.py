@@ -22,6 +22,7 @@ ONLY_IN = {
     "mlflow": ["pipeline/tracking/"],
     "nvidia": ["data/loading/"],
     "webdataset": ["data/shards/pack.py"],
+    "obstore": ["data/storage/"],
     "hydra": ["pipeline/cli/", "pipeline/build/", "VERBS"],
     "omegaconf": ["pipeline/cli/", "pipeline/build/", "VERBS"],
     "matplotlib": ["pipeline/pages/"],

@@ -17,10 +17,10 @@ from benchmarks.gpu.loaders import make_settings
 from data.loading.crops import EvaluationCrop, TrainingCrop
 from data.loading.loader import Batch, Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, TrainingPlan
-from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
 from data.shards.indexing import open_dataset
 from data.shards.parallel import available_cores
+from data.storage.local import LocalShards
 
 FOLDER = ROOT / "datasets" / "cifar10"
 AIM, AIM_SECONDS = 0.94, 15.0

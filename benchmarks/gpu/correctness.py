@@ -27,9 +27,9 @@ from data.loading.crops import EvaluationCrop
 from data.loading.graph import as_torch
 from data.loading.loader import Batch, Loader
 from data.loading.order import EvaluationPlan
-from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
 from data.shards.parallel import available_cores
+from data.storage.local import LocalShards
 
 HELD = 3  # batches before the first is summed
 

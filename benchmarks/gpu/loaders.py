@@ -16,9 +16,9 @@ from data.loading.decoder import DecodeSettings, GpuDecoder, choose_hardware_loa
 from data.loading.loader import TrainingLoader
 from data.loading.order import TrainingPlan
 from data.loading.probe import Probe, choose_gpu_decoder
-from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
 from data.shards.images import oriented_size
+from data.storage.local import LocalShards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP = TrainingCrop(64)

@@ -20,7 +20,7 @@ from benchmarks.gpu.rates import random_batch
 from data.loading.crops import EvaluationCrop
 from data.loading.loader import Loader
 from data.loading.order import EvaluationPlan
-from data.loading.storage import LocalShards
+from data.storage.local import LocalShards
 from models.learning.classifier import Classifier
 from models.residual import resnet
 from pipeline.build.network import build_recipe

@@ -12,9 +12,10 @@ from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder, choo
 from data.loading.loader import Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, TrainingPlan
 from data.loading.probe import Probe, choose_gpu_decoder
-from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
 from data.shards.parallel import CoreShare, share_of_cores
+from data.storage.local import Storage
+from data.storage.open import open_storage
 
 DECODERS = ("auto", "gpu", "cpu")
 
@@ -55,16 +56,24 @@ class LoaderSettings:
 class ShardData(pl.LightningDataModule):
     """Training batches in shuffled order; evaluation batches that contain every image of the split once.
 
-    `limit_batches` shortens a training epoch to that number of batches per rank; each epoch has its own order.
+    `storage` is by default that of the data set, without a cache. `limit_batches` shortens a training epoch to that
+    number of batches per rank; each epoch has its own order.
     """
 
     def __init__(
-        self, dataset: Dataset, *, training_crop: CropPolicy, evaluation_crop: CropPolicy, settings: LoaderSettings
+        self,
+        dataset: Dataset,
+        *,
+        training_crop: CropPolicy,
+        evaluation_crop: CropPolicy,
+        settings: LoaderSettings,
+        storage: Storage | None = None,
     ) -> None:
         super().__init__()
         self.dataset, self.settings = dataset, settings
         self.training_crop, self.evaluation_crop = training_crop, evaluation_crop
-        self.training_index, self._storage = dataset.index("train"), LocalShards(dataset.root)
+        self.training_index = dataset.index("train")
+        self._storage = storage or open_storage(dataset.root, dataset.shard_bytes)
         self.limit_batches: int | None = None
         self.gpu_decoder: GpuDecoder | None = None  # None: images are decoded on the CPU
         # The test set serves data sets without a validation set.

@@ -18,11 +18,11 @@ from data.draws import Samples
 from data.loading.crops import CropPolicy, CropWindows
 from data.loading.decoder import DecodeSettings
 from data.loading.graph import as_torch, build_pipeline, can_decode, choose_resizer
-from data.loading.order import Plan, Position
-from data.loading.storage import Storage, wait_for
+from data.loading.order import Plan, Position, TrainingPlan
 from data.loading.transfer import Transfer
 from data.shards.dataset import Index
 from data.shards.images import UnreadableImage
+from data.storage.local import Request, Storage, wait_for
 
 NAMED = 3  # damaged images in an error
 JPEG_START, JPEG_SCAN, JPEG_END, JPEG_TAIL = b"\xff\xd8", b"\xff\xda", b"\xff\xd9", 512
@@ -63,7 +63,7 @@ class Loader:
 
     Threads; the callback `_encoded` runs on the caller's thread, inside `pipeline.run`:
         caller's thread   position, _pipeline, _transfer; pops _decoding, appends to _buffers
-        DALI callback     advances _batches, which submits reads; appends to _decoding
+        DALI callback     advances _batches, which submits reads and sets _window; appends to _decoding
         reader threads    run `_read`: pop _buffers, share index and storage, add to _complete
         DALI's threads    read the buffers of the batches in _decoding
     """
@@ -82,6 +82,7 @@ class Loader:
         self._batches: Iterator[EncodedBatch] = iter(())
         self._pipeline: Pipeline | None = None  # its next batch is that at `position`
         self._transfer: Transfer | None = None
+        self._window: tuple[int, int] | None = None  # epoch and shuffle window that the storage expects
         self._complete: set[int] = set()  # samples that look unfinished, but decode
 
     def __len__(self) -> int:
@@ -135,6 +136,7 @@ class Loader:
         try:
             while True:
                 while len(reading) <= self.decode.readahead:
+                    self._expect_shards(position)
                     reading.append(self._threads.submit(self._read, position))
                     position = position.following(len(self))
                 yield wait_for(reading.popleft())
@@ -142,14 +144,23 @@ class Loader:
             for batch in reading:
                 batch.cancel()
 
+    def _expect_shards(self, position: Position) -> None:
+        """Name the storage the shards of the shuffle window at a position and of the next, when a window begins."""
+        if isinstance(self.plan, TrainingPlan):
+            window = position.epoch, self.plan.window(*position)
+            if window != self._window:
+                self._window = window
+                shards = self.plan.coming_shards(*window)
+                self._storage.expect([self.index.split.shards[shard].file for shard in shards])
+
     def _read(self, position: Position) -> EncodedBatch:
         samples = self.plan.samples(*position)
         rows = self.index.rows(samples)
         ends = np.cumsum(rows.size)
         buffer = self._free_buffer(int(ends[-1]))
         images = np.split(buffer[: ends[-1]], ends[:-1])
-        for shard, offset, image in zip(rows.shard.tolist(), rows.offset.tolist(), images, strict=True):
-            self._storage.read(self.index.split.shards[shard].file, image, offset=offset)
+        files = [self.index.split.shards[shard].file for shard in rows.shard.tolist()]
+        self._storage.read_batch(list(map(Request, files, rows.offset.tolist(), images)))
         sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)  # (N, 2)
         crops = self.crop.crops(sizes, samples, seed=self._seed, epoch=position.epoch)
         batch = EncodedBatch(buffer, images, crops, rows.label.astype(np.int64), samples)

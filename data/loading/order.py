@@ -102,12 +102,35 @@ class TrainingPlan:
         complete = sum(self.shard_samples) // self.global_batch_size * self.accumulate
         return complete if self.limit is None else min(self.limit, complete)
 
+    def window(self, epoch: int, step: int) -> int:
+        """Return the shuffle window in which a step begins, the same for all ranks."""
+        first = step * self.world_size * self.batch_size
+        return int(np.searchsorted(self._order(epoch).windows, first, side="right")) - 1
+
+    def coming_shards(self, epoch: int, window: int) -> list[int]:
+        """Return the shards of the steps that begin in a shuffle window, then those of the window that follows."""
+        order, size = self._order(epoch), self.world_size * self.batch_size
+        following = -(-int(order.windows[window + 1]) // size)  # the first step that begins after the window
+        ends_epoch = following >= self.num_steps
+        last = self.window(epoch, self.num_steps - 1 if ends_epoch else following)
+        end = max(int(order.windows[last + 1]), min(following, self.num_steps) * size)
+        places = np.searchsorted(order.starts, [order.windows[window], end])
+        shards: list[int] = order.shards[slice(*places)].tolist()
+        if ends_epoch:
+            following_order = self._order(epoch + 1)
+            first_window = np.searchsorted(following_order.starts, following_order.windows[1])
+            shards += following_order.shards[:first_window].tolist()
+        return list(dict.fromkeys(shards))
+
     def samples(self, epoch: int, step: int) -> Samples:
         """Return this rank's samples of a step: (batch_size,) rows of the index."""
-        order = epoch_order(self.shard_samples, seed=self.seed, epoch=epoch, shuffle_window=self.shuffle_window)
+        order = self._order(epoch)
         # Micro-batches are cut from the order like batches: `accumulate` consecutive ones are one global batch.
         first = (step * self.world_size + self.rank) * self.batch_size
         return samples_at(np.arange(first, first + self.batch_size), order, seed=self.seed, epoch=epoch)
+
+    def _order(self, epoch: int) -> EpochOrder:
+        return epoch_order(self.shard_samples, seed=self.seed, epoch=epoch, shuffle_window=self.shuffle_window)
 
 
 @dataclass(frozen=True)

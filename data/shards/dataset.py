@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data.storage.location import Root
+
 SPLITS = ("train", "val", "test")
 CACHED_ROWS = 8_000_000  # 32 bytes each: two of the widest shuffle windows
 
@@ -55,13 +57,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A manifest; `root` is the folder of the tars, `folder` that of manifest and indexes, usually the same.
+    """A manifest; `root` is the folder or URL of the tars, `folder` that of manifest and indexes, usually the same.
 
     `mean` and `std` are those of the training pixels, or of all without a split train: red, green and blue as
     fractions of 255. `is_edited` is whether a person has removed the digest of the manifest.
     """
 
-    root: Path
+    root: Root
     folder: Path
     name: str
     classes: tuple[str, ...]
@@ -69,6 +71,11 @@ class Dataset:
     std: tuple[float, float, float]
     splits: dict[str, Split]
     is_edited: bool = field(default=False, compare=False)
+
+    @property
+    def shard_bytes(self) -> dict[str, int]:
+        """The size of every tar, of all splits."""
+        return {shard.file: shard.bytes for split in self.splits.values() for shard in split.shards}
 
     def index(self, split: str) -> Index:
         """Open the index of a split. Raises: ValueError when the data set has no such split."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from data.shards.dataset import SCHEMA, Dataset, Shard, Split
 from data.shards.manifest import write_manifest
 from data.shards.tars import SampleRow, ShardRows
+from data.storage.location import Root
 
 STATISTICS_IMAGES = 10_000
 
@@ -40,13 +41,16 @@ def statistics_shares(num_shards: int) -> list[int]:
     return [(number + 1) * total // num_shards - number * total // num_shards for number in range(num_shards)]
 
 
-def index_origin(tars: list[tuple[str, int, int]], *, label_field: str) -> str:
-    """Return a digest of an index's origin: the label field; name, size in bytes and modification time of each tar."""
+def index_origin(tars: list[tuple[str, int, int | str]], *, label_field: str) -> str:
+    """Return a digest of an index's origin: the label field; name, size in bytes and version of each tar.
+
+    The version is the modification time in nanoseconds, or the ETag of an object.
+    """
     return hashlib.sha256(json.dumps({"label_field": label_field, "tars": tars}).encode()).hexdigest()
 
 
 def write_dataset(
-    root: Path,
+    root: Root,
     folder: Path,
     *,
     shards: dict[str, list[ShardRows]],
@@ -58,7 +62,7 @@ def write_dataset(
     splits = {}
     for split, rows in shards.items():
         _check_kinds(rows)
-        origin = index_origin([(shard.file, shard.bytes, shard.modified_ns) for shard in rows], label_field=label_field)
+        origin = index_origin([(shard.file, shard.bytes, shard.version) for shard in rows], label_field=label_field)
         splits[split] = _write_index(folder / f"{split}.parquet", rows, classes=classes, origin=origin)
     colours = np.sum([shard.colours for rows in shards.values() for shard in rows], axis=0)  # (7,)
     dataset = Dataset(root, folder, name, classes, *_mean_and_std(colours), splits)

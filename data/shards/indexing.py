@@ -1,8 +1,8 @@
 """From a folder of WebDataset tars, ours or foreign, to a data set: every tar is read once, in parallel."""
 
 import errno
-import os
 import re
+from collections.abc import Container, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +12,14 @@ from data.arguments import ArgumentError, require
 from data.locks import file_lock
 from data.shards import images
 from data.shards.dataset import SCHEMA, SPLITS, Dataset, check_index
-from data.shards.index_writer import class_names, index_origin, merge_classes, statistics_shares, write_dataset
+from data.shards.index_writer import class_names, merge_classes, statistics_shares, write_dataset
 from data.shards.manifest import MANIFEST, read_manifest, write_manifest
 from data.shards.parallel import available_cores, map_tasks
+from data.shards.remote_index import Tars, fetch_index, list_remote_tars, origin_of
 from data.shards.sources import SPLIT_FOLDERS
 from data.shards.tars import ShardRows, SkippedSample, TarTask, read_shard
+from data.storage.location import Root, Url
+from data.storage.tars import TarStatus, list_tars
 
 LOCK_SECONDS = 6 * 3600.0  # limit for another process that reads the tars; its lock ends with it
 POOL_SHARDS = 4  # up to here, reading is faster than the imports of another process
@@ -28,18 +31,25 @@ class NotADatasetError(ArgumentError):
 
 
 def open_dataset(
-    root: Path, folder: Path | None = None, *, label_field: str = "label"
+    root: Root, folder: Path | None = None, *, label_field: str = "label"
 ) -> tuple[Dataset, list[SkippedSample]]:
     """Open a data set; index the tars first, in one process, if they have no manifest or have changed.
 
     `folder` is for manifest and indexes, by default `root`; both are checked. An edited manifest gets a new digest.
+    With a URL, manifest and indexes beside the tars are used if the tars have the sizes in it.
     Also returns the samples that indexing has just skipped. Raises: ValueError when this is not a data set, a file is
     damaged or missing, or `folder` cannot be written to.
     """
-    folder = folder or root
-    require(root.is_dir(), "is not a folder: give the one that contains the tars", root=root)
-    _check_complete(root, folder)
-    tars = _find_tars(root)
+    if isinstance(root, Url):
+        if folder is None:
+            raise ArgumentError(("root", root), " is a URL: ", ("folder", "FOLDER"), " keeps manifest and index here")
+        status = list_remote_tars(root)
+    else:
+        folder = folder or root
+        require(root.is_dir(), "is not a folder: give the one that contains the tars", root=root)
+        status = list_tars(root)
+    _check_complete(root, folder, present=status)
+    tars = _tars_by_split(root, status)
     current = partial(_current_dataset, root, folder, tars=tars, label_field=label_field)
     dataset = current()
     if dataset and not dataset.is_edited:
@@ -48,6 +58,12 @@ def open_dataset(
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(folder / ".lock", seconds=LOCK_SECONDS):
             dataset = current()  # another process may have been faster
+            if (
+                dataset is None
+                and isinstance(root, Url)
+                and fetch_index(root, folder, tars=tars, label_field=label_field)
+            ):
+                dataset = current()
             if dataset is None:
                 return _index_tars(root, folder, tars=tars, label_field=label_field)
             if dataset.is_edited:
@@ -61,18 +77,16 @@ def open_dataset(
         raise
 
 
-def _find_tars(root: Path) -> dict[str, list[str]]:
-    """List the tars below `root` by split: a word of the path, or `train`. Raises: ValueError without tars."""
-    splits: dict[str, list[str]] = {}
-    for path in sorted(root.rglob("*.tar")):
-        file = path.relative_to(root)
-        if any(part.startswith(".") for part in file.parts):
-            continue
-        words = re.split(r"[^a-z]+", file.as_posix().lower())
+def _tars_by_split(root: Root, status: Mapping[str, TarStatus]) -> Tars:
+    """Group tars by split: a word of the path, or `train`. Raises: ValueError without tars."""
+    splits: dict[str, dict[str, TarStatus]] = {}
+    for file in status:
+        words = re.split(r"[^a-z]+", file.lower())
         split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
-        splits.setdefault(split, []).append(file.as_posix())
+        splits.setdefault(split, {})[file] = status[file]
     if not splits:
-        compressed = next((path for pattern in ("*.tar.*", "*.tgz") for path in root.rglob(pattern)), None)
+        paths = [] if isinstance(root, Url) else (path for one in ("*.tar.*", "*.tgz") for path in root.rglob(one))
+        compressed = next(iter(paths), None)
         if compressed is not None:
             raise ValueError(f"{compressed} is compressed, so it cannot be read by position: unpack it to a .tar")
         problem = f" is not a data set: it contains neither {MANIFEST} nor a .tar file"
@@ -80,19 +94,19 @@ def _find_tars(root: Path) -> dict[str, list[str]]:
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
-def _check_complete(root: Path, folder: Path) -> None:
+def _check_complete(root: Root, folder: Path, *, present: Container[str]) -> None:
     """Raise ValueError for a tar that the manifest lists and that is not there."""
     if not (folder / MANIFEST).is_file():
         return
     listed = [shard.file for split in read_manifest(folder, root).splits.values() for shard in split.shards]
-    missing = [file for file in listed if not (root / file).is_file()]
+    missing = [file for file in listed if file not in present]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         advice = "restore it, or remove that file to index the remaining tars (class names in it are lost)"
         raise ArgumentError(("root", root), f" lacks {missing[0]}{more}, listed in {folder / MANIFEST}: {advice}")
 
 
-def _current_dataset(root: Path, folder: Path, *, tars: dict[str, list[str]], label_field: str) -> Dataset | None:
+def _current_dataset(root: Root, folder: Path, *, tars: Tars, label_field: str) -> Dataset | None:
     """Return the data set of the manifest if its indexes belong to it and to the tars as they are now."""
     if not (folder / MANIFEST).is_file():
         return None
@@ -101,9 +115,7 @@ def _current_dataset(root: Path, folder: Path, *, tars: dict[str, list[str]], la
         return None
     for name, split in dataset.splits.items():
         path = folder / split.index
-        status = [(file, os.stat(root / file)) for file in tars[name]]
-        tars_now = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in status]
-        if not path.is_file() or split.origin != index_origin(tars_now, label_field=label_field):
+        if not path.is_file() or split.origin != origin_of(tars[name], label_field=label_field):
             return None
         check_index(path, split)
     if dataset.is_edited:
@@ -125,9 +137,7 @@ def _check_edit(dataset: Dataset) -> None:
             raise ValueError(f"{edited}: it has {len(dataset.classes)} classes, but {path} has labels up to {largest}")
 
 
-def _index_tars(
-    root: Path, folder: Path, *, tars: dict[str, list[str]], label_field: str
-) -> tuple[Dataset, list[SkippedSample]]:
+def _index_tars(root: Root, folder: Path, *, tars: Tars, label_field: str) -> tuple[Dataset, list[SkippedSample]]:
     """Read every tar, write indexes and manifest, and return the data set and the skipped samples."""
     shards: dict[str, list[ShardRows]] = {}
     for split, files in tars.items():
@@ -135,14 +145,15 @@ def _index_tars(
         counts = statistics_shares(len(files)) if measured else [0] * len(files)
         tasks = [TarTask(file, count) for file, count in zip(files, counts, strict=True)]
         workers = available_cores() if len(files) > POOL_SHARDS else 1
-        read = partial(read_shard, root, label_field=label_field, size_of=images.intact_size)
+        read = partial(read_shard, root, label_field=label_field, size_of=images.intact_size, scratch=folder)
         shards[split] = map_tasks(read, tasks, workers=workers, label=f"index {split}")
         if not any(shard.rows for shard in shards[split]):
             skipped = [sample for shard in shards[split] for sample in shard.skipped]
             first = f"; {skipped[0].name}: {skipped[0].reason}" if skipped else ""
             problem = f": the tars of split {split} contain no image with a label (.cls, or the .json field of "
             raise ArgumentError(("root", root), problem, ("label_field", label_field), f"){first}")
-    name, classes = root.resolve().name, class_names(shards.get("train") or next(iter(shards.values())))
+    name = root.name if isinstance(root, Url) else root.resolve().name
+    classes = class_names(shards.get("train") or next(iter(shards.values())))
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder, root)
         name, classes = manifest.name, merge_classes(manifest.classes, classes)

@@ -15,6 +15,9 @@ from data.arguments import require
 from data.shards.dataset import Dataset
 from data.shards.images import SUFFIXES
 from data.shards.members import JoinedTars, read_members
+from data.storage.local import read_bytes
+from data.storage.location import URL, join
+from data.storage.open import open_storage
 
 STANDARD_INPUT = "-"
 
@@ -33,6 +36,7 @@ def find_images(text: str, *, lines: Iterable[str]) -> Iterator[Source]:
     Raises: ArgumentError for a path that does not exist or holds no image.
     """
     require(bool(text), "is empty: give a file, a folder or a pattern", input=text)
+    require(URL.match(text) is None, "is a URL: give images on this machine", input=text)
     if text == STANDARD_INPUT:
         return map(file_source, filter(None, (line.rstrip("\r\n") for line in lines)))
     path = Path(text)
@@ -65,12 +69,12 @@ def split_sources(dataset: Dataset, split: str, *, limit: int | None = None) -> 
     index = dataset.index(split)
     count = len(index) if limit is None else min(limit, len(index))
     samples = np.linspace(0, len(index) - 1, count).round().astype(np.int64)
-    rows, shards = index.rows(samples), [dataset.root / shard.file for shard in index.split.shards]
+    rows, storage = index.rows(samples), open_storage(dataset.root, dataset.shard_bytes)
     sources = []
     for shard, offset, size, label in zip(rows.shard, rows.offset, rows.size, rows.label, strict=True):
-        path = shards[shard]
-        read = partial(_read_part, path, offset=int(offset), size=int(size))
-        sources.append((Source(f"{path}@{offset}", read), int(label)))
+        file = index.split.shards[shard].file
+        read = partial(read_bytes, storage, file, offset=int(offset), size=int(size))
+        sources.append((Source(f"{join(dataset.root, file)}@{offset}", read), int(label)))
     return sources
 
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.shards.dataset import SPLITS, Dataset, Shard, Split, write_atomically
+from data.storage.location import Root
 
 FORMAT = 1
 MANIFEST = "dataset.json"
@@ -36,7 +37,7 @@ def write_manifest(dataset: Dataset) -> None:
     write_atomically(dataset.folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def read_manifest(folder: Path, root: Path) -> Dataset:
+def read_manifest(folder: Path, root: Root) -> Dataset:
     """Read the manifest. Raises: ValueError when it has another format, is damaged, or does not fit its digest."""
     path = folder / MANIFEST
     try:

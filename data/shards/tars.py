@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import tarfile
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from numpy.typing import NDArray
 
 from data.shards import images
 from data.shards.members import JoinedTars, read_members
+from data.storage.location import Root, join
+from data.storage.tars import open_tar
 
 RESERVED = re.compile(r"__[^/]*__($|/)")  # names that WebDataset reserves and skips
 # Height and width of an encoded image: `images.intact_size`, or `oriented_size` where each was decoded before.
@@ -59,18 +60,22 @@ class ShardRows:
 
     file: str
     bytes: int = 0
-    modified_ns: int = 0  # before it was read
+    version: int | str = 0  # modification time in nanoseconds, or ETag, before it was read
     sha256: str = ""
     rows: list[SampleRow] = field(default_factory=list)
     skipped: list[SkippedSample] = field(default_factory=list)
     colours: NDArray[np.float64] = field(default_factory=lambda: np.zeros(7))
 
 
-def read_shard(root: Path, task: TarTask, *, label_field: str, size_of: SizeOf) -> ShardRows:
-    """Read one tar. Raises: ValueError when it is cut short, joined with another, or not a tar."""
-    path, shard = root / task.file, ShardRows(task.file)
-    with path.open("rb") as stream:
-        shard.modified_ns = os.fstat(stream.fileno()).st_mtime_ns
+def read_shard(
+    root: Root, task: TarTask, *, label_field: str, size_of: SizeOf, scratch: Path | None = None
+) -> ShardRows:
+    """Read one tar; one in an object store by way of a temporary file in `scratch`.
+
+    Raises: ValueError when it is cut short, joined with another, or not a tar; OSError.
+    """
+    path, shard = join(root, task.file), ShardRows(task.file)
+    with open_tar(root, task.file, scratch=scratch) as (stream, shard.version):
         shard.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         shard.bytes = stream.tell()
         try:

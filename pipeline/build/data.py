@@ -8,6 +8,10 @@ from omegaconf import DictConfig
 from data.loading.crops import CropPolicy
 from data.loading.datamodule import LoaderSettings, ShardData
 from data.shards.dataset import Dataset
+from data.storage.local import Storage
+from data.storage.location import local_folder, parse_root
+from data.storage.open import CACHE_GIGABYTES, StorageSettings, open_storage
+from data.storage.remote import INFLIGHT
 from pipeline.build.objects import build_object
 from pipeline.build.source import open_tars, pack_once
 from pipeline.cli.errors import config_keys_in_errors
@@ -15,6 +19,7 @@ from pipeline.cli.errors import config_keys_in_errors
 LOADER_OPTIONS = (
     "batch_size", "shuffle_window", "readahead", "threads", "io_threads", "prefetch", "decoder", "hw_decoder_load",
 )  # fmt: skip
+STORAGE_KEYS = {"inflight": "data.inflight", "folder": "data.cache", "gigabytes": "data.cache_gb", "root": "data.root"}
 LOADER_KEYS = {name: f"data.{name}" for name in LOADER_OPTIONS} | {"accumulate": "recipe.accumulate"}
 DATASET_KEYS = {"root": "data.root", "folder": "data.index", "label_field": "data.label_field"}
 
@@ -23,6 +28,7 @@ DATASET_KEYS = {"root": "data.root", "folder": "data.index", "label_field": "dat
 class DataConfig:
     """The values of `conf/data`: where the shards lie, and how a rank reads them.
 
+    `root` is a folder or the URL of one in an object store, which `inflight`, `cache` and `cache_gb` are for.
     `image_size` is for the crops and the network, which refer to it.
     """
 
@@ -39,6 +45,9 @@ class DataConfig:
     hw_decoder_load: float | None = None
     io_threads: int = 4
     prefetch: int = 2
+    inflight: int = INFLIGHT
+    cache: str | None = None
+    cache_gb: float = CACHE_GIGABYTES
 
     def open_dataset(self) -> Dataset:
         """Open the data set; with a `source`, pack it first where it is missing.
@@ -46,13 +55,25 @@ class DataConfig:
         One of several processes does the work and reports skipped samples.
         Raises: FileNotFoundError, ValueError when `root` holds no data set.
         """
-        root = Path(str(self.root))  # a folder named 2024 arrives as a number
-        index = None if self.index is None else Path(str(self.index))
-        if self.source is not None:
-            pack_once(self.source, root)
-        if not root.exists():
-            raise FileNotFoundError(f"data.root={root} is not a folder: pack one with python -m pipeline.pack")
+        with config_keys_in_errors(DATASET_KEYS):
+            root = parse_root(str(self.root))  # a folder named 2024 arrives as a number
+            index = None if self.index is None else local_folder(str(self.index), folder=self.index)
+        if isinstance(root, Path):
+            if self.source is not None:
+                pack_once(self.source, root)
+            if not root.exists():
+                raise FileNotFoundError(f"data.root={root} is not a folder: pack one with python -m pipeline.pack")
+        elif self.source is not None:
+            problem = f"data.source={self.source} is packed into a folder, and data.root={root} is a URL"
+            raise ValueError(f"{problem}: add data.source=null")
         return open_tars(root, index, label_field=self.label_field, keys=DATASET_KEYS)
+
+    def open_storage(self, dataset: Dataset) -> Storage:
+        """Return the storage of a data set. Raises: ValueError for impossible settings of an object store; OSError."""
+        with config_keys_in_errors(STORAGE_KEYS):
+            cache = None if self.cache is None else local_folder(str(self.cache), folder=self.cache)
+            settings = StorageSettings(self.inflight, cache, self.cache_gb)
+            return open_storage(dataset.root, dataset.shard_bytes, settings=settings)
 
 
 def build_data(config: DictConfig, *, accumulate: int) -> ShardData:
@@ -66,4 +87,6 @@ def build_data(config: DictConfig, *, accumulate: int) -> ShardData:
     with config_keys_in_errors(LOADER_KEYS):
         own = {name: getattr(data, name) for name in LOADER_OPTIONS}
         settings = LoaderSettings(seed=config.seed, accumulate=accumulate, **own)
-    return ShardData(data.open_dataset(), training_crop=training, evaluation_crop=evaluation, settings=settings)
+    dataset = data.open_dataset()
+    storage = data.open_storage(dataset)
+    return ShardData(dataset, training_crop=training, evaluation_crop=evaluation, settings=settings, storage=storage)

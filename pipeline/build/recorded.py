@@ -9,6 +9,8 @@ from torch import nn
 
 from data.loading.crops import CropPolicy
 from data.shards.dataset import Dataset
+from data.storage.local import Storage
+from data.storage.location import parse_root
 from models.learning.recipe import Recipe
 from pipeline.build.network import build_network, build_recipe, network_name
 from pipeline.build.objects import build_object
@@ -52,7 +54,7 @@ class RecordedConfig:
         self.in_channels: int = config.model.get("in_channels", 3)
         self.batch_size: int = config.data.batch_size
         self.norm_eps: float | None = config.model.get("norm_eps")
-        self.data_root = Path(str(config.data.root))
+        self.data_root = parse_root(str(config.data.root))
 
     def build_network(self) -> nn.Module:
         """Build the network, without the run's weights. Raises: ValueError."""
@@ -106,3 +108,9 @@ class RecordedConfig:
         from pipeline.build.data import DataConfig  # with Lightning and DALI, which reports do not need
 
         return build_object(self._config, "data", kind=DataConfig).open_dataset()
+
+    def open_storage(self, dataset: Dataset) -> Storage:
+        """Return the storage of a data set, with the settings of the run. Raises: ValueError, OSError."""
+        from pipeline.build.data import DataConfig
+
+        return build_object(self._config, "data", kind=DataConfig).open_storage(dataset)

@@ -35,6 +35,9 @@ NOT_IN_NAME = (
     "data.readahead",
     "data.io_threads",
     "data.prefetch",
+    "data.inflight",
+    "data.cache",
+    "data.cache_gb",
     "data.decoder",  # the choice is in the fingerprint
     "data.hw_decoder_load",
     "trainer.accelerator",

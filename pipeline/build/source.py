@@ -11,6 +11,7 @@ from data.shards.dataset import Dataset
 from data.shards.indexing import LOCK_SECONDS, NotADatasetError, open_dataset
 from data.shards.pack import Packed, pack
 from data.shards.sources import Source
+from data.storage.location import Root, Url, local_folder
 from pipeline.build.objects import build_object
 from pipeline.cli.compose import choices, compose
 from pipeline.cli.console import print_skipped
@@ -25,7 +26,7 @@ def pack_source(config: DictConfig) -> Packed:
         config, "source", kind=Source, name=config.name, val_fraction=config.val_fraction, seed=config.seed
     )
     options = {name: config[name] for name in ("seed", "shard_samples", "resize", "strict")}
-    return pack(source, Path(str(config.out)), **options)
+    return pack(source, local_folder(str(config.out), out=config.out), **options)
 
 
 def pack_once(source: str, root: Path) -> None:
@@ -43,7 +44,7 @@ def pack_once(source: str, root: Path) -> None:
             pack_source(compose("pack", [f"source={source}", f"out={root}"]))
 
 
-def open_tars(root: Path, folder: Path | None, *, label_field: str, keys: Mapping[str, str]) -> Dataset:
+def open_tars(root: Root, folder: Path | None, *, label_field: str, keys: Mapping[str, str]) -> Dataset:
     """Open a data set, and report the samples that indexing has just skipped; `keys` are those of the arguments.
 
     Raises: ValueError.
@@ -52,6 +53,8 @@ def open_tars(root: Path, folder: Path | None, *, label_field: str, keys: Mappin
         with config_keys_in_errors(keys):
             dataset, skipped = open_dataset(root, folder, label_field=label_field)
     except NotADatasetError as error:
+        if isinstance(root, Url):
+            raise
         command = f"python -m pipeline.pack source=folder source.root={root} name=NAME"
         raise ValueError(f"{error} (to pack class folders: {command})") from error
     print_skipped(Console(), skipped)

@@ -57,7 +57,8 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
     run, subject = job.model.run, subject_of(job.model, job.dataset, split=job.split, crop=crop)
     folder = Path(str(config.out)) if config.out is not None else run.run.evaluation / default_folder(config, job)
     index = job.dataset.index(job.split)
-    files = write_evaluation(evaluation, subject, folder=folder, index=index, shards=job.dataset.root)
+    storage = run.open_storage(job.dataset)
+    files = write_evaluation(evaluation, subject, folder=folder, index=index, storage=storage)
     console, sha256 = main_console(), job.model.weights_sha256
     if job.is_own and config.size is None and run.is_best and digest(run.weights_file) == sha256:
         try:

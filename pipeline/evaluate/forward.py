@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from data.loading.crops import CropPolicy, EvaluationCrop
 from data.loading.loader import Batch, Loader
 from data.loading.order import EvaluationPlan, StridedPlan
-from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
 from pipeline.build.memory import memory_errors
 from pipeline.cli.errors import FailureError, as_message
@@ -37,7 +36,7 @@ def answer_split(
     index = dataset.index(split)
     plan = StridedPlan(EvaluationPlan(len(index), batch_size), ranks.rank, ranks.world_size)
     labels = class_numbers(dataset, model)
-    loader = Loader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=model.decode_settings)
+    loader = Loader(index, model.run.open_storage(dataset), plan=plan, crop=crop, decode=model.decode_settings)
     shares = ranks.gather(_answer_share(model, loader if plan.num_steps else (), batch_size=batch_size))
     found = None if ranks.rank > 0 else _combine(shares, count=len(index), weights=model.run.weights_file)
     ranks.raise_together(found if isinstance(found, Error) else None)

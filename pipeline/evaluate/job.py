@@ -13,6 +13,7 @@ from data.loading.crops import CropPolicy
 from data.shards.dataset import Dataset
 from data.shards.indexing import open_dataset
 from data.shards.parallel import share_of_cores
+from data.storage.location import Url, parse_root
 from pipeline.build.network import check_forward
 from pipeline.cli.console import main_console, print_skipped
 from pipeline.cli.errors import config_keys_in_errors
@@ -104,7 +105,7 @@ def build_job(config: DictConfig, ranks: Ranks) -> EvaluationJob:
         raise ValueError(
             f"versus={config.versus} has other classes than run={config.run}: compare runs of one data set"
         )
-    given = None if config.dataset is None else Path(str(config.dataset))
+    given = None if config.dataset is None else _given_folder(str(config.dataset))
     dataset = _open_own_dataset(model) if given is None else _open(given, model)
     class_numbers(dataset, model)
     changes = _changes(dataset, model, split=config.split)
@@ -145,9 +146,15 @@ def _load(config: DictConfig, key: str, *, ranks: Ranks) -> TrainedModel:
 def _open_own_dataset(model: TrainedModel) -> Dataset:
     """Open the run's data set; one that comes from a source is packed again where it is missing."""
     run = model.run
-    if not run.data_root.exists() and not run.values("data").get("source"):
+    if isinstance(run.data_root, Path) and not run.data_root.exists() and not run.values("data").get("source"):
         raise FileNotFoundError(f"{run.run.name} was trained on {run.data_root}, which does not exist: add data=FOLDER")
     return run.open_dataset()
+
+
+def _given_folder(text: str) -> Path:
+    if isinstance(parse_root(text), Url):
+        raise ValueError(f"data={text} is a URL, which only the runs that were trained on it evaluate: give a folder")
+    return Path(text)
 
 
 def _changes(dataset: Dataset, model: TrainedModel, *, split: str | None) -> list[str]:

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from sklearn.metrics import confusion_matrix
 
 from data.loading.crops import CropPolicy
-from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset, Index, write_atomically
 from data.shards.images import UnreadableImage, shrink
+from data.storage.local import Storage, read_bytes
 from pipeline.evaluate.assess import Evaluation, confident_mistakes, differing
 from pipeline.evaluate.metrics import TOP, worst_confusions
 from pipeline.pages.charts import ConfidenceBins
@@ -49,12 +49,12 @@ def subject_of(model: TrainedModel, dataset: Dataset, *, split: str, crop: CropP
 
 
 def write_evaluation(
-    evaluation: Evaluation, subject: Subject, *, folder: Path, index: Index, shards: Path
+    evaluation: Evaluation, subject: Subject, *, folder: Path, index: Index, storage: Storage
 ) -> list[Path]:
     """Write all files, the JSON last, and return their paths. Raises: OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    mistakes = _pictures(confident_mistakes(evaluation, PICTURES), evaluation, index=index, shards=shards)
-    differences = _pictures(differing(evaluation, PICTURES), evaluation, index=index, shards=shards)
+    mistakes = _pictures(confident_mistakes(evaluation, PICTURES), evaluation, index=index, storage=storage)
+    differences = _pictures(differing(evaluation, PICTURES), evaluation, index=index, storage=storage)
     files = [folder / name for name in (PAGE, TABLE, NUMBERS)]
     found, confusion, curves = numbers(evaluation, subject), confusion_of(evaluation), curves_of(evaluation)
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
@@ -148,19 +148,18 @@ def _write_table(path: Path, evaluation: Evaluation, *, index: Index) -> None:
     write_atomically(path, content.getvalue())
 
 
-def _pictures(samples: list[int], evaluation: Evaluation, *, index: Index, shards: Path) -> list[Picture]:
+def _pictures(samples: list[int], evaluation: Evaluation, *, index: Index, storage: Storage) -> list[Picture]:
     """Read images of a split as small pictures, with their classes."""
-    rows, storage = index.rows(np.array(samples, np.int64)), LocalShards(shards)
+    rows = index.rows(np.array(samples, np.int64))
     pictures = []
     for sample, shard, offset, size, name in zip(
         samples, rows.shard, rows.offset, rows.size, index.keys(samples), strict=True
     ):
-        encoded = np.empty(int(size), np.uint8)
-        storage.read(index.split.shards[shard].file, encoded, offset=int(offset))
+        encoded = read_bytes(storage, index.split.shards[shard].file, offset=int(offset), size=int(size))
         label, answer = (int(one[sample]) for one in (evaluation.answers.labels, evaluation.answers.predicted))
         probability = float(evaluation.calibrated.probabilities[sample].max())
         other = evaluation.versus and evaluation.classes[int(evaluation.versus.answers.predicted[sample])]
-        uri = _data_uri(encoded.tobytes())
+        uri = _data_uri(encoded)
         pictures.append(
             Picture(uri, name, evaluation.classes[label], evaluation.classes[answer], probability, other or "")
         )

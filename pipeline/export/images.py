@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import distribution
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Images(NamedTuple):
 
 def validation_data(model: TrainedModel) -> Dataset | None:
     """Open the data set of the run; None where it is not there, or has no validation split or another one than then."""
-    if not model.run.data_root.exists():
+    if isinstance(model.run.data_root, Path) and not model.run.data_root.exists():
         return None
     dataset = model.run.open_dataset()
     is_same = tuple(dataset.classes) == tuple(model.facts.classes) and SPLIT not in model.run.changed_splits(dataset)

@@ -6,8 +6,8 @@ from data.loading.crops import TrainingCrop
 from data.loading.decoder import DecodeSettings
 from data.loading.loader import TrainingLoader
 from data.loading.order import TrainingPlan
-from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
+from data.storage.local import LocalShards
 
 
 def training(dataset: Dataset, *, image_size: int = 32, batch_size: int = 8, **plan: int) -> TrainingLoader:

@@ -17,11 +17,11 @@ from data.loading.crops import EvaluationCrop
 from data.loading.decoder import DecodeSettings, GpuDecoder
 from data.loading.loader import EncodedBatch, Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, Position
-from data.loading.storage import LocalShards
 from data.shards import sources
 from data.shards.dataset import Dataset, Rows
 from data.shards.images import UnreadableImage
 from data.shards.pack import pack
+from data.storage.local import LocalShards
 from tests.support.images import make_folder, make_jpeg
 from tests.support.loaders import training
 

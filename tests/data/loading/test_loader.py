@@ -7,6 +7,7 @@ import itertools
 import shutil
 import tarfile
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +23,11 @@ from data.loading.decoder import DecodeSettings, GpuDecoder
 from data.loading.graph import choose_resizer
 from data.loading.loader import Batch, Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, TrainingPlan
-from data.loading.storage import LocalShards
 from data.shards import sources
 from data.shards.dataset import Dataset
 from data.shards.indexing import open_dataset
 from data.shards.pack import pack
+from data.storage.local import LocalShards, Request
 from tests.support.loaders import training
 from tests.support.paths import CIFAR
 
@@ -214,11 +215,11 @@ def test_as_many_threads_read_as_configured(photographs: Dataset) -> None:
     class Patient(LocalShards):
         """Storage whose first reads return only when all threads are reading."""
 
-        def read(self, file: str, into: np.ndarray, *, offset: int) -> None:
+        def read_batch(self, requests: Sequence[Request]) -> None:
             if not together.broken and together.n_waiting + len(passed) < threads:
                 together.wait(timeout=30)
-                passed.append(offset)
-            super().read(file, into, offset=offset)
+                passed.append(requests[0].offset)
+            super().read_batch(requests)
 
     passed: list[int] = []
     index = photographs.index("train")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -180,3 +181,23 @@ def test_draws_are_uniform_and_depend_on_the_sample_alone() -> None:
     np.testing.assert_allclose(np.corrcoef(drawn.T), np.eye(5), atol=0.03)
     np.testing.assert_array_equal(draws.uniform(samples[[17, 5]], 5, seed=3, epoch=4), drawn[[17, 5]])
     assert not np.array_equal(draws.uniform(samples, 5, seed=3, epoch=5), drawn)
+
+
+def test_coming_shards_are_those_of_the_next_steps() -> None:
+    plan = TrainingPlan((5, 3, 7, 2, 6, 4, 9, 5, 8), seed=3, shuffle_window=8, batch_size=2, world_size=2)
+    first_rows = np.cumsum([0, *plan.shard_samples])
+
+    def shards_read(epoch: int, step: int) -> set[int]:
+        ranks = [replace(plan, rank=rank).samples(epoch, step) for rank in range(2)]
+        return set((np.searchsorted(first_rows, np.concatenate(ranks), side="right") - 1).tolist())
+
+    steps = [(epoch, step) for epoch in range(2) for step in range(plan.num_steps)]
+    windows = [plan.window(*position) for position in steps]
+    assert windows[: plan.num_steps] == sorted(windows[: plan.num_steps])
+    assert max(windows) > 1
+    for number, (position, window) in enumerate(zip(steps, windows, strict=True)):
+        coming = plan.coming_shards(position[0], window)
+        assert len(coming) == len(set(coming))
+        assert shards_read(*position) <= set(coming)
+        if number + 1 < len(steps):
+            assert shards_read(*steps[number + 1]) <= set(coming)

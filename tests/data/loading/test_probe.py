@@ -17,8 +17,8 @@ from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder
 from data.loading.loader import TrainingLoader
 from data.loading.order import TrainingPlan
 from data.loading.probe import Probe, candidates, choose_gpu_decoder, try_decoder
-from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
+from data.storage.local import LocalShards
 
 GPU = torch.device("cuda", 0)
 

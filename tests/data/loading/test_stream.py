@@ -13,10 +13,10 @@ from data.loading.crops import EvaluationCrop
 from data.loading.decoder import DecodeSettings
 from data.loading.loader import Loader
 from data.loading.order import EvaluationPlan
-from data.loading.storage import LocalShards
 from data.loading.stream import ImageStream
 from data.shards.dataset import Dataset
 from data.shards.inputs import Source, find_images
+from data.storage.local import LocalShards
 from tests.support.images import make_jpeg
 
 CROP, DECODE = EvaluationCrop(32), DecodeSettings((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))

@@ -13,9 +13,9 @@ from data.loading.crops import CropPolicy, EvaluationCrop, TrainingCrop
 from data.loading.decoder import DecodeSettings
 from data.loading.loader import Loader
 from data.loading.order import EvaluationPlan
-from data.loading.storage import LocalShards
 from data.loading.transfer import Transfer
 from data.shards.dataset import Dataset
+from data.storage.local import LocalShards
 
 
 @pytest.mark.parametrize("crop", [TrainingCrop(48), EvaluationCrop(48)], ids=["training", "evaluation"])

@@ -94,7 +94,7 @@ def test_nobody_opens_a_data_set_without_its_checks() -> None:
     readers = [
         path for folder in folders for path in (ROOT / folder).rglob("*.py") if "read_manifest(" in path.read_text()
     ]
-    assert sorted(path.name for path in readers) == ["indexing.py", "manifest.py", "pack.py"]
+    assert sorted(path.name for path in readers) == ["indexing.py", "manifest.py", "pack.py", "remote_index.py"]
 
 
 def test_an_index_cut_short_or_of_another_split_is_found(root: Path) -> None:

@@ -136,6 +136,7 @@ def test_a_run_resumes_only_with_its_own_settings(tmp_path: Path) -> None:
         ("data.batch_size=32", "recipe.accumulate=2"),
         ("trainer=ddp", "data.threads=3"),
         ("data.decoder=cpu", "data.prefetch=3"),
+        ("data.root=s3://bucket/tars", "data.inflight=8", "data.cache=folder", "data.cache_gb=1.5"),
     ):
         run.check(current(*same))
     for name, other in (

@@ -14,8 +14,8 @@ from data.loading.crops import EvaluationCrop
 from data.loading.decoder import DecodeSettings
 from data.loading.loader import Loader
 from data.loading.order import EvaluationPlan
-from data.loading.storage import LocalShards
 from data.shards.dataset import Dataset
+from data.storage.local import LocalShards
 from models.learning.classifier import Classifier
 from models.learning.recipe import Recipe, warmup_cosine
 from models.residual import resnet

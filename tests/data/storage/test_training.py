@@ -1,0 +1,57 @@
+"""Trainings and other verbs on a data set in an object store, as they are typed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data.shards.dataset import Dataset
+from pipeline.evaluate.__main__ import VERB as EVALUATE
+from pipeline.evaluate.__main__ import main as evaluate
+from pipeline.train.__main__ import VERB as TRAIN
+from pipeline.train.__main__ import main as train
+from tests.support.commands import call_verb, journal
+
+WORDS = ("+model=lenet", "data=shards", "data.image_size=32", "data.batch_size=4", "data.shuffle_window=8",
+         "recipe.epochs=2", "log_every=1", "tracking=none")  # fmt: skip
+
+
+def weights_of(run: Path) -> str:
+    """Return the SHA-256 of the last checkpoint's tensors."""
+    (checkpoint,) = run.glob("checkpoints/best.ckpt")
+    return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
+def test_a_training_from_s3_has_the_bits_of_a_local_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: str, photographs: Dataset
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photographs.root, "local")
+    places = {
+        "local": ("data.root=local",),
+        "remote": (f"data.root={remote}", "data.index=index"),
+        "cached": (f"data.root={remote}", "data.index=index", "data.cache=cache", "data.cache_gb=0.01"),
+    }
+    for name, words in places.items():
+        call_verb(TRAIN, train, [*WORDS, *words, f"name={name}"])
+    runs = {name: tmp_path / "runs" / name for name in places}
+    journals = [journal(run) for run in runs.values()]
+    assert len(journals[0]) > 4
+    assert all(one == journals[0] for one in journals)
+    assert len({weights_of(run) for run in runs.values()}) == 1
+    prints = [json.loads((run / "fingerprint.json").read_text()) for run in runs.values()]
+    assert all(one == prints[0] for one in prints)
+    before = (runs["local"] / "result.json").read_bytes()
+    call_verb(TRAIN, train, [*WORDS, *places["remote"], "name=local"])  # the same run, which is finished
+    assert (runs["local"] / "result.json").read_bytes() == before
+    cached = [path.stat().st_size for path in Path("cache").glob("*.shard")]
+    assert sum(cached) == sum(photographs.shard_bytes.values())
+    with pytest.raises(ValueError, match=f"^data={remote} is a URL, which only the runs that were trained on it"):
+        call_verb(EVALUATE, evaluate, ["run=cached", f"data={remote}"])
+    call_verb(EVALUATE, evaluate, ["run=cached", "mlflow=false"])
+    table = json.loads(Path("runs/cached/evaluation/val/evaluation.json").read_text())
+    assert table["images"] == photographs.splits["val"].samples
