@@ -12,7 +12,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo workflow test test-all test-faults test-soak test-engines lint gpu-check ui browser cluster lock clean
+.PHONY: help install demo workflow test test-all test-faults test-soak test-engines lint gpu-check ui browser servers lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST) | awk '{printf "  %s %-12s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -54,12 +54,13 @@ browser:  ## install Chromium, for the test that opens the report
 	  DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends chromium > /dev/null; \
 	then command -v chromium; else echo "no browser: install chromium or google-chrome to run that test"; fi
 
-# The tests of batch jobs play a Slurm of two nodes; they are skipped, with a reason, where it is not installed.
-cluster:  ## install Slurm, for the tests of batch jobs
-	@command -v sbatch && exit; \
+# Tests that play a Slurm of two nodes and a web server are skipped, with a reason, where these are not installed.
+SERVERS := slurm-wlm munge nginx-light
+servers:  ## install Slurm and nginx, for the tests of batch jobs and object stores
+	@command -v sbatch && command -v nginx && exit; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get -qq update && \
-	  DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends slurm-wlm munge > /dev/null; \
-	then command -v sbatch; else echo "no Slurm: install slurm-wlm and munge to run those tests"; fi
+	  DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends $(SERVERS) > /dev/null; \
+	then command -v sbatch nginx; else echo "install $(SERVERS) to run those tests"; fi
 
 install: .venv/ready  ## build the environment in .venv
 

@@ -67,6 +67,7 @@ def main(config: DictConfig) -> None:
             else:
                 print_plan(words, steps, folder=folder)
         return
+    snakemake.check_scheduler(profile.executor)
     snakemake.write_study(steps, folder, profile=profile)
     run_study(words, steps, folder=folder)
 

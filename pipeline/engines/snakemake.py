@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from data.shards.dataset import write_atomically
+from pipeline.cli.errors import one_line
 from pipeline.cli.signals import stop_signals
 from pipeline.engines.study import Step
 
@@ -26,6 +27,8 @@ ENVIRONMENT = ROOT / ".workflow"
 STUDY = "study.json"
 POLL_SECONDS, END_SECONDS = 0.2, 6.0
 NAMED = 3  # steps in a reason
+SCHEDULERS = {"slurm": ("sinfo", "--noheader")}  # a command that succeeds where the scheduler answers
+SCHEDULER_SECONDS = 30.0
 
 
 class Profile(NamedTuple):
@@ -55,6 +58,21 @@ def build_environment() -> Path:
         if made.returncode:
             raise OSError("Snakemake could not be installed: make workflow says why")
     return program
+
+
+def check_scheduler(executor: str) -> None:
+    """Raise OSError unless the scheduler of this executor answers."""
+    words = SCHEDULERS.get(executor)
+    if words is None:
+        return
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=SCHEDULER_SECONDS, check=False)
+        lines = answer.stderr.strip().splitlines()
+        reason = "" if not answer.returncode else lines[-1] if lines else f"exit code {answer.returncode}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = one_line(error)
+    if reason:
+        raise OSError(f"profile={executor}: {words[0]} fails ({reason}): profile=local runs the steps on this machine")
 
 
 def write_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> None:

@@ -23,7 +23,7 @@ def slurm() -> Iterator[Path]:
     """A running cluster; its folder has the configuration."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     if missing or not CLUSTER.is_dir():
-        pytest.skip(f"no {', '.join(missing)}: make cluster installs Slurm" if missing else f"no {CLUSTER}")
+        pytest.skip(f"no {', '.join(missing)}: make servers installs Slurm" if missing else f"no {CLUSTER}")
     if DEFAULT_CONF.exists() or not os.access(DEFAULT_CONF.parent, os.W_OK):
         pytest.skip(f"{DEFAULT_CONF} is there or cannot be written: this machine has a Slurm of its own, or no root")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # munge refuses a folder below one that others may not enter
