@@ -4,6 +4,8 @@ import errno
 import fcntl
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import NoReturn
 from filelock import BaseFileLock, FileLock, LeaseCompromise, SoftFileLease, Timeout
 
 LEASE_SECONDS = 60.0  # without a sign of life after which the lock of another machine is taken over
+EXPIRED_SECONDS = 300.0  # the same, where only the clocks of two machines can be compared
 FAILURE = 2  # exit code
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -32,12 +35,14 @@ def file_lock(path: Path, *, seconds: float) -> Iterator[None]:
 
 
 def is_file_locked(path: Path) -> bool:
-    """Return whether a process holds the lock; where it cannot be tried, none that this user could wait for."""
+    """Return whether a process holds the lock; False where this user may not try. An expired lease does not count."""
     try:
-        with _lock(path).acquire(timeout=0):
+        lock = _lock(path)
+        with lock.acquire(timeout=0):
             return False
     except Timeout:
-        return True
+        is_lease = isinstance(lock, SoftFileLease)
+        return not is_lease or time.time() - path.stat().st_mtime < EXPIRED_SECONDS
     except OSError:
         return False
 
@@ -49,21 +54,17 @@ def _lock(path: Path) -> BaseFileLock:
 
 
 def _has_flock(path: Path) -> bool:
-    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
-    descriptor = os.open(probe, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in NO_FLOCK:
-            return False
-        raise
-    finally:
-        os.close(descriptor)
-        probe.unlink(missing_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent) as probe:
+        try:
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_FLOCK:
+                return False
+            raise
     return True
 
 
 def _end(lost: LeaseCompromise) -> NoReturn:
     """End the process before it changes what another one may have begun to change."""
-    print(f"error: {lost.lock_file} was taken over by another process ({lost.reason})", file=sys.stderr, flush=True)
+    print(f"error: the lock {lost.lock_file} is lost ({lost.reason})", file=sys.stderr, flush=True)
     os._exit(FAILURE)

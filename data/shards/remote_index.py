@@ -13,6 +13,7 @@ from data.storage.location import Url, join
 from data.storage.remote import OPENING_RETRIES, RemoteShards
 from data.storage.tars import TarStatus, status_of
 
+LABEL_FIELD = "label"  # the default
 Tars = Mapping[str, Mapping[str, TarStatus]]  # of each split by file
 
 
@@ -46,10 +47,11 @@ def list_remote_tars(root: Url) -> dict[str, TarStatus]:
 def fetch_index(root: Url, folder: Path, *, tars: Tars, label_field: str) -> bool:
     """Copy manifest and indexes from a URL into `folder`; return False where there are none, or of other tars.
 
+    A manifest does not say from which field its labels are, so one for another than the default is not used.
     Raises: ValueError when they are damaged; OSError.
     """
     shards = RemoteShards(root, retries=OPENING_RETRIES)
-    content = shards.read(MANIFEST)
+    content = shards.read(MANIFEST) if label_field == LABEL_FIELD else None
     if content is None:
         return False
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetched-") as name:

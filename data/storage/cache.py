@@ -53,7 +53,7 @@ class CacheFolder:
             folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 self._remove_abandoned()
-        except (OSError, NotImplementedError) as error:
+        except OSError as error:
             raise ArgumentError(("folder", folder), f" cannot be used: {error}") from error
 
     def open(self, name: str) -> int | None:
@@ -167,7 +167,7 @@ class CacheFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with FileLock(self.folder / LOCK, timeout=LOCK_SECONDS):
+        with FileLock(self.folder / LOCK, timeout=LOCK_SECONDS, fallback_to_soft=False):
             yield
 
 

@@ -74,9 +74,10 @@ class CachedShards:
             return False
         try:
             is_read = fill(descriptor, request.offset, into=request.into)
+            size = os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)
-        if not is_read and os.path.getsize(self._cache.folder / name) != self._versions[request.file].size:
+        if not is_read and size != self._versions[request.file].size:
             self._cache.remove(name)
         return is_read
 

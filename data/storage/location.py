@@ -35,7 +35,8 @@ def parse_root(text: str) -> Root:
         return Path(text)
     rest = text[match.end() :]
     address = rest.partition("/")[0]
-    if any(mark in rest for mark in "?#") or ":" in address.rpartition("@")[0]:
+    user = address.rpartition("@")[0]  # of abfs:// it is the container
+    if any(mark in rest for mark in "?#") or ":" in user or (user and match[1].lower().startswith("http")):
         text_without = f"{match[1]}://{address.rpartition('@')[2]}"
         rule = " has a password or a signature: an environment variable is the place for secrets"
         raise ArgumentError(("root", text_without), rule)

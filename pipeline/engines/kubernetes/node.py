@@ -39,7 +39,8 @@ def main() -> None:
     except SignalException as error:
         raise SystemExit(EXIT_CODES.get(error.sigval, EXIT_CODES[signal.SIGTERM])) from None
     except (RuntimeError, OSError, RendezvousError) as error:
-        print(f"error: the nodes have not met: {one_line(error)}", file=sys.stderr)
+        problem = "the nodes have not met" if isinstance(error, RendezvousError) else "the ranks could not be started"
+        print(f"error: {problem}: {one_line(error)}", file=sys.stderr)
         raise SystemExit(FAILURE) from None
 
 

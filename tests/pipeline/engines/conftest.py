@@ -24,6 +24,8 @@ def slurm() -> Iterator[Path]:
     missing = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     if missing or not CLUSTER.is_dir():
         pytest.skip(f"no {', '.join(missing)}: make servers installs Slurm" if missing else f"no {CLUSTER}")
+    if DEFAULT_CONF.is_symlink() and not DEFAULT_CONF.exists():
+        DEFAULT_CONF.unlink()  # of tests that were killed
     if DEFAULT_CONF.exists() or not os.access(DEFAULT_CONF.parent, os.W_OK):
         pytest.skip(f"{DEFAULT_CONF} is there or cannot be written: this machine has a Slurm of its own, or no root")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # munge refuses a folder below one that others may not enter
@@ -31,17 +33,22 @@ def slurm() -> Iterator[Path]:
     for setting, shorter in (("cred_expire=10", "cred_expire=5"), ("KillWait=5", "KillWait=5\nSlurmdTimeout=5")):
         assert setting in script
         script = script.replace(setting, shorter)
-    with (folder / "start.log").open("w") as log:  # which the daemons keep open
-        words = ["bash", "-c", script, "slurm_up", str(folder), "2"]
-        subprocess.run(words, check=True, stdout=log, stderr=subprocess.STDOUT)
-    DEFAULT_CONF.symlink_to(folder / "slurm.conf")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-        patch.setenv("MASTER_ADDR", "127.0.0.1")  # its nodes are no hosts
-        yield folder
-        subprocess.run(["bash", str(CLUSTER / "slurm_down.sh"), str(folder)], check=True, capture_output=True)
-    DEFAULT_CONF.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with (folder / "start.log").open("w") as log:  # which the daemons keep open
+            words = ["bash", "-c", script, "slurm_up", str(folder), "2"]
+            subprocess.run(words, check=True, stdout=log, stderr=subprocess.STDOUT)
+        DEFAULT_CONF.symlink_to(folder / "slurm.conf")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+            patch.setenv("MASTER_ADDR", "127.0.0.1")  # its nodes are no hosts
+            yield folder
+    finally:
+        down = ["bash", str(CLUSTER / "slurm_down.sh"), str(folder)]
+        subprocess.run(
+            down, check=False, capture_output=True, env={**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        )
+        DEFAULT_CONF.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.runs.run import Run
 from tests.support.commands import ran_steps, run_module
 
-pytestmark = pytest.mark.engines
+pytestmark = pytest.mark.cluster
 
 NAMES = ("lenet", "alexnet", "vgg", "resnet", "resnext", "mobilenet", "efficientnet", "convnext", "coatnet")
 BRIEF = "recipe.epochs=1,data.image_size=32,augment=small,tracking=none,+trainer.limit_train_batches=2"
@@ -39,6 +40,13 @@ def test_a_study_on_this_machine_that_fails_once(clone: Path) -> None:
     assert again.returncode == 0, again.stdout + again.stderr
     assert set(ran_steps(again)) == OF_RESNET
     assert compared(clone / "studies" / "local") == set(NAMES)
+
+    described = json.loads((clone / "studies" / "local" / "steps" / "train" / "lenet.json").read_text())
+    overrides = [word for word in described["overrides"] if not word.startswith("out=")]
+    assert run_module(clone, "pipeline.train", *overrides, "out=by_hand", root=clone).returncode == 0
+    runs = Run(clone / "studies" / "local" / "runs" / "lenet"), Run(clone / "by_hand")
+    digests = {run.result()["checkpoint_sha256"] for run in runs}
+    assert len(digests) == 1, "a step has the bits of the command by hand"
 
 
 @pytest.mark.usefixtures("slurm")

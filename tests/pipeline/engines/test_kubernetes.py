@@ -323,6 +323,7 @@ def start_node(folder: Path, rank: str, **variables: str) -> subprocess.Popen[st
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.engines
 def test_a_node_exits_with_the_code_of_its_rank(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     with socket.socket() as found:
