@@ -18,6 +18,7 @@ from data.loading.crops import EvaluationCrop, TrainingCrop
 from data.loading.datamodule import LoaderSettings, ShardData
 from data.loading.decoder import DecodeSettings
 from data.shards.dataset import Dataset, Split
+from data.storage.open import open_storage
 from models.learning.classifier import Classifier
 from models.learning.recipe import Recipe, warmup_cosine
 from pipeline.evaluate.forward import answer_split
@@ -85,7 +86,9 @@ def evaluate_twice(
         classes=dataset.classes,
         device=torch.device("cpu"),
         decode_settings=DecodeSettings(dataset.mean, dataset.std, threads=1, io_threads=1),
-        run=SimpleNamespace(weights_file=Path("best.ckpt")),
+        run=SimpleNamespace(
+            weights_file=Path("best.ckpt"), open_storage=lambda of: open_storage(of.root, of.shard_bytes)
+        ),
     )
     ranks = Ranks(rank, world_size, rank, world_size)
     answers = answer_split(model, shorter, split="val", crop=CROP, batch_size=batch_size, ranks=ranks)
