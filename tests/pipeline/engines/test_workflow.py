@@ -169,7 +169,7 @@ def test_a_plain_snakemake_does_the_same(project: Path) -> None:
         ),
         (["jobs=0"], "error: jobs=0 must be an integer of at least 1"),
         (["graph=steps.pdf"], "error: graph=steps.pdf must end in one of .dot, .png, .svg"),
-        (["profile=lsf"], "error: profile=lsf is not one of local, slurm"),
+        (["profile=lsf"], "error: profile=lsf is not one of kubernetes, local, slurm"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_runs(project: Path, words: list[str], message: str) -> None:
