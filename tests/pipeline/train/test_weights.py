@@ -23,7 +23,9 @@ def test_a_training_starts_with_the_weights_of_a_run(train: Typed, with_digits: 
     printed = train(*short, *frozen, f"weights={first}")
     assert "244 tensors loaded in state_dict, named as by convoy; batch norm eps 1e-05" in printed
     assert "strides" not in printed
-    wide = train(*short, "recipe.epochs=1", "model.image_size=224", f"weights={first}", "name=wide")
+    # In bfloat16 oneDNN's weight gradient of a strided convolution of a single pixel reads memory that nobody wrote.
+    large = ("recipe.epochs=1", "model.image_size=224", "trainer.precision=32-true", "name=wide")
+    wide = train(*short, *large, f"weights={first}")
     assert re.search("strides +those for images of 224 pixels, not those with which", wide)
     ends = [journal(with_digits / "runs" / name)[-1] for name in ("first", "second")]
     assert ends[1]["val/loss"] == pytest.approx(ends[0]["val/loss"], rel=1e-5)
