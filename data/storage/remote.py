@@ -131,7 +131,7 @@ def _connect(root: Url, *, retries: int) -> ObjectStore:
     retry: RetryConfig = {"max_retries": retries, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
     try:
         return from_url(str(root), client_options=client, retry_config=retry)
-    except Exception as error:
+    except Exception as error:  # the library has no common base for what it refuses
         raise ArgumentError(("root", root), f" {explain(error, root)[1]}") from error
 
 

@@ -1,4 +1,4 @@
-"""The tars of a data set as a whole: which there are, and one as a file to index, from a folder or an object store."""
+"""The tars of a folder or an object store: their list, and each as a file to index."""
 
 import os
 import tempfile

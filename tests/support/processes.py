@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -121,3 +122,10 @@ def train_undisturbed(folder: Path, dataset: Dataset, words: tuple[str, ...]) ->
 def two_ranks(*words: str) -> tuple[str, ...]:
     """Return words of a training of two ranks over gloo."""
     return (*words, *TWO_RANKS)
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -16,6 +16,8 @@ from pathlib import Path
 import boto3
 import pytest
 
+from tests.support.processes import free_port
+
 KEYS = {"AWS_ACCESS_KEY_ID": "AKIA-of-a-test", "AWS_SECRET_ACCESS_KEY": "never-printed", "AWS_REGION": "us-east-1"}
 NGINX = """
 daemon off; worker_processes 1; error_log {folder}/error.log; pid {folder}/pid; {user}
@@ -27,13 +29,6 @@ http {{
   server {{ listen 127.0.0.1:{port}; root {root}; location /denied/ {{ return 403; }} }}
 }}
 """
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 class S3:

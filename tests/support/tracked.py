@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MLflowRun
 
 from pipeline.runs.run import Run
+from tests.support.processes import free_port
 
 CONFIG = "model:\n  num_classes: 10\ndata:\n  root: PATH\nseed: {seed}\ntracking:\n  _target_: {target}\n"
 MLFLOW = "pipeline.tracking.mlflow_tracker.MLflowTracker"
@@ -110,13 +111,6 @@ def answering(answer: bytes | None) -> Iterator[str]:
             listening.shutdown(socket.SHUT_RDWR)
             for connection in silent:
                 connection.close()
-
-
-def free_port() -> int:
-    """Return a port on which nothing listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 class Server:
