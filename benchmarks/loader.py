@@ -188,10 +188,10 @@ def main() -> None:
 
 def _pack(folder: Path) -> None:
     from data.shards import sources
-    from data.shards.pack import pack
+    from data.shards.pack import PackSettings, pack
 
     source = sources.folder(folder / "train", "benchmark", val_fraction=0, seed=0)
-    pack(source, folder / "shards", shard_samples=250)
+    pack(source, folder / "shards", settings=PackSettings(shard_samples=250))
 
 
 def _torch_loader(dataset: object) -> Callable[[], Iterable[object]]:

@@ -23,7 +23,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from benchmarks.gpu import samples
-from data.shards.inputs import find_images
+from data.loading.inputs import find_images
 from pipeline import load
 from pipeline.runs.trained import TrainedModel
 

@@ -218,10 +218,10 @@ def _print(results: dict[str, list[float]], names: list[str]) -> None:
 
 def _pack(folder: Path) -> None:
     from data.shards import sources
-    from data.shards.pack import pack
+    from data.shards.pack import PackSettings, pack
 
     source = sources.folder(folder / "train", "benchmark", val_fraction=0, seed=0)
-    pack(source, folder / "shards", shard_samples=50)
+    pack(source, folder / "shards", settings=PackSettings(shard_samples=50))
 
 
 def _fill_cache(folder: Path) -> None:

@@ -10,8 +10,13 @@ from pipeline.cli.verb import Verb
 VERB = Verb(
     "pack",
     "Pack images into shuffled WebDataset shards with a manifest (dataset.json) and an index.",
-    {"": "scikit-learn's digits", "source=folder source.root=PATH name=NAME": "class folders"},
-    text_keys=("name", "out", "source.root"),
+    {
+        "": "scikit-learn's digits",
+        "source=folder source.root=PATH name=NAME": "class folders",
+        "... part=3/16": "the third of 16 parts, on one of several machines",
+        "... part=merge": "a data set from its parts",
+    },
+    text_keys=("name", "out", "source.root", "part"),
 )
 
 
@@ -26,6 +31,9 @@ def main(config: DictConfig) -> None:
     console, start = Console(), time.perf_counter()
     packed = pack_source(config)
     seconds = time.perf_counter() - start
+    if isinstance(packed, int):
+        print_facts(console, {"part": f"{config.part}: {packed:,} tars", "time": f"{seconds:.1f} s"})
+        return
     print_skipped(console, packed.skipped)
     for kind, count in packed.ignored.most_common():
         console.print(f"ignored {count:,} {kind} files: not {', '.join(SUFFIXES)}", highlight=False, markup=False)

@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from data.shards import sources
 from data.shards.dataset import Dataset
-from data.shards.pack import pack
+from data.shards.pack import PackSettings, pack
 from tests.support.commands import Run, run_module
 from tests.support.images import make_jpeg, orientation
 
@@ -56,7 +56,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
             options = {"exif": orientation(6)} if number == 2 else {"subsampling": number % 3}
             path.write_bytes(make_jpeg(height, width, seed=label * 10 + number, **options))
     source = sources.folder(root, "photographs", val_fraction=0.4, seed=0)
-    return pack(source, tmp_path_factory.mktemp("datasets") / "photographs", shard_samples=7).dataset
+    return pack(
+        source, tmp_path_factory.mktemp("datasets") / "photographs", settings=PackSettings(shard_samples=7)
+    ).dataset
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data.shards import sources
 from data.shards.dataset import Dataset
-from data.shards.pack import pack
+from data.shards.pack import PackSettings, pack
 
 SIZES = [(97, 131), (64, 64), (240, 181), (33, 200)]  # rows and columns
 JPEG = {
@@ -68,7 +68,7 @@ def make_dataset(folder: Path, count: int, *, num_classes: int = 10, height: int
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded)
     source = sources.folder(folder / "images", "checks", val_fraction=0.1, seed=0)
-    return pack(source, folder / "packed", shard_samples=500).dataset
+    return pack(source, folder / "packed", settings=PackSettings(shard_samples=500)).dataset
 
 
 def _orientation(value: int) -> bytes:

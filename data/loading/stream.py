@@ -14,9 +14,9 @@ from torch import Tensor
 from data.loading.crops import CropPolicy
 from data.loading.decoder import DecodeSettings
 from data.loading.graph import as_torch, build_pipeline, can_decode, choose_resizer
+from data.loading.inputs import Source
 from data.loading.transfer import Transfer
 from data.shards.images import oriented_size
-from data.shards.inputs import Source
 from data.storage.local import wait_for
 
 

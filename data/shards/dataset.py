@@ -1,6 +1,6 @@
 """A data set on disk: its manifest `dataset.json`, its tar shards, and one Parquet index per split.
 
-An index has a row per sample and a row group per shard. It gives the position of each image in its tar.
+An index has a row per sample, in the order of the shards. It gives the position of each image in its tar.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ SCHEMA = pa.schema([*((name, pa.from_numpy_dtype(ROW[name])) for name in Rows._f
 class Index:
     """The positions, labels and sizes of a split's samples, read by row group and cached.
 
+    A row group of an index by an older version is a shard; now they are larger, because each costs memory.
+
     Several threads may use it: `_lock` guards the Parquet file and the cache, all else is constant.
     """
 
@@ -111,20 +113,23 @@ class Index:
         self.starts = np.concatenate([[0], np.cumsum(self.shard_samples, dtype=np.int64)])
         self._lock = threading.Lock()
         self._file = pq.ParquetFile(path)
-        self._group = lru_cache(max(1, CACHED_ROWS * len(split.shards) // len(self)))(self._read_group)
+        metadata = self._file.metadata
+        groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        self._groups = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])  # first row of each
+        self._group = lru_cache(max(1, CACHED_ROWS * len(groups) // len(self)))(self._read_group)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def rows(self, samples: NDArray[np.int64]) -> Rows:
         """Look samples up. Shapes: (N,) rows of the index -> arrays of (N,)."""
-        shards = np.searchsorted(self.starts, samples, side="right") - 1  # (N,)
+        groups = self._group_of(samples)  # (N,)
         rows = np.empty(len(samples), ROW)
-        for shard in np.unique(shards).tolist():
+        for number in np.unique(groups).tolist():
             with self._lock:
-                group = self._group(shard)
-            here = shards == shard
-            rows[here] = group[samples[here] - self.starts[shard]]
+                group = self._group(number)
+            here = groups == number
+            rows[here] = group[samples[here] - self._groups[number]]
         return Rows(*(np.ascontiguousarray(rows[name]) for name in Rows._fields))
 
     def keys(self, samples: Iterable[int]) -> list[str]:
@@ -132,20 +137,26 @@ class Index:
         names = []
         for sample in samples:
             shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-            with self._lock:
-                keys = self._file.read_row_group(shard, columns=["key"]).column("key")
-            names.append(f"{self.split.shards[shard].file}: {keys[int(sample - self.starts[shard])]}")
+            group = int(self._group_of(np.asarray(sample)))
+            key = self._keys(group)[int(sample - self._groups[group])]
+            names.append(f"{self.split.shards[shard].file}: {key}")
         return names
 
     def names(self) -> Iterator[tuple[str, str]]:
         """Yield tar and key of every sample, in the order of the index."""
-        for number, shard in enumerate(self.split.shards):
-            with self._lock:
-                keys = self._file.read_row_group(number, columns=["key"]).column("key").to_pylist()
-            yield from ((shard.file, key) for key in keys)
+        files = (shard.file for shard in self.split.shards for _ in range(shard.samples))
+        keys = (key for number in range(len(self._groups) - 1) for key in self._keys(number).to_pylist())
+        yield from zip(files, keys, strict=True)
 
-    def _read_group(self, shard: int) -> NDArray[np.void]:
-        table = self._file.read_row_group(shard, columns=list(Rows._fields))
+    def _group_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self._groups, samples, side="right") - 1
+
+    def _keys(self, group: int) -> pa.ChunkedArray:
+        with self._lock:
+            return self._file.read_row_group(group, columns=["key"]).column("key")
+
+    def _read_group(self, number: int) -> NDArray[np.void]:
+        table = self._file.read_row_group(number, columns=list(Rows._fields))
         rows = np.empty(len(table), ROW)
         for name in Rows._fields:
             rows[name] = table.column(name).to_numpy()
@@ -165,10 +176,13 @@ def check_index(path: Path, split: Split) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside `path` and rename it, so that no reader gets a part of it."""
+    """Write a file beside `path` and rename it, so that neither a reader nor a crash gets a part of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(content)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk has none

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,22 @@ from numpy.typing import NDArray
 
 from data.shards.dataset import SCHEMA, Dataset, Shard, Split
 from data.shards.manifest import write_manifest
-from data.shards.tars import SampleRow, ShardRows
+from data.shards.rows import SavedRows, SplitRows, is_number
 from data.storage.location import Root
 
 STATISTICS_IMAGES = 10_000
+# A process keeps 5 kB for each row group of an open index, and decodes one to look up any of its rows.
+GROUP_ROWS = 65_536
 
 
-def class_names(shards: list[ShardRows]) -> tuple[str, ...]:
+def class_names(split: SplitRows) -> tuple[str, ...]:
     """Return the sorted names that occur as labels, or "0" up to the largest number. Raises: ValueError."""
-    labels = {row.label for shard in shards for row in shard.rows}
-    names = sorted(str(label) for label in labels if isinstance(label, str))
+    names = sorted(label for label in split.labels if not is_number(label))
     if names:
         return tuple(names)
-    num_samples = sum(len(shard.rows) for shard in shards)
-    for shard in shards:
-        _check_range(shard, num_samples)
-    return _numbers(max(int(label) for label in labels) + 1)
+    for label, tar in split.labels.items():
+        _check_range(label, tar, num_classes=split.samples)
+    return _numbers(max(map(int, split.labels)) + 1)
 
 
 def merge_classes(manifest: tuple[str, ...], tars: tuple[str, ...]) -> tuple[str, ...]:
@@ -53,42 +54,62 @@ def write_dataset(
     root: Root,
     folder: Path,
     *,
-    shards: dict[str, list[ShardRows]],
+    rows: Mapping[str, SplitRows],
     name: str,
     classes: tuple[str, ...],
     label_field: str = "label",
 ) -> Dataset:
     """Write indexes and manifest into `folder`. Raises: ValueError for a label that is not one of `classes`."""
     splits = {}
-    for split, rows in shards.items():
-        _check_kinds(rows)
-        origin = index_origin([(shard.file, shard.bytes, shard.version) for shard in rows], label_field=label_field)
-        splits[split] = _write_index(folder / f"{split}.parquet", rows, classes=classes, origin=origin)
-    colours = np.sum([shard.colours for rows in shards.values() for shard in rows], axis=0)  # (7,)
+    for split, one in rows.items():
+        _check_kinds(one)
+        origin = index_origin([(tar.file, tar.bytes, tar.version) for tar in one.tars], label_field=label_field)
+        splits[split] = _write_index(folder / f"{split}.parquet", one, classes=classes, origin=origin)
+    colours = np.sum([tar.colours for one in rows.values() for tar in one.tars], axis=0)  # (7,)
     dataset = Dataset(root, folder, name, classes, *_mean_and_std(colours), splits)
     write_manifest(dataset)
     return dataset
 
 
-def _write_index(path: Path, shards: list[ShardRows], *, classes: tuple[str, ...], origin: str) -> Split:
-    """Write an index atomically, a row group per shard with samples."""
+def _write_index(path: Path, split: SplitRows, *, classes: tuple[str, ...], origin: str) -> Split:
+    """Write an index atomically, tar by tar, in row groups of GROUP_ROWS."""
     partial_path = path.with_name(f".{path.name}.partial")
     digest = hashlib.sha256()
-    shards = [shard for shard in shards if shard.rows]
-    with pq.ParquetWriter(partial_path, SCHEMA, compression="zstd") as writer:
-        for number, shard in enumerate(shards):
-            columns = {name: [getattr(row, name) for row in shard.rows] for name in SampleRow._fields}
-            columns |= {"shard": [number] * len(shard.rows), "label": _label_numbers(shard, classes)}
-            table = pa.table(columns, schema=SCHEMA)  # in the schema's order
-            writer.write_table(table, row_group_size=len(table))
+    tars = [tar for tar in split.tars if tar.samples]
+
+    def tables() -> Iterator[pa.Table]:
+        for number, tar in enumerate(tars):
+            loaded = tar.load()
+            labels = _label_numbers(tar, loaded.column("label"), classes=classes)
+            shards = np.full(len(loaded), number, np.int32)
+            known = {name: loaded.column(name) for name in loaded.column_names}
+            columns = known | {"shard": pa.array(shards), "label": pa.array(labels)}
+            table = pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
             for name in SCHEMA.names[:-1]:
                 digest.update(table.column(name).to_numpy().tobytes())
-            digest.update("\n".join(columns["key"]).encode())
+            digest.update("\n".join(table.column("key").to_pylist()).encode())
+            yield table
+
+    with pq.ParquetWriter(partial_path, SCHEMA, compression="zstd") as writer:
+        for group in _regroup(tables()):
+            writer.write_table(group, row_group_size=GROUP_ROWS)
     with partial_path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     partial_path.replace(path)
-    tars = tuple(Shard(shard.file, len(shard.rows), shard.bytes, shard.sha256) for shard in shards)
-    return Split(tars, path.name, digest.hexdigest(), sha256, origin)
+    shards = tuple(Shard(tar.file, tar.samples, tar.bytes, tar.sha256) for tar in tars)
+    return Split(shards, path.name, digest.hexdigest(), sha256, origin)
+
+
+def _regroup(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the rows of all tables in tables of GROUP_ROWS; the last may be smaller."""
+    pending = SCHEMA.empty_table()
+    for table in tables:
+        pending = pa.concat_tables([pending, table])
+        while len(pending) >= GROUP_ROWS:
+            yield pending.slice(0, GROUP_ROWS).combine_chunks()
+            pending = pending.slice(GROUP_ROWS)
+    if len(pending):
+        yield pending.combine_chunks()
 
 
 def _mean_and_std(colours: NDArray[np.float64]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -101,30 +122,35 @@ def _mean_and_std(colours: NDArray[np.float64]) -> tuple[tuple[float, float, flo
     return (red, green, blue), (red_std, green_std, blue_std)
 
 
-def _label_numbers(shard: ShardRows, classes: tuple[str, ...]) -> list[int]:
-    if any(isinstance(row.label, int) for row in shard.rows):
-        _check_range(shard, len(classes))
-        return [int(row.label) for row in shard.rows]
+def _label_numbers(tar: SavedRows, labels: pa.ChunkedArray, *, classes: tuple[str, ...]) -> NDArray[np.int32]:
+    """Return the class of each row: (N,). Raises: ValueError for a label that is none."""
+    encoded = labels.combine_chunks().dictionary_encode()
     numbers = {name: number for number, name in enumerate(classes)}
-    for row in shard.rows:
-        if row.label not in numbers:
-            raise ValueError(f"{shard.file}: {row.key} has class {row.label}, which the training split does not have")
-    return [numbers[str(row.label)] for row in shard.rows]
+    found = []
+    for label in encoded.dictionary.to_pylist():
+        if is_number(label):
+            _check_range(label, tar, num_classes=len(classes))
+        elif label not in numbers:
+            problem = f"has class {label}, which the training split does not have"
+            raise ValueError(f"{tar.file}: {tar.key_of(label)} {problem}")
+        found.append(int(label) if is_number(label) else numbers[label])
+    of_rows: NDArray[np.int32] = np.asarray(found, np.int32)[encoded.indices.to_numpy()]
+    return of_rows
 
 
 def _numbers(count: int) -> tuple[str, ...]:
     return tuple(str(number) for number in range(count))
 
 
-def _check_kinds(shards: list[ShardRows]) -> None:
+def _check_kinds(split: SplitRows) -> None:
     """Raise ValueError where some labels of a split are names and others numbers, which may be classes or names."""
-    if len({type(row.label) for shard in shards for row in shard.rows}) > 1:
-        file, row = next((shard.file, row) for shard in shards for row in shard.rows if isinstance(row.label, str))
-        raise ValueError(f"{file}: {row.key} has the label {row.label} where others have numbers")
+    named = [label for label in split.labels if not is_number(label)]
+    if named and len(named) < len(split.labels):
+        tar = split.labels[named[0]]
+        raise ValueError(f"{tar.file}: {tar.key_of(named[0])} has the label {named[0]} where others have numbers")
 
 
-def _check_range(shard: ShardRows, num_classes: int) -> None:
-    for row in shard.rows:
-        if not 0 <= int(row.label) < num_classes:
-            allowed = f"0 to {num_classes - 1} (labels count from 0)"
-            raise ValueError(f"{shard.file}: {row.key} has label {row.label}, outside {allowed}")
+def _check_range(label: str, tar: SavedRows, *, num_classes: int) -> None:
+    if not 0 <= int(label) < num_classes:
+        allowed = f"0 to {num_classes - 1} (labels count from 0)"
+        raise ValueError(f"{tar.file}: {tar.key_of(label)} has label {label}, outside {allowed}")

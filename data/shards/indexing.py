@@ -2,23 +2,26 @@
 
 import errno
 import re
+import shutil
 from collections.abc import Container, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from data.arguments import ArgumentError, require
 from data.locks import file_lock
 from data.shards import images
-from data.shards.dataset import SCHEMA, SPLITS, Dataset, check_index
+from data.shards.dataset import SPLITS, Dataset, check_index
 from data.shards.index_writer import class_names, merge_classes, statistics_shares, write_dataset
 from data.shards.manifest import MANIFEST, read_manifest, write_manifest
-from data.shards.parallel import available_cores, map_tasks
+from data.shards.parallel import Part, available_cores, map_tasks
 from data.shards.remote_index import Tars, fetch_index, list_remote_tars, origin_of
+from data.shards.rows import ROWS_FOLDER, SplitRows, read_split, rows_path, save_rows, saved_names
 from data.shards.sources import SPLIT_FOLDERS
-from data.shards.tars import ShardRows, SkippedSample, TarTask, read_shard
-from data.storage.location import Root, Url
+from data.shards.tars import SkippedSample, TarTask, read_shard
+from data.storage.location import Root, Url, join
 from data.storage.tars import TarStatus, list_tars
 
 LOCK_SECONDS = 6 * 3600.0  # limit for another process that reads the tars; its lock ends with it
@@ -40,16 +43,7 @@ def open_dataset(
     Also returns the samples that indexing has just skipped. Raises: ValueError when this is not a data set, a file is
     damaged or missing, or `folder` cannot be written to.
     """
-    if isinstance(root, Url):
-        if folder is None:
-            raise ArgumentError(("root", root), " is a URL: ", ("folder", "FOLDER"), " keeps manifest and index here")
-        status = list_remote_tars(root)
-    else:
-        folder = folder or root
-        require(root.is_dir(), "is not a folder: give the one that contains the tars", root=root)
-        status = list_tars(root)
-    _check_complete(root, folder, present=status)
-    tars = _tars_by_split(root, status)
+    folder, tars = _find_tars(root, folder)
     current = partial(_current_dataset, root, folder, tars=tars, label_field=label_field)
     dataset = current()
     if dataset and not dataset.is_edited:
@@ -75,6 +69,46 @@ def open_dataset(
                 return dataset, []
             raise ArgumentError(f"{error}: ", ("folder", "FOLDER"), " puts manifest and index elsewhere") from error
         raise
+
+
+def index_part(root: Root, folder: Path | None, *, part: Part, label_field: str = "label") -> int:
+    """Read this part of the tars and keep their rows for `open_dataset`; return the number of tars.
+
+    Parts may run at once on several machines that share `folder`. Raises: ValueError as `open_dataset`; OSError.
+    """
+    folder, tars = _find_tars(root, folder)
+    tasks = [task for tasks in _tasks(folder, tars, label_field=label_field).values() for task in tasks.items()]
+    mine = dict(part.of(tasks))
+    if _current_dataset(root, folder, tars=tars, label_field=label_field):
+        return len(mine)
+    _read_tars(root, folder, tasks=mine, label=f"index part {part}", label_field=label_field)
+    return len(mine)
+
+
+def check_parts(root: Root, folder: Path | None, *, label_field: str = "label") -> None:
+    """Raise ValueError unless the data set is complete or `index_part` has read each of its tars."""
+    folder, tars = _find_tars(root, folder)
+    if _current_dataset(root, folder, tars=tars, label_field=label_field):
+        return
+    known = saved_names(folder)
+    tasks = _tasks(folder, tars, label_field=label_field)
+    missing = [task.file for one in tasks.values() for path, task in one.items() if path.name not in known]
+    if missing:
+        raise ValueError(f"{len(missing)} tars have not been read, {missing[0]} is the first: run their parts again")
+
+
+def _find_tars(root: Root, folder: Path | None) -> tuple[Path, Tars]:
+    """Return the folder of the index, and the tars by split. Raises: ValueError as `open_dataset`."""
+    if isinstance(root, Url):
+        if folder is None:
+            raise ArgumentError(("root", root), " is a URL: ", ("folder", "FOLDER"), " keeps manifest and index here")
+        status = list_remote_tars(root)
+    else:
+        folder = folder or root
+        require(root.is_dir(), "is not a folder: give the one that contains the tars", root=root)
+        status = list_tars(root)
+    _check_complete(root, folder, present=status)
+    return folder, _tars_by_split(root, status)
 
 
 def _tars_by_split(root: Root, status: Mapping[str, TarStatus]) -> Tars:
@@ -127,35 +161,73 @@ def _check_edit(dataset: Dataset) -> None:
     """Raise ValueError when an edited manifest does not fit its indexes."""
     for split in dataset.splits.values():
         path = dataset.folder / split.index
-        metadata = pq.read_metadata(path)
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        largest = max(group.column(SCHEMA.names.index("label")).statistics.max for group in groups)
+        samples, largest = _count_samples(path, num_shards=len(split.shards))
         edited = f"{dataset.folder / MANIFEST} was edited"
-        if [group.num_rows for group in groups] != [shard.samples for shard in split.shards]:
+        if samples != [shard.samples for shard in split.shards]:
             raise ValueError(f"{edited}: its shards are not those of {path}; restore them, or remove both files")
         if largest >= len(dataset.classes):
             raise ValueError(f"{edited}: it has {len(dataset.classes)} classes, but {path} has labels up to {largest}")
 
 
+def _count_samples(path: Path, *, num_shards: int) -> tuple[list[int], int]:
+    """Return the number of rows of each shard in an index, and the largest label."""
+    samples, largest = np.zeros(num_shards, np.int64), 0
+    for batch in pq.ParquetFile(path).iter_batches(columns=["shard", "label"]):
+        counts = np.bincount(batch.column("shard"), minlength=len(samples))
+        samples = counts + np.pad(samples, (0, len(counts) - len(samples)))
+        largest = max(largest, int(np.max(batch.column("label"))))
+    return samples.tolist(), largest
+
+
 def _index_tars(root: Root, folder: Path, *, tars: Tars, label_field: str) -> tuple[Dataset, list[SkippedSample]]:
-    """Read every tar, write indexes and manifest, and return the data set and the skipped samples."""
-    shards: dict[str, list[ShardRows]] = {}
-    for split, files in tars.items():
-        measured = split == "train" or "train" not in tars
-        counts = statistics_shares(len(files)) if measured else [0] * len(files)
-        tasks = [TarTask(file, count) for file, count in zip(files, counts, strict=True)]
-        workers = available_cores() if len(files) > POOL_SHARDS else 1
-        read = partial(read_shard, root, label_field=label_field, size_of=images.intact_size, scratch=folder)
-        shards[split] = map_tasks(read, tasks, workers=workers, label=f"index {split}")
-        if not any(shard.rows for shard in shards[split]):
-            skipped = [sample for shard in shards[split] for sample in shard.skipped]
+    """Read every tar that has not been read, write indexes and manifest; return data set and skipped samples."""
+    rows: dict[str, SplitRows] = {}
+    for split, tasks in _tasks(folder, tars, label_field=label_field).items():
+        _read_tars(root, folder, tasks=tasks, label=f"index {split}", label_field=label_field)
+        rows[split] = _read_rows(root, tasks)
+        if not rows[split].samples:
+            skipped = rows[split].skipped
             first = f"; {skipped[0].name}: {skipped[0].reason}" if skipped else ""
             problem = f": the tars of split {split} contain no image with a label (.cls, or the .json field of "
             raise ArgumentError(("root", root), problem, ("label_field", label_field), f"){first}")
     name = root.name if isinstance(root, Url) else root.resolve().name
-    classes = class_names(shards.get("train") or next(iter(shards.values())))
+    classes = class_names(rows.get("train") or next(iter(rows.values())))
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder, root)
         name, classes = manifest.name, merge_classes(manifest.classes, classes)
-    dataset = write_dataset(root, folder, shards=shards, name=name, classes=classes, label_field=label_field)
-    return dataset, [sample for rows in shards.values() for shard in rows for sample in shard.skipped]
+    dataset = write_dataset(root, folder, rows=rows, name=name, classes=classes, label_field=label_field)
+    shutil.rmtree(folder / ROWS_FOLDER, ignore_errors=True)
+    return dataset, [sample for one in rows.values() for sample in one.skipped]
+
+
+def _tasks(folder: Path, tars: Tars, *, label_field: str) -> dict[str, dict[Path, TarTask]]:
+    """Return the tars of each split to read, by the path of their rows."""
+    tasks = {}
+    for split, files in tars.items():
+        measured = split == "train" or "train" not in tars
+        counts = statistics_shares(len(files)) if measured else [0] * len(files)
+        one = [TarTask(file, count) for file, count in zip(files, counts, strict=True)]
+        tasks[split] = {rows_path(folder, task, status=files[task.file], label_field=label_field): task for task in one}
+    return tasks
+
+
+def _read_tars(root: Root, folder: Path, *, tasks: Mapping[Path, TarTask], label: str, label_field: str) -> None:
+    """Read the tars whose rows are not there."""
+    (folder / ROWS_FOLDER).mkdir(parents=True, exist_ok=True)
+    known = saved_names(folder)
+    missing = [task for path, task in tasks.items() if path.name not in known]
+    workers = available_cores() if len(missing) > POOL_SHARDS else 1
+    read = partial(_read_tar, root=root, folder=folder, label_field=label_field)
+    map_tasks(read, missing, sizes=[1] * len(missing), workers=workers, label=label, unit="shards")
+
+
+def _read_tar(task: TarTask, *, root: Root, folder: Path, label_field: str) -> None:
+    shard = read_shard(root, task, label_field=label_field, size_of=images.intact_size, scratch=folder)
+    save_rows(folder, task, shard=shard, label_field=label_field)
+
+
+def _read_rows(root: Root, tasks: Mapping[Path, TarTask]) -> SplitRows:
+    changed = [task.file for path, task in tasks.items() if not path.is_file()]
+    if changed:
+        raise ValueError(f"{join(root, changed[0])} has changed while it was read: start again when it is complete")
+    return read_split(tasks)

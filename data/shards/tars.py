@@ -18,6 +18,7 @@ from data.shards.members import JoinedTars, read_members
 from data.storage.location import Root, join
 from data.storage.tars import open_tar
 
+NUMBER = r"[+-]?\d+"  # a label that is a number
 RESERVED = re.compile(r"__[^/]*__($|/)")  # names that WebDataset reserves and skips
 # Height and width of an encoded image: `images.intact_size`, or `oriented_size` where each was decoded before.
 SizeOf = Callable[[bytes], tuple[int, int]]
@@ -130,7 +131,7 @@ def _read_row(stream: BinaryIO, key: str, *, files: dict[str, Place], label_fiel
         raise ValueError("no label: neither a .cls nor a .json file")
     if "\0" in text:
         raise ValueError("its label has bytes of zeros")
-    label = int(text) if re.fullmatch(r"[+-]?\d+", text) else text
+    label = int(text) if re.fullmatch(NUMBER, text) else text
     height, width = size_of(_bytes_at(stream, image))
     return SampleRow(key, *image, label, height, width)
 

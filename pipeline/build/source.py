@@ -9,7 +9,8 @@ from rich.console import Console
 from data.locks import file_lock
 from data.shards.dataset import Dataset
 from data.shards.indexing import LOCK_SECONDS, NotADatasetError, open_dataset
-from data.shards.pack import Packed, pack
+from data.shards.pack import Packed, PackSettings, merge_parts, pack, pack_part
+from data.shards.parallel import parse_part
 from data.shards.sources import Source
 from data.storage.location import Root, Url, local_folder
 from pipeline.build.objects import build_object
@@ -18,15 +19,23 @@ from pipeline.cli.console import print_skipped
 from pipeline.cli.errors import ConfigError, config_keys_in_errors, nearest
 
 
-def pack_source(config: DictConfig) -> Packed:
-    """Pack the source of a `pack` config. Raises: FileExistsError, ValueError."""
+def pack_source(config: DictConfig) -> Packed | int:
+    """Pack the source of a `pack` config, or only its part: then return its number of shards.
+
+    Raises: FileExistsError, ValueError.
+    """
     if config.name == ".." or Path(str(config.name)).name != str(config.name):
         raise ValueError(f"name={config.name} is a path: out=FOLDER sets the data set's folder")
+    part = None if config.part is None else parse_part(str(config.part))
     source = build_object(
         config, "source", kind=Source, name=config.name, val_fraction=config.val_fraction, seed=config.seed
     )
-    options = {name: config[name] for name in ("seed", "shard_samples", "resize", "strict")}
-    return pack(source, local_folder(str(config.out), out=config.out), **options)
+    settings = PackSettings(config.seed, config.shard_samples, config.resize, config.strict)
+    folder = local_folder(str(config.out), out=config.out)
+    if part is not None:
+        return pack_part(source, folder, part=part, settings=settings)
+    complete = pack if config.part is None else merge_parts
+    return complete(source, folder, settings=settings)
 
 
 def pack_once(source: str, root: Path) -> None:

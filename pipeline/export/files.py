@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from data.loading.inputs import split_sources
 from data.shards.dataset import Dataset
-from data.shards.inputs import split_sources
 from pipeline.export.graph import export_program, in_precision, write_program
 from pipeline.export.images import SPLIT, Images, labelled_crops
 from pipeline.export.record import RECORD, ExportedFile, describe_model, earlier_files, onnx_facts, write_record

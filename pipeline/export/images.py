@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data.loading.inputs import Source, find_images, split_sources
 from data.shards.dataset import Dataset
-from data.shards.inputs import Source, find_images, split_sources
 from pipeline.runs.trained import TrainedModel
 
 SPLIT = "val"

@@ -39,7 +39,7 @@ def main(config: DictConfig) -> None:
         from rich.console import Console
         from rich.progress import track
 
-        from data.shards.inputs import count_ignored_files, find_images
+        from data.loading.inputs import count_ignored_files, find_images
         from pipeline.build.memory import memory_errors
         from pipeline.predict.rows import check_output, row_writer
         from pipeline.runs.trained import load_model

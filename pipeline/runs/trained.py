@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data.loading.decoder import DecodeSettings
+from data.loading.inputs import Source, file_source
 from data.loading.stream import DecodedBatch, ImageStream
-from data.shards.inputs import Source, file_source
 from data.shards.parallel import available_cores
 from models.folding import fold_batch_norms
 from pipeline.build.recorded import DatasetFacts

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data.shards.inputs import file_source
+from data.loading.inputs import file_source
 from pipeline import load
 from pipeline.predict import __main__ as verb
 from pipeline.runs.calibration import Calibration

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.shards.inputs import file_source
+from data.loading.inputs import file_source
 from pipeline import load
 from pipeline.runs.trained import TrainedModel
 from tests.support.commands import run_module

@@ -11,11 +11,11 @@ import torch
 
 from data.loading.crops import EvaluationCrop
 from data.loading.decoder import DecodeSettings
+from data.loading.inputs import Source, find_images
 from data.loading.loader import Loader
 from data.loading.order import EvaluationPlan
 from data.loading.stream import ImageStream
 from data.shards.dataset import Dataset
-from data.shards.inputs import Source, find_images
 from data.storage.local import LocalShards
 from tests.support.images import make_jpeg
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.loading.inputs import find_images
 from data.shards import images
-from data.shards.inputs import find_images
 from data.shards.tars import ShardRows, TarTask, read_shard
 from tests.support.images import make_jpeg
 from tests.support.shards import make_samples, write_tar

@@ -15,14 +15,14 @@ from PIL import Image
 from data.shards import sources
 from data.shards.dataset import Dataset
 from data.shards.images import UnreadableImage
-from data.shards.pack import Packed, pack
+from data.shards.pack import Packed, PackSettings, pack
 from data.shards.parallel import available_cores
 from tests.support.images import make_folder, make_jpeg
 
 
 def pack_folder(root: Path, out: Path, **options: object) -> Packed:
     source = sources.folder(root, "images", val_fraction=0.25, seed=0)
-    return pack(source, out, **{"shard_samples": 5, **options})
+    return pack(source, out, settings=PackSettings(**{"shard_samples": 5, **options}))
 
 
 def read_by_webdataset(dataset: Dataset) -> dict[str, dict[str, bytes]]:

@@ -82,7 +82,7 @@ def test_every_image_is_answered_as_predict_does(evaluate: Typed, main_job: Fini
     table = pq.read_table(tmp_path / "predictions.parquet").to_pydict()
     model = load(main_job.folder)  # with the temperature that was just fitted
     dataset = model.run.open_dataset()
-    from data.shards.inputs import find_images
+    from data.loading.inputs import find_images
 
     shards = sorted({f"{dataset.root}/{shard}" for shard in table["shard"]})
     predictions = [one for shard in shards for one in model.predict_sources(find_images(shard, lines=sys.stdin))]

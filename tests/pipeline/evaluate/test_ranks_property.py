@@ -17,8 +17,8 @@ from PIL import Image
 from scipy.special import log_softmax
 from sklearn.metrics import f1_score, top_k_accuracy_score
 
+from data.loading.inputs import split_sources
 from data.shards.dataset import Dataset
-from data.shards.inputs import split_sources
 from tests.support.evaluations import RankAnswer, evaluate_twice
 from tests.support.rank_pool import RankPool, fail_last
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from data.loading.inputs import find_images, split_sources
 from data.shards.dataset import Dataset
-from data.shards.inputs import find_images, split_sources
 from tests.support.images import make_folder
 
 
