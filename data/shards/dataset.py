@@ -100,63 +100,61 @@ SCHEMA = pa.schema([*((name, pa.from_numpy_dtype(ROW[name])) for name in Rows._f
 
 
 class Index:
-    """The positions, labels and sizes of a split's samples, read by row group and cached.
+    """The positions, labels and sizes of a split's samples, read and cached by shard.
 
-    A row group of an index by an older version is a shard; now they are larger, because each costs memory.
-
-    Several threads may use it: `_lock` guards the Parquet file and the cache, all else is constant.
+    Several threads may use it: `_lock` guards the cache, `_reading` the Parquet file, all else is constant.
     """
 
     def __init__(self, path: Path, split: Split) -> None:
         self.split = split
         self.shard_samples = tuple(shard.samples for shard in split.shards)
         self.starts = np.concatenate([[0], np.cumsum(self.shard_samples, dtype=np.int64)])
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self._file = pq.ParquetFile(path)
         metadata = self._file.metadata
         groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self._groups = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])  # first row of each
-        self._group = lru_cache(max(1, CACHED_ROWS * len(groups) // len(self)))(self._read_group)
+        self._shard = lru_cache(max(1, CACHED_ROWS * len(split.shards) // len(self)))(self._read_shard)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def rows(self, samples: NDArray[np.int64]) -> Rows:
         """Look samples up. Shapes: (N,) rows of the index -> arrays of (N,)."""
-        groups = self._group_of(samples)  # (N,)
+        shards = np.searchsorted(self.starts, samples, side="right") - 1  # (N,)
         rows = np.empty(len(samples), ROW)
-        for number in np.unique(groups).tolist():
+        for number in np.unique(shards).tolist():
             with self._lock:
-                group = self._group(number)
-            here = groups == number
-            rows[here] = group[samples[here] - self._groups[number]]
+                shard = self._shard(number)
+            here = shards == number
+            rows[here] = shard[samples[here] - self.starts[number]]
         return Rows(*(np.ascontiguousarray(rows[name]) for name in Rows._fields))
 
     def keys(self, samples: Iterable[int]) -> list[str]:
-        """Return the names of samples, `tar: key`, for messages. Slow: reads a row group per sample."""
+        """Return the names of samples, `tar: key`, for messages. Slow: reads a shard per sample."""
         names = []
         for sample in samples:
             shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-            group = int(self._group_of(np.asarray(sample)))
-            key = self._keys(group)[int(sample - self._groups[group])]
+            key = self._read(shard, columns=["key"]).column("key")[int(sample - self.starts[shard])]
             names.append(f"{self.split.shards[shard].file}: {key}")
         return names
 
     def names(self) -> Iterator[tuple[str, str]]:
         """Yield tar and key of every sample, in the order of the index."""
-        files = (shard.file for shard in self.split.shards for _ in range(shard.samples))
-        keys = (key for number in range(len(self._groups) - 1) for key in self._keys(number).to_pylist())
-        yield from zip(files, keys, strict=True)
+        for number, shard in enumerate(self.split.shards):
+            keys = self._read(number, columns=["key"]).column("key").to_pylist()
+            yield from ((shard.file, key) for key in keys)
 
-    def _group_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.searchsorted(self._groups, samples, side="right") - 1
+    def _read(self, shard: int, *, columns: list[str]) -> pa.Table:
+        """Read columns of a shard, which may be a part of a row group or more than one."""
+        start, end = self.starts[shard : shard + 2].tolist()
+        first, last = np.searchsorted(self._groups, [start, end - 1], side="right").tolist()
+        with self._reading:
+            table = self._file.read_row_groups(range(first - 1, last), columns=columns)
+        return table.slice(start - int(self._groups[first - 1]), end - start)
 
-    def _keys(self, group: int) -> pa.ChunkedArray:
-        with self._lock:
-            return self._file.read_row_group(group, columns=["key"]).column("key")
-
-    def _read_group(self, number: int) -> NDArray[np.void]:
-        table = self._file.read_row_group(number, columns=list(Rows._fields))
+    def _read_shard(self, number: int) -> NDArray[np.void]:
+        table = self._read(number, columns=list(Rows._fields))
         rows = np.empty(len(table), ROW)
         for name in Rows._fields:
             rows[name] = table.column(name).to_numpy()

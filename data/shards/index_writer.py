@@ -16,8 +16,8 @@ from data.shards.rows import SavedRows, SplitRows, is_number
 from data.storage.location import Root
 
 STATISTICS_IMAGES = 10_000
-# A process keeps 5 kB for each row group of an open index, and decodes one to look up any of its rows.
-GROUP_ROWS = 65_536
+# Of an open index, each process keeps 5 kB for a row group; to look up a row, it decodes a row group.
+GROUP_ROWS = 8_192
 
 
 def class_names(split: SplitRows) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """From a folder of WebDataset tars, ours or foreign, to a data set: every tar is read once, in parallel."""
 
 import errno
+import hashlib
 import re
 import shutil
 from collections.abc import Container, Mapping
@@ -69,6 +70,22 @@ def open_dataset(
                 return dataset, []
             raise ArgumentError(f"{error}: ", ("folder", "FOLDER"), " puts manifest and index elsewhere") from error
         raise
+
+
+def manifest_digest(dataset: Dataset) -> str:
+    """Return the SHA-256 of the manifest, by which another process recognises the data set."""
+    return hashlib.sha256((dataset.folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def follow_dataset(root: Root, folder: Path, *, digest: str | None = None) -> Dataset | None:
+    """Return the data set that another process has just opened; its tars are neither listed nor compared.
+
+    None where `folder` has no manifest, or one of another `digest`. Raises: ValueError for a damaged one.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    dataset = read_manifest(folder, root)
+    return dataset if digest in (None, manifest_digest(dataset)) else None
 
 
 def index_part(root: Root, folder: Path | None, *, part: Part, label_field: str = "label") -> int:

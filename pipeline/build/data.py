@@ -9,9 +9,10 @@ from data.loading.crops import CropPolicy
 from data.loading.datamodule import LoaderSettings, ShardData
 from data.shards.dataset import Dataset
 from data.storage.local import Storage
-from data.storage.location import local_folder, parse_root
+from data.storage.location import Root, local_folder, parse_root
 from data.storage.open import CACHE_GIGABYTES, StorageSettings, open_storage
 from data.storage.remote import INFLIGHT
+from pipeline.build.first_rank import open_on_first_rank
 from pipeline.build.objects import build_object
 from pipeline.build.source import open_tars, pack_once
 from pipeline.cli.errors import config_keys_in_errors
@@ -52,12 +53,17 @@ class DataConfig:
     def open_dataset(self) -> Dataset:
         """Open the data set; with a `source`, pack it first where it is missing.
 
-        One of several processes does the work and reports skipped samples.
+        Rank 0 does the work and reports skipped samples.
         Raises: FileNotFoundError, ValueError when `root` holds no data set.
         """
         with config_keys_in_errors(DATASET_KEYS):
             root = parse_root(str(self.root))  # a folder named 2024 arrives as a number
             index = None if self.index is None else local_folder(str(self.index), folder=self.index)
+        return open_on_first_rank(
+            lambda: self._open_dataset(root, index), root=root, folder=index or Path(str(self.root))
+        )
+
+    def _open_dataset(self, root: Root, index: Path | None) -> Dataset:
         if isinstance(root, Path):
             if self.source is not None:
                 pack_once(self.source, root)

@@ -116,6 +116,11 @@ def launched_ranks(environment: Mapping[str, str]) -> LaunchedRanks | None:
     return None
 
 
+def accept_ntasks(launched: LaunchedRanks) -> None:
+    """Let Lightning's SLURMEnvironment accept `srun --ntasks` without `--ntasks-per-node`."""
+    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launched.per_node))
+
+
 def _check_ranks(trainer: pl.Trainer, launched: LaunchedRanks, *, devices: object) -> None:
     """Raise ValueError where some ranks would be left out: each would be a training of its own, in the same folder."""
     started = launched.nodes * launched.per_node

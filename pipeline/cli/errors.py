@@ -66,7 +66,7 @@ def is_failure(error: BaseException) -> bool:
     return is_of_device or isinstance(error, FailureError | TimeoutError)
 
 
-def as_message(error: ValueError | OSError) -> ValueError | FailureError:
+def as_message(error: ValueError | OSError | FailureError) -> ValueError | FailureError:
     """Return an error that another rank can raise: its text, and whether it is a failure."""
     return FailureError(str(error)) if is_failure(error) else ValueError(str(error))
 

@@ -14,6 +14,7 @@ from data.shards.dataset import Dataset
 from data.shards.indexing import open_dataset
 from data.shards.parallel import share_of_cores
 from data.storage.location import Url, parse_root
+from pipeline.build.first_rank import open_on_first_rank
 from pipeline.build.network import check_forward
 from pipeline.cli.console import main_console, print_skipped
 from pipeline.cli.errors import config_keys_in_errors
@@ -183,8 +184,12 @@ def _open(root: Path, model: TrainedModel) -> Dataset:
     if not root.exists():
         raise FileNotFoundError(f"data={root} is not a folder: pack one with python -m pipeline.pack")
     with config_keys_in_errors({"root": "data"}):
-        label_field = str(model.run.values("data").get("label_field") or "label")
-        dataset, skipped = open_dataset(root, None, label_field=label_field)
+        return open_on_first_rank(lambda: _open_all(root, model), root=root, folder=root)
+
+
+def _open_all(root: Path, model: TrainedModel) -> Dataset:
+    label_field = str(model.run.values("data").get("label_field") or "label")
+    dataset, skipped = open_dataset(root, None, label_field=label_field)
     print_skipped(Console(), skipped)
     return dataset
 

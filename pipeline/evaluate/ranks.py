@@ -55,7 +55,7 @@ class Ranks(NamedTuple):
         found, error = None, None
         try:
             found = work()
-        except (ValueError, OSError) as raised:
+        except (ValueError, OSError, FailureError) as raised:
             error = as_message(raised)
         errors = self.gather(error)
         self.raise_together(errors[0] if errors else None)

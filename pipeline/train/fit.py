@@ -21,7 +21,7 @@ from models.learning.evaluation import TOP5
 from pipeline.build.choice import Choice
 from pipeline.build.memory import GPU_MEMORY, exhausted_memory
 from pipeline.build.settings import Again
-from pipeline.build.trainer import launched_ranks
+from pipeline.build.trainer import accept_ntasks, launched_ranks
 from pipeline.cli.console import is_main_process, main_console, print_facts
 from pipeline.cli.errors import FailureError, config_keys_in_errors, exit_code
 from pipeline.cli.signals import EXIT_CODES, stop_signals
@@ -82,7 +82,7 @@ def own_plugins(job: Job) -> list[object]:
     """Build the plugins of every training: its checkpoints, and no checkpoint or requeue by Lightning on Slurm."""
     launched = launched_ranks(os.environ)
     if launched is not None:
-        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launched.per_node))  # Lightning refuses srun --ntasks alone
+        accept_ntasks(launched)
     slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     return [CheckpointWriter(job.run.checkpoints), *slurm]
 

@@ -215,7 +215,7 @@ def test_a_damaged_file_of_rows_is_named(source: Source, tmp_path: Path) -> None
 
 
 def test_row_groups_have_a_fixed_size(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert GROUP_ROWS == 65_536
+    assert GROUP_ROWS == 8_192
     plain = pack(source, tmp_path / "plain", settings=SETTINGS).dataset
     monkeypatch.setattr("data.shards.index_writer.GROUP_ROWS", 12)
     small = pack(source, tmp_path / "small", settings=SETTINGS).dataset

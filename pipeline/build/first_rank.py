@@ -1,0 +1,113 @@
+"""The data set of a training or evaluation of several ranks: rank 0 lists and checks its files, the others follow."""
+
+import json
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but exported by *
+
+from data.shards.dataset import Dataset
+from data.shards.indexing import LOCK_SECONDS, follow_dataset, manifest_digest
+from data.storage.location import Root
+from pipeline.build.trainer import accept_ntasks, launched_ranks
+from pipeline.cli.errors import USER_ERROR, FailureError, exit_code
+
+POLL_SECONDS = 0.1  # short, because a signal waits as long
+CONNECT_SECONDS = 600.0  # limit for rank 0 to start
+_numbers = count()  # of the data sets that have been opened
+_servers: list[TCPStore] = []  # lives on, for ranks that ask later; torch shares it with its own on this port
+
+
+def open_on_first_rank(open_all: Callable[[], Dataset], *, root: Root, folder: Path) -> Dataset:
+    """Return the data set that `open_all` opens on rank 0, read from the manifest in `folder` on the other ranks.
+
+    Where a rank has another manifest, as in a folder of its own machine, it opens the data set itself.
+    Raises: as `open_all`, on the other ranks ValueError or FailureError with the words of rank 0; FailureError when it
+    does not answer.
+    """
+    ranks = _launched()
+    if ranks is None:
+        # Lightning starts the other ranks of a machine after the first has opened the data set.
+        is_started_by_first = launched_ranks(os.environ) is None and int(os.environ.get("LOCAL_RANK", "0")) > 0
+        return (follow_dataset(root, folder) if is_started_by_first else None) or open_all()
+    key = f"convoy/dataset-{next(_numbers)}"
+    if ranks.global_rank() == 0:
+        return _open_first(open_all, _connect(ranks), key=key)
+    return _follow(open_all, _wait(_connect(ranks), key), root=root, folder=folder)
+
+
+def _launched() -> ClusterEnvironment | None:
+    """Return the ranks of torchrun or srun, None where no launcher has started several."""
+    launched = launched_ranks(os.environ)
+    if launched is None:
+        return None
+    accept_ntasks(launched)
+    with warnings.catch_warnings(action="ignore"):  # that Slurm is installed and not used
+        kinds = (TorchElasticEnvironment, SLURMEnvironment)
+        return next((kind() for kind in kinds if kind.detect()), None)
+
+
+def _open_first(open_all: Callable[[], Dataset], store: TCPStore, *, key: str) -> Dataset:
+    try:
+        dataset = open_all()
+    except BaseException as error:
+        with suppress(RuntimeError):
+            store.set(key, json.dumps({"error": str(error), "code": exit_code(error)}))
+        raise
+    store.set(key, json.dumps({"digest": manifest_digest(dataset)}))
+    return dataset
+
+
+def _follow(open_all: Callable[[], Dataset], answer: str, *, root: Root, folder: Path) -> Dataset:
+    found = json.loads(answer)
+    if "error" in found:
+        raise (ValueError if found["code"] == USER_ERROR else FailureError)(found["error"])
+    return follow_dataset(root, folder, digest=found["digest"]) or open_all()
+
+
+def _connect(ranks: ClusterEnvironment) -> TCPStore:
+    """Connect to the store of rank 0, or of torchrun's agent on its machine. Raises: FailureError."""
+    host, port = ranks.main_address, ranks.main_port
+    is_server = ranks.global_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit, end = timedelta(seconds=CONNECT_SECONDS), time.monotonic() + CONNECT_SECONDS
+    while not is_server and not _is_open(host, port):
+        if time.monotonic() > end:
+            raise FailureError(f"rank 0 on {host} has not started in {CONNECT_SECONDS:.0f} seconds")
+        time.sleep(POLL_SECONDS)
+    try:
+        store = TCPStore(host, port, is_master=is_server, wait_for_workers=False, timeout=limit, multi_tenant=is_server)
+    except RuntimeError as error:
+        raise FailureError(f"no connection to rank 0 at {host}, port {port}: {error}") from error
+    if is_server:
+        _servers.append(store)
+    return store
+
+
+def _is_open(host: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((host, port), timeout=POLL_SECONDS * 10):
+        return True
+    return False
+
+
+def _wait(store: TCPStore, key: str) -> str:
+    """Return the value of a key when it is there. Raises: FailureError when rank 0 has ended or takes too long."""
+    end = time.monotonic() + LOCK_SECONDS
+    try:
+        while not store.check([key]):
+            if time.monotonic() > end:
+                raise FailureError(f"rank 0 has not opened the data set in {LOCK_SECONDS / 3600:.0f} hours")
+            time.sleep(POLL_SECONDS)
+        answer: str = store.get(key).decode()
+    except RuntimeError as error:
+        raise FailureError("rank 0 has ended or does not answer") from error
+    return answer
