@@ -78,8 +78,14 @@ class RemoteShards:
         return {one["path"]: _version(one) for one in found if one["path"].endswith(".tar")}
 
     def versions(self, files: Iterable[str]) -> dict[str, Version]:
-        """Return the versions of objects. Raises: FileNotFoundError, OSError."""
+        """Return the versions of tars, by one listing where the store has that. Raises: FileNotFoundError, OSError."""
         files = list(files)
+        if self.can_list:
+            found = self.list_tars()
+            missing = next((file for file in files if file not in found), None)
+            if missing is not None:
+                raise FileNotFoundError(f"{join(self.root, missing)} does not exist")
+            return {file: found[file] for file in files}
         return dict(zip(files, self._threads.map(self.version, files), strict=True))
 
     def version(self, file: str) -> Version:

@@ -18,7 +18,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 STUDY_KEYS = ("data", "train", "evaluate", "report", "export", "compare")
 TRAIN_KEYS = ("overrides", "runs", "grid")
 RUN_KEYS = ("overrides", "data", "weights")
-DATA_KEYS = ("pack", "root", "train")
+DATA_KEYS = ("pack", "root", "parts", "train")
 RESULTS = {"evaluate": "evaluation.json", "report": "report.json", "export": "export.json"}
 FOLDERS = {"evaluate": "evaluation", "report": "reports", "export": "exports"}
 
@@ -82,19 +82,33 @@ def build_steps(study: Tree, folder: Path) -> list[Step]:
 
 
 def _data_steps(name: str, found: object, *, folder: Path) -> Iterator[Step]:
-    """Yield the packing or indexing of a data set; one that a verb has packed before needs neither."""
+    """Yield the packing or indexing of a data set, its parts first; one that a verb has packed before needs neither."""
     place = f"study.data.{name}"
     one = _mapping(found, place=place)
     _check_name(name, place=place)
     _check_keys(one, DATA_KEYS, place=place)
     if ("pack" in one) == ("root" in one):
         raise ConfigError(f"{place} needs either pack=[source=...] or root=FOLDER")
+    count = one.get("parts", 1)
+    if type(count) is not int or count < 1:
+        raise ConfigError(f"{place}.parts={count} must be an integer of at least 1")
     out = folder / "data" / name
     if "pack" in one:
-        words = _words(one["pack"], place=f"{place}.pack")
-        yield Step("pack", name, (*words, f"name={name}", f"out={out}"), (), out / "dataset.json")
+        words = (*_words(one["pack"], place=f"{place}.pack"), f"name={name}", f"out={out}")
+        step = Step("pack", name, words, (), out / "dataset.json")
     elif not (Path(str(one["root"])) / "dataset.json").is_file():
-        yield Step("index", name, (f"root={one['root']}", f"out={out}"), (), out / "dataset.json")
+        step = Step("index", name, (f"root={one['root']}", f"out={out}"), (), out / "dataset.json")
+    else:
+        return
+    parts = [_part_of(step, number, count=count) for number in range(1, count + 1)] if count > 1 else []
+    yield from parts
+    merge = ("part=merge",) if parts else ()
+    yield step._replace(overrides=(*step.overrides, *merge), needs=tuple(part.identity for part in parts))
+
+
+def _part_of(step: Step, number: int, *, count: int) -> Step:
+    """Return the step of a part; its result is that of all, because its own files are gone once they are merged."""
+    return step._replace(name=f"{step.name}@{number}of{count}", overrides=(*step.overrides, f"part={number}/{count}"))
 
 
 def _trainings(train: Tree, *, data: Sequence[str]) -> list[Training]:

@@ -65,6 +65,19 @@ def test_a_grid_multiplies_every_run_and_names_what_differs() -> None:
     assert common < own < size < rate, "the more particular one must win"
 
 
+def test_parts_are_steps_before_the_data_set(tmp_path: Path) -> None:
+    for described, verb in (({"pack": ["source=digits"]}, "pack"), ({"root": str(tmp_path)}, "index")):
+        found = steps_of(data={"pets": described | {"parts": 3}})
+        parts = [f"{verb}/pets@{number}of3" for number in (1, 2, 3)]
+        assert list(found) == [*parts, f"{verb}/pets", "train/resnet"]
+        assert [found[one].overrides[-1] for one in parts] == ["part=1/3", "part=2/3", "part=3/3"]
+        assert found[f"{verb}/pets"].needs == tuple(parts)
+        assert found[f"{verb}/pets"].overrides[-1] == "part=merge"
+        assert found["train/resnet"].needs == (f"{verb}/pets",)
+        alone = steps_of(data={"pets": described | {"parts": 1}})
+        assert alone == steps_of(data={"pets": described})
+
+
 def test_a_data_set_that_is_packed_needs_no_step_and_foreign_tars_an_index(tmp_path: Path) -> None:
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "dataset.json").touch()
@@ -87,6 +100,7 @@ def test_a_data_set_that_is_packed_needs_no_step_and_foreign_tars_an_index(tmp_p
         ({"data": {"pets": {}}}, r"study.data.pets needs either pack=\[source=...\] or root=FOLDER"),
         ({"data": {"pets": {"rooot": "x"}}}, "study.data.pets has no rooot, it takes .*: did you mean root?"),
         ({"data": {"a/b": {"root": "x"}}}, "study.data.a/b: a/b cannot name a folder"),
+        ({"data": {"pets": {"root": "x", "parts": 0}}}, "study.data.pets.parts=0 must be an integer of at least 1"),
         ({"train": {"runs": {}}}, "study.train.runs is empty: name a run"),
         ({"train": {"runs": {"a": "+model=x"}}}, r"study.train.runs.a=\+model=x must be a group of keys"),
         ({"train": {"runs": {"a": ["model"]}}}, "study.train.runs.a.overrides=.* must be a list of overrides"),

@@ -110,6 +110,35 @@ def test_a_changed_value_reruns_what_depends_on_it_and_keeps_the_old_result(proj
     assert planned(project, *evaluated) == {"evaluate/bad/val": "not done yet", "compare/all": "after evaluate/bad/val"}
 
 
+PARTS = """
+data:
+  digits: {pack: [source=digits, shard_samples=200], parts: 3, train: [data=digits]}
+train: {runs: {lenet: [+model=lenet, tracking=none, recipe.epochs=1, +trainer.limit_train_batches=1]}}
+"""
+
+
+def test_a_data_set_is_packed_in_parts(project: Path) -> None:
+    (project / "conf" / "study" / "parts.yaml").write_text(PARTS)
+    command = ("pipeline.workflow", "+study=parts", "jobs=2")
+    answer = run_module(project / "work", *command, root=project)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    folder = project / "work" / "studies" / "parts"
+    manifest = json.loads((folder / "data" / "digits" / "dataset.json").read_text())
+    assert len(manifest["splits"]["train"]["shards"]) == 8
+    assert sorted(path.name for path in (folder / "logs" / "pack").iterdir()) == [
+        "digits.log", "digits@1of3.log", "digits@2of3.log", "digits@3of3.log",
+    ]  # fmt: skip
+    assert "3/3: 3 tars" in (folder / "logs" / "pack" / "digits@3of3.log").read_text()
+    assert not ran_steps(run_module(project / "work", *command, root=project))
+    changed = run_module(
+        project / "work", *command, "study.data.digits.pack=[source=digits,shard_samples=300]", root=project
+    )
+    assert changed.returncode == 0, changed.stdout + changed.stderr
+    manifest = json.loads((folder / "data" / "digits" / "dataset.json").read_text())
+    assert len(manifest["splits"]["train"]["shards"]) == 5
+    assert (folder / "data" / "digits-replaced-1" / "dataset.json").is_file()
+
+
 def test_a_study_cannot_change_the_commands_of_a_profile(project: Path) -> None:
     indented = STUDY.replace("\n", "\n  ")
     profile = "profile: {prefix: {train: touch ran;}}"
