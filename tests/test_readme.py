@@ -69,7 +69,17 @@ def blocks_of(language: str) -> list[str]:
 def commands() -> list[str]:
     """The lines of all bash blocks, without comments."""
     lines = [line.partition("#")[0].strip() for block in blocks_of("bash") for line in block.splitlines()]
+    lines = [command for line in lines for command in tasks_of(line)]
     return [line for line in lines if line and not any(part in line for part in RUN_ELSEWHERE)]
+
+
+def tasks_of(line: str) -> list[str]:
+    """The command of each task of an array job; any other line alone."""
+    array = re.search(r"--array=1-(\d+)", line)
+    if array is None:
+        return [line]
+    command = shlex.split(line)[-1]
+    return [command.replace("$SLURM_ARRAY_TASK_ID", str(number)) for number in range(1, int(array[1]) + 1)]
 
 
 def run(command: str, folder: Path) -> None:

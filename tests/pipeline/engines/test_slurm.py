@@ -100,6 +100,22 @@ def test_the_commands_of_the_documentation_train_on_two_nodes(clone: Path) -> No
 
 
 @pytest.mark.usefixtures("slurm")
+def test_an_array_job_packs_in_parts(clone: Path) -> None:
+    make_folder(clone / "many", images=40)
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "scale.md").read_text(), re.DOTALL)
+    smaller = {"1-16": "1-3", "/16": "/3", "=16": "=1", "photos": "many", "name=many": "name=many shard_samples=20"}
+    for old, new in smaller.items():
+        assert old in block
+        block = block.replace(old, new)
+    array, merge = block.splitlines()
+    command("bash", "-c", f"cd {clone} && {array.replace('sbatch', 'sbatch --wait')}")
+    partial = clone / "datasets" / ".many.partial"
+    assert len(list(partial.glob("*.tar"))) == 7
+    printed = command("bash", "-c", f"cd {clone} && {merge}")
+    assert "train 96 (tars: 5), val 24 (tars: 2)" in printed
+    assert not partial.exists()
+
+
 def test_a_cancelled_job_is_not_queued_again(clone: Path) -> None:
     job = Job(clone, *TWO_NODES, name="cancelled")
     job.await_epoch(1)
