@@ -67,7 +67,7 @@ def main(config: DictConfig) -> None:
             else:
                 print_plan(words, steps, folder=folder)
         return
-    snakemake.check_scheduler(profile.executor)
+    snakemake.check_scheduler(profile.scheduler)
     snakemake.write_study(steps, folder, profile=profile)
     run_study(words, steps, folder=folder)
 
@@ -93,7 +93,7 @@ def build_profile(config: DictConfig) -> Profile:
         verb: {name: value for name, value in named.items() if value is not None}
         for verb, named in values["resources"].items()
     }
-    return Profile(values["executor"], jobs, prefix, resources, values["arguments"])
+    return Profile(values["scheduler"], values["executor"], jobs, prefix, resources, values["arguments"])
 
 
 def distinct(steps: Sequence[Step]) -> list[Step]:

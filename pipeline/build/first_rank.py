@@ -41,9 +41,17 @@ def open_on_first_rank(open_all: Callable[[], Dataset], *, root: Root, folder: P
         is_started_by_first = launched_ranks(os.environ) is None and int(os.environ.get("LOCAL_RANK", "0")) > 0
         return (follow_dataset(root, folder) if is_started_by_first else None) or open_all()
     key = f"convoy/dataset-{next(_numbers)}"
-    if ranks.global_rank() == 0:
-        return _open_first(open_all, _connect(ranks), key=key)
-    return _follow(open_all, _wait(_connect(ranks), key), root=root, folder=folder)
+    store = _connect(ranks)
+    if ranks.global_rank() > 0:
+        return _follow(open_all, _wait(store, key), root=root, folder=folder)
+    followers = ranks.world_size() - 1
+    try:
+        dataset = open_all()
+    except (ValueError, OSError) as error:
+        _share(store, key, answer={"error": str(error), "code": exit_code(error)}, followers=followers)
+        raise
+    _share(store, key, answer={"digest": manifest_digest(dataset)}, followers=followers)
+    return dataset
 
 
 def _launched() -> ClusterEnvironment | None:
@@ -57,15 +65,17 @@ def _launched() -> ClusterEnvironment | None:
         return next((kind() for kind in kinds if kind.detect()), None)
 
 
-def _open_first(open_all: Callable[[], Dataset], store: TCPStore, *, key: str) -> Dataset:
-    try:
-        dataset = open_all()
-    except BaseException as error:
-        with suppress(RuntimeError):
-            store.set(key, json.dumps({"error": str(error), "code": exit_code(error)}))
-        raise
-    store.set(key, json.dumps({"digest": manifest_digest(dataset)}))
-    return dataset
+def _share(store: TCPStore, key: str, *, answer: dict[str, object], followers: int) -> None:
+    """Set a key, and wait until the other ranks have read it: the store may end with this process.
+
+    Raises: FailureError when one does not read it.
+    """
+    store.set(key, json.dumps(answer))
+    end = time.monotonic() + CONNECT_SECONDS
+    while store.add(f"{key}/read", 0) < followers:
+        if time.monotonic() > end:
+            raise FailureError(f"another rank has not started in {CONNECT_SECONDS:.0f} seconds")
+        time.sleep(POLL_SECONDS)
 
 
 def _follow(open_all: Callable[[], Dataset], answer: str, *, root: Root, folder: Path) -> Dataset:
@@ -108,6 +118,7 @@ def _wait(store: TCPStore, key: str) -> str:
                 raise FailureError(f"rank 0 has not opened the data set in {LOCK_SECONDS / 3600:.0f} hours")
             time.sleep(POLL_SECONDS)
         answer: str = store.get(key).decode()
+        store.add(f"{key}/read", 1)
     except RuntimeError as error:
         raise FailureError("rank 0 has ended or does not answer") from error
     return answer

@@ -27,13 +27,18 @@ ENVIRONMENT = ROOT / ".workflow"
 STUDY = "study.json"
 POLL_SECONDS, END_SECONDS = 0.2, 6.0
 NAMED = 3  # steps in a reason
-SCHEDULERS = {"slurm": ("sinfo", "--noheader")}  # a command that succeeds where the scheduler answers
+# A command for each that succeeds where the scheduler answers.
+SCHEDULERS = {"slurm": ("sinfo", "--noheader"), "kubernetes": ("kubectl", "get", "--raw=/readyz")}
 SCHEDULER_SECONDS = 30.0
 
 
 class Profile(NamedTuple):
-    """Where steps run: Snakemake's executor, steps at a time, words before `python` and resources by verb."""
+    """Where steps run: the scheduler, one of SCHEDULERS or None for this machine, and Snakemake's executor.
 
+    Then the number of steps at a time, and by verb the words before `python` and resources.
+    """
+
+    scheduler: str | None
     executor: str
     jobs: int
     prefix: Mapping[str, str]
@@ -60,19 +65,20 @@ def build_environment() -> Path:
     return program
 
 
-def check_scheduler(executor: str) -> None:
-    """Raise OSError unless the scheduler of this executor answers."""
-    words = SCHEDULERS.get(executor)
-    if words is None:
+def check_scheduler(scheduler: str | None) -> None:
+    """Raise OSError unless this scheduler answers."""
+    if scheduler is None:
         return
+    words = SCHEDULERS[scheduler]
     try:
-        answer = subprocess.run(words, capture_output=True, text=True, timeout=SCHEDULER_SECONDS, check=False)
-        lines = answer.stderr.strip().splitlines()
-        reason = "" if not answer.returncode else lines[-1] if lines else f"exit code {answer.returncode}"
+        subprocess.run(words, capture_output=True, text=True, timeout=SCHEDULER_SECONDS, check=True)
+        return
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines()
+        reason = lines[-1] if lines else f"exit code {error.returncode}"
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = one_line(error)
-    if reason:
-        raise OSError(f"profile={executor}: {words[0]} fails ({reason}): profile=local runs the steps on this machine")
+    raise OSError(f"profile={scheduler}: {words[0]} fails ({reason}): profile=local runs the steps on this machine")
 
 
 def write_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> None:

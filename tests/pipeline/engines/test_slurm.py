@@ -17,7 +17,7 @@ from pipeline.runs.run import Run
 from tests.support.images import make_folder
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.engines
 
 SCRIPT = "pipeline/engines/slurm/train.sbatch"
 TRAIN = (*("+model=lenet", "data=digits", "tracking=none", "recipe.epochs=8", "data.batch_size=16", "log_every=1000"),)
