@@ -10,7 +10,7 @@ import pytest
 from pipeline.runs.run import Run
 from tests.support.commands import ran_steps, run_module
 
-pytestmark = pytest.mark.engines
+pytestmark = pytest.mark.cluster
 
 NAMES = ("lenet", "alexnet", "vgg", "resnet", "resnext", "mobilenet", "efficientnet", "convnext", "coatnet")
 BRIEF = "recipe.epochs=1,data.image_size=32,augment=small,tracking=none,+trainer.limit_train_batches=2"

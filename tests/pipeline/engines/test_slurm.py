@@ -17,10 +17,10 @@ from pipeline.runs.run import Run
 from tests.support.images import make_folder
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.engines
+pytestmark = pytest.mark.cluster
 
 SCRIPT = "pipeline/engines/slurm/train.sbatch"
-TRAIN = (*("+model=lenet", "data=digits", "tracking=none", "recipe.epochs=8", "data.batch_size=16", "log_every=1000"),)
+TRAIN = (*("+model=lenet", "data=digits", "tracking=none", "recipe.epochs=20", "data.batch_size=16", "log_every=1000"),)
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", SCRIPT, *TRAIN)
 SECONDS = 120.0
 
@@ -80,7 +80,7 @@ def test_a_training_of_two_nodes_survives_everything_to_the_same_bits(slurm: Pat
         disturb()
     job.await_epoch(len(disturbances) + 1)
     until(lambda: job.state == "COMPLETED", "the end of the disturbed training")
-    assert job.text().count("epoch 8/8") == 1
+    assert job.text().count("epoch 20/20") == 1
     digests = [one.result()["checkpoint_sha256"] for one in (undisturbed.run, job.run)]
     assert digests[0] == digests[1]
 

@@ -190,7 +190,7 @@ def test_a_plain_snakemake_does_the_same(project: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["+study=toy"], "error: study=toy is not one of digits, two"),
+        (["+study=toy"], "error: study=toy is not one of digits, "),
         (["study.train.runs.bad=[+model=resnet18]"], "error: train/bad: model=resnet18 is not one of "),
         (
             ["study.train.overrides=[+model=lenet,recipe.epoch=2]"],
