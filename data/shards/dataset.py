@@ -102,14 +102,14 @@ SCHEMA = pa.schema([*((name, pa.from_numpy_dtype(ROW[name])) for name in Rows._f
 class Index:
     """The positions, labels and sizes of a split's samples, read and cached by shard.
 
-    Several threads may use it: `_lock` guards the cache, `_reading` the Parquet file, all else is constant.
+    Several threads may use it: `_lock` guards the Parquet file and the cache, all else is constant.
     """
 
     def __init__(self, path: Path, split: Split) -> None:
         self.split = split
         self.shard_samples = tuple(shard.samples for shard in split.shards)
         self.starts = np.concatenate([[0], np.cumsum(self.shard_samples, dtype=np.int64)])
-        self._lock, self._reading = threading.Lock(), threading.Lock()
+        self._lock = threading.RLock()
         self._file = pq.ParquetFile(path)
         metadata = self._file.metadata
         groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
@@ -149,7 +149,7 @@ class Index:
         """Read columns of a shard, which may be a part of a row group or more than one."""
         start, end = self.starts[shard : shard + 2].tolist()
         first, last = np.searchsorted(self._groups, [start, end - 1], side="right").tolist()
-        with self._reading:
+        with self._lock:
             table = self._file.read_row_groups(range(first - 1, last), columns=columns)
         return table.slice(start - int(self._groups[first - 1]), end - start)
 

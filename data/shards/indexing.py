@@ -178,22 +178,13 @@ def _check_edit(dataset: Dataset) -> None:
     """Raise ValueError when an edited manifest does not fit its indexes."""
     for split in dataset.splits.values():
         path = dataset.folder / split.index
-        samples, largest = _count_samples(path, num_shards=len(split.shards))
+        rows = pq.read_table(path, columns=["shard", "label"])
+        samples, largest = np.bincount(rows.column("shard")).tolist(), int(np.max(rows.column("label")))
         edited = f"{dataset.folder / MANIFEST} was edited"
         if samples != [shard.samples for shard in split.shards]:
             raise ValueError(f"{edited}: its shards are not those of {path}; restore them, or remove both files")
         if largest >= len(dataset.classes):
             raise ValueError(f"{edited}: it has {len(dataset.classes)} classes, but {path} has labels up to {largest}")
-
-
-def _count_samples(path: Path, *, num_shards: int) -> tuple[list[int], int]:
-    """Return the number of rows of each shard in an index, and the largest label."""
-    samples, largest = np.zeros(num_shards, np.int64), 0
-    for batch in pq.ParquetFile(path).iter_batches(columns=["shard", "label"]):
-        counts = np.bincount(batch.column("shard"), minlength=len(samples))
-        samples = counts + np.pad(samples, (0, len(counts) - len(samples)))
-        largest = max(largest, int(np.max(batch.column("label"))))
-    return samples.tolist(), largest
 
 
 def _index_tars(root: Root, folder: Path, *, tars: Tars, label_field: str) -> tuple[Dataset, list[SkippedSample]]:

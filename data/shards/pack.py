@@ -159,11 +159,13 @@ class _Packing:
             assert path is not None, f"{plan.tar.file} has been written"
             paths.setdefault(plan.split, []).append(path)
         rows = {split: read_split(one) for split, one in paths.items()}
+        skipped = [sample for one in rows.values() for sample in one.skipped]
+        if skipped and self.settings.strict:  # by a packing that was not, which this one continues
+            raise images.UnreadableImage(f"{skipped[0].name}: {skipped[0].reason}")
         _check_classes(self.source, rows)
         write_dataset(self.partial, self.partial, rows=rows, name=self.source.name, classes=self.source.classes)
         self.partial.rename(self.folder)
-        shutil.rmtree(self.folder / ROWS_FOLDER)
-        skipped = [sample for one in rows.values() for sample in one.skipped]
+        shutil.rmtree(self.folder / ROWS_FOLDER, ignore_errors=True)  # NFS keeps the lock file while it is open
         return Packed(read_manifest(self.folder, self.folder), skipped, self.source.ignored)
 
     def _rows_path(self, plan: _ShardPlan) -> Path | None:
@@ -189,15 +191,16 @@ class _Packing:
     def _check_plan(self) -> None:
         """Record the values that decide the shards. Raises: ValueError when others began this packing."""
         path = self.partial / ROWS_FOLDER / PLAN
-        facts = {"name": self.source.name, "classes": list(self.source.classes), **asdict(self.settings)}
-        plan = facts | {split: digest_of(items) for split, items in self.source.splits.items()}
+        settings = {name: value for name, value in asdict(self.settings).items() if name != "strict"}
+        plan: dict[str, object] = {"name": self.source.name, "classes": list(self.source.classes), **settings}
+        plan |= {split: digest_of(items) for split, items in self.source.splits.items()}
         if not path.exists():
             write_atomically(path, json.dumps(plan).encode())
         before = json.loads(path.read_bytes())
         differing = [key for key in before | plan if before.get(key) != plan.get(key)]
         if differing:
             key = differing[0]
-            known = f"{key}={before.get(key)}" if key in asdict(self.settings) else f"other images or names ({key})"
+            known = f"{key}={before.get(key)}" if key in settings else f"other images or names ({key})"
             raise ValueError(f"{self.partial} was begun with {known}: continue with the same, or remove that folder")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but exported by *
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, not exported
 
 from data.shards.dataset import Dataset
 from data.shards.indexing import LOCK_SECONDS, follow_dataset, manifest_digest
@@ -38,7 +38,7 @@ def open_on_first_rank(open_all: Callable[[], Dataset], *, root: Root, folder: P
     ranks = _launched()
     if ranks is None:
         # Lightning starts the other ranks of a machine after the first has opened the data set.
-        is_started_by_first = launched_ranks(os.environ) is None and int(os.environ.get("LOCAL_RANK", "0")) > 0
+        is_started_by_first = int(os.environ.get("LOCAL_RANK", "0")) > 0
         return (follow_dataset(root, folder) if is_started_by_first else None) or open_all()
     key = f"convoy/dataset-{next(_numbers)}"
     store = _connect(ranks)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,6 +19,7 @@ import pytest
 
 from data.shards import parallel, sources
 from data.shards.dataset import Dataset
+from data.shards.images import UnreadableImage
 from data.shards.index_writer import GROUP_ROWS
 from data.shards.indexing import check_parts, index_part, open_dataset
 from data.shards.pack import PackSettings, merge_parts, pack, pack_part
@@ -99,6 +100,13 @@ def test_parts_of_other_values_are_not_mixed(
         )
 
 
+def test_a_strict_packing_does_not_continue_one_that_has_skipped_an_image(source: Source, tmp_path: Path) -> None:
+    pack_part(source, tmp_path / "out", part=Part(1, 1), settings=SETTINGS)
+    with pytest.raises(UnreadableImage, match=r"class1/03\.jpg"):
+        merge_parts(source, tmp_path / "out", settings=replace(SETTINGS, strict=True))
+    assert len(merge_parts(source, tmp_path / "out", settings=SETTINGS).skipped) == 1
+
+
 def test_parts_of_other_images_are_not_mixed(source: Source, tmp_path: Path) -> None:
     pack_part(source, tmp_path / "out", part=Part(1, 2), settings=SETTINGS)
     (tmp_path / "images" / "class2" / "07.jpg").rename(tmp_path / "images" / "class2" / "70.jpg")
@@ -121,16 +129,18 @@ def test_a_killed_packing_continues(source: Source, tmp_path: Path) -> None:
     pack(source, tmp_path / "a" / "images", settings=SETTINGS)
     folder, partial = tmp_path / "b" / "images", tmp_path / "b" / ".images.partial"
     command = [sys.executable, "-c", PACK, str(tmp_path / "images"), str(folder)]
-    written: set[Path] = set()
+    written, kills = set[Path](), 0
     for wanted in (1, 4, 9):
         with subprocess.Popen(command) as process:
             while len(list(partial.glob("*.tar"))) < wanted and process.poll() is None:
-                time.sleep(random.Random(wanted).random() / 1000)
+                time.sleep(0.0005)
             process.send_signal(signal.SIGKILL)
+        kills += process.returncode == -signal.SIGKILL
         kept = set(partial.glob("*.tar"))
         assert len(kept) >= wanted or folder.exists()
         assert written <= kept or folder.exists()
         written = kept
+    assert kills > 0
     if not folder.exists():
         pack(source, folder, settings=SETTINGS)
     assert contents(folder) == contents(tmp_path / "a" / "images")

@@ -15,7 +15,7 @@ from data.shards.dataset import Dataset
 from tests.support.paths import ROOT
 from tests.support.processes import free_port
 
-RANKS = 3
+RANKS = 2
 # Opens a data set, and connects the ranks afterwards as Lightning does; prints how often tars were listed.
 SCRIPT = """
 import json, os, sys
@@ -80,13 +80,13 @@ def tars(digits: Dataset, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_the_first_rank_alone_lists_the_tars(launcher: str, tars: Path, digits: Dataset, tmp_path: Path) -> None:
     answers = launch(launcher, tmp_path, str(tars), str(tmp_path / "index"))
-    assert [answer["listed"] for answer in answers] == [2, 0, 0]
+    assert [answer["listed"] for answer in answers] == [2, 0]
     assert all(answer["digests"] == [digits.splits["train"].digest] * 2 for answer in answers)
 
 
 def test_an_index_on_a_local_disk_is_made_by_each_rank(tars: Path, digits: Dataset, tmp_path: Path) -> None:
     answers = launch("torchrun", tmp_path, str(tars), str(tmp_path / "index-RANK"))
-    assert [answer["listed"] for answer in answers[1:]] == [1, 1], "the second opening has the manifest of the first"
+    assert answers[1]["listed"] == 1, "the second opening has the manifest of the first"
     assert all(answer["digests"] == [digits.splits["train"].digest] * 2 for answer in answers)
 
 
@@ -96,4 +96,4 @@ def test_the_first_rank_tells_the_others_its_error(launcher: str, tars: Path, tm
     answers = launch(launcher, tmp_path, str(tars), str(tmp_path / "index"))
     assert {str(answer["error"]) for answer in answers} == {answers[0]["error"]}
     assert "train-000000.tar is damaged or cut short" in str(answers[0]["error"])
-    assert [answer["listed"] for answer in answers] == [1, 0, 0]
+    assert [answer["listed"] for answer in answers] == [1, 0]
