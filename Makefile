@@ -12,7 +12,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo workflow test test-all test-faults test-soak test-engines test-cluster lint gpu-check ui browser servers lock clean
+.PHONY: help install demo workflow test test-all test-faults test-soak test-engines lint gpu-check ui browser servers lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' $(MAKEFILE_LIST) | awk '{printf "  %s %-12s", $$1, $$2; $$1 = $$2 = ""; print $$0}'
@@ -24,7 +24,7 @@ test: .venv/ready  ## run the tests, in 10 minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: .venv/ready  ## also run the slow tests, of every variant of every network
-	$(BIN)/python -m pytest $(PARALLEL) -m "not faults and not soak and not engines and not cluster"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not faults and not soak and not engines"
 
 test-faults: .venv/ready  ## kill, signal, damage and starve trainings, in 7 minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL) -m faults
@@ -32,11 +32,8 @@ test-faults: .venv/ready  ## kill, signal, damage and starve trainings, in 7 min
 test-soak: .venv/ready  ## the same for an hour
 	$(BIN)/python -m pytest -m soak
 
-test-engines: .venv/ready .workflow/ready  ## run studies on Snakemake, in 3 minutes on two cores
-	$(BIN)/python -m pytest -m engines
-
-test-cluster: .venv/ready .workflow/ready  ## run jobs on a Slurm that this machine plays, in 9 minutes on two cores
-	$(BIN)/python -m pytest -m cluster
+test-engines: .venv/ready .workflow/ready  ## run studies on Snakemake and jobs on a Slurm played here, in 8 minutes on two cores
+	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m engines -rs
 
 lint: .venv/ready  ## run ruff and mypy
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from models.arguments import require
 from models.layers import batch_norms, set_batch_norm, undecayed_parameters, zero_last_norms
 from models.learning.losses import Loss, cross_entropy
-from models.learning.metrics import ClassMetrics, TrainingMetricAccumulator
+from models.learning.metrics import ClassMetrics, TrainingMetricAccumulator, exact_addends
 from models.learning.recipe import OptimizerFactory, Recipe
 
 
@@ -77,7 +77,7 @@ class Classifier(pl.LightningModule):
         """Count the hits and losses of a batch. The loss is plain cross-entropy, so that recipes compare."""
         logits, losses = self._step(batch, cross_entropy)
         self._num_evaluated += len(losses)
-        self.val_loss.update(losses)
+        self.val_loss.update(exact_addends(losses))
         self.val_top1.update(logits, batch[1])
         self.val_classes.update(logits, batch[1])
         if self.top_k == 5:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 UNSUMMED_STEPS = 64
+LOSS_UNIT = 2.0**-24
 
 
 class TrainingMetrics(NamedTuple):
@@ -16,6 +17,14 @@ class TrainingMetrics(NamedTuple):
     loss: float
     top1: float
     top5: float | None
+
+
+def exact_addends(losses: Tensor) -> Tensor:
+    """Round losses to multiples of 2**-24: float64 sums of those, up to 2**29, are the same in any order.
+
+    A training that was stopped, or has more ranks, adds in another order. Shapes: (N,) -> float64 (N,).
+    """
+    return (losses.double() / LOSS_UNIT).round() * LOSS_UNIT
 
 
 class TrainingMetricAccumulator:
@@ -59,7 +68,8 @@ class TrainingMetricAccumulator:
 
     def _sum_up(self) -> None:
         if self._unsummed:
-            losses, hits = (torch.cat(parts).double() for parts in zip(*self._unsummed, strict=True))
+            losses, hits = (torch.cat(parts) for parts in zip(*self._unsummed, strict=True))
+            losses, hits = exact_addends(losses), hits.double()
             count = losses.new_tensor(len(losses))
             sums = torch.stack([count, losses.sum(), hits[:, 0].sum(), hits.sum()])
             self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums

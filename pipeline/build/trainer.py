@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.strategies import DDPStrategy
 
+from data.shards.parallel import share_of_cores
 from models.arguments import require
 from models.learning.recipe import Recipe
 from pipeline.build.objects import build_object
@@ -89,6 +90,15 @@ def build_trainer(
     if trainer.world_size > 1 and trainer.strategy.launcher is not None and {"-m", "--multirun"} & set(sys.argv):
         raise ValueError("each process that Lightning starts would repeat the sweep: use one device, or torchrun")
     return trainer
+
+
+def limit_threads(local_ranks: int) -> None:
+    """Let torch compute on this rank's share of the cores, unless OMP_NUM_THREADS says how many threads.
+
+    torch takes one thread a core of the machine, also where a container, Slurm or other ranks leave this one fewer.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), share_of_cores(local_ranks).cores))
 
 
 class LaunchedRanks(NamedTuple):

@@ -16,6 +16,7 @@ from data.shards.parallel import share_of_cores
 from data.storage.location import Url, parse_root
 from pipeline.build.first_rank import open_on_first_rank
 from pipeline.build.network import check_forward
+from pipeline.build.trainer import limit_threads
 from pipeline.cli.console import main_console, print_skipped
 from pipeline.cli.errors import config_keys_in_errors
 from pipeline.evaluate.assess import Evaluation, assess, compare, fit_calibration
@@ -116,6 +117,7 @@ def build_job(config: DictConfig, ranks: Ranks) -> EvaluationJob:
     split = _choose_split(config.split, dataset)
     calibration = _read_own_calibration(model, precision=config.precision) if changes else None
     cores = share_of_cores(ranks.local_world_size).cores
+    limit_threads(ranks.local_world_size)
     for one in (model, other):
         if one is not None:
             one.decode_settings = replace(one.decode_settings, threads=cores)

@@ -21,7 +21,7 @@ from models.learning.evaluation import TOP5
 from pipeline.build.choice import Choice
 from pipeline.build.memory import GPU_MEMORY, exhausted_memory
 from pipeline.build.settings import Again
-from pipeline.build.trainer import accept_ntasks, launched_ranks
+from pipeline.build.trainer import accept_ntasks, launched_ranks, limit_threads
 from pipeline.cli.console import is_main_process, main_console, print_facts
 from pipeline.cli.errors import FailureError, config_keys_in_errors, exit_code
 from pipeline.cli.signals import EXIT_CODES, stop_signals
@@ -93,6 +93,7 @@ def train(job: Job, trainer: pl.Trainer) -> None:
     Raises: ValueError, OSError for user errors; FailureError for failures; SystemExit(143) after SIGTERM or SIGUSR1,
     SystemExit(130) after Ctrl-C, whose state is saved if it has trained.
     """
+    limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices)))
     limit_epoch(trainer, job.data, num_epochs=job.module.recipe.epochs)
     check_choice(job, trainer)
     if not settle(job, trainer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from models.learning.classifier import Classifier, fused_on
 from models.learning.families import ResidualClassifier
 from models.learning.losses import cross_entropy
-from models.learning.metrics import UNSUMMED_STEPS, TrainingMetrics
+from models.learning.metrics import UNSUMMED_STEPS, TrainingMetricAccumulator, TrainingMetrics
 from models.residual import resnet
 from tests.support.networks import make_recipe, plain
 
@@ -135,6 +136,28 @@ def test_training_metrics_continue_from_a_checkpoint() -> None:
     take = Take(2)
     make_trainer(max_steps=2, callbacks=[take]).fit(resumed, DataLoader(loader.dataset, 2))
     assert_means(take.taken[0], resumed, [*batches[: UNSUMMED_STEPS + 1], *batches[:2]])
+
+
+def test_training_metrics_do_not_depend_on_where_a_training_was_stopped() -> None:
+    """Nor on what each rank has counted: sums of losses between 1e-9 and 1e3."""
+    generator = torch.Generator().manual_seed(0)
+    losses = 10 ** (torch.rand(4096, generator=generator) * 12 - 9)
+    logits, labels = torch.randn(4096, 7, generator=generator), torch.zeros(4096, dtype=torch.int64)
+    module = SimpleNamespace(
+        device="cpu", trainer=SimpleNamespace(strategy=SimpleNamespace(reduce=lambda sums, reduce_op: sums))
+    )
+    found = set()
+    for batch_size, stops in ((16, ()), (16, (5, 130)), (16, range(200)), (4096, ()), (1, (7,))):
+        accumulator = TrainingMetricAccumulator(5)
+        for step, places in enumerate(torch.arange(4096).split(batch_size)):
+            accumulator.add(losses[places], logits[places], labels=labels[places])
+            if step in stops:
+                sums = accumulator.global_sums(module)
+                accumulator = TrainingMetricAccumulator(5)
+                accumulator.restore(sums, rank=0)
+        found.add(accumulator.take(module))
+    assert len(found) == 1
+    assert found.pop().loss == pytest.approx(losses.double().mean().item(), abs=2**-25)
 
 
 def test_the_net_is_trained_in_channels_last_memory() -> None:

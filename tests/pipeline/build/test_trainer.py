@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.shards import parallel
 from pipeline.build.network import build_recipe
-from pipeline.build.trainer import build_callbacks, build_trainer, choose_precision, launched_ranks, no_gpu_reason
+from pipeline.build.trainer import (
+    build_callbacks,
+    build_trainer,
+    choose_precision,
+    launched_ranks,
+    limit_threads,
+    no_gpu_reason,
+)
 from pipeline.cli.compose import compose
 
 
@@ -69,6 +77,33 @@ def test_ranks_that_would_train_alone_in_one_folder_are_refused(
         ValueError, match=r"4 ranks were started, but trainer\.devices=1 on 1 of the nodes trains with 1"
     ):
         build_trainer(config, build_recipe(config), callbacks=[], plugins=[], folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "ranks", "threads"),
+    [
+        ({}, 1, 3),
+        ({}, 2, 1),
+        ({"SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "2"}, 1, 2),
+        ({"SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "64"}, 1, 3),
+        ({"OMP_NUM_THREADS": "1"}, 1, 8),
+    ],
+)
+def test_torch_computes_on_the_share_of_the_rank(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], ranks: int, threads: int
+) -> None:
+    monkeypatch.setattr(parallel, "available_cores", lambda: 3)
+    for name in ("OMP_NUM_THREADS", "SLURM_PROCID", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)  # as on a machine of eight cores
+    try:
+        limit_threads(ranks)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_callbacks_that_save_checkpoints_are_refused() -> None:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.paths import ROOT
@@ -47,6 +48,9 @@ def slurm() -> Iterator[Path]:
         subprocess.run(
             down, check=False, capture_output=True, env={**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         )
+        for one in psutil.process_iter(["cmdline"]):  # daemons that `scontrol reconfigure` has replaced
+            if str(folder / "slurm.conf") in (one.info["cmdline"] or []):
+                one.kill()
         DEFAULT_CONF.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 

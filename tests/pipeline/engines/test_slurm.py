@@ -14,15 +14,19 @@ import psutil
 import pytest
 
 from pipeline.runs.run import Run
+from tests.support.commands import ran_steps, run_module
+from tests.support.digits_study import NAMES, STEPS, STUDY, compared
 from tests.support.images import make_folder
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("slurm")]
 
 SCRIPT = "pipeline/engines/slurm/train.sbatch"
 TRAIN = (*("+model=lenet", "data=digits", "tracking=none", "recipe.epochs=20", "data.batch_size=16", "log_every=1000"),)
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", SCRIPT, *TRAIN)
 SECONDS = 120.0
+SOON = ("--slurm-init-seconds-before-status-checks=1", "--seconds-between-status-checks=1")
+SMALL = ("--slurm-status-command=squeue", "--default-resources", "mem_mb=1900", "runtime=10")
 
 
 def command(*words: str) -> str:
@@ -60,6 +64,14 @@ class Job:
         until(lambda: "\nepoch " in self.text().partition(f"start {start}\n")[2], f"an epoch in start {start}")
 
 
+def test_a_study_of_nine_architectures(clone: Path) -> None:
+    words = (*STUDY, "name=slurm", "profile=slurm", "~profile.resources", "+profile.resources={}", "--", *SOON, *SMALL)
+    answer = run_module(clone, "pipeline.workflow", *words, root=clone)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert set(ran_steps(answer)) == STEPS
+    assert compared(clone / "studies" / "slurm") == set(NAMES)
+
+
 def test_a_training_of_two_nodes_survives_everything_to_the_same_bits(slurm: Path, clone: Path) -> None:
     undisturbed = Job(clone, *TWO_NODES, name="undisturbed")
     until(lambda: undisturbed.state != "RUNNING" and undisturbed.text(), "the end of the training")
@@ -85,7 +97,6 @@ def test_a_training_of_two_nodes_survives_everything_to_the_same_bits(slurm: Pat
     assert digests[0] == digests[1]
 
 
-@pytest.mark.usefixtures("slurm")
 def test_the_commands_of_the_documentation_train_on_two_nodes(clone: Path) -> None:
     make_folder(clone / "photos", images=20)
     block = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)[0]
@@ -99,7 +110,6 @@ def test_the_commands_of_the_documentation_train_on_two_nodes(clone: Path) -> No
     assert "batch       2 x 5 on CPU" in job.text()
 
 
-@pytest.mark.usefixtures("slurm")
 def test_an_array_job_packs_in_parts(clone: Path) -> None:
     make_folder(clone / "many", images=40)
     (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "scale.md").read_text(), re.DOTALL)
@@ -116,19 +126,30 @@ def test_an_array_job_packs_in_parts(clone: Path) -> None:
     assert not partial.exists()
 
 
-def test_a_cancelled_job_is_not_queued_again(clone: Path) -> None:
-    job = Job(clone, *TWO_NODES, name="cancelled")
+def test_a_time_limit_continues_a_job_and_scancel_ends_it(clone: Path) -> None:
+    job = Job(clone, "--time=1", *TWO_NODES, "recipe.epochs=1000", name="limited")
     job.await_epoch(1)
+    job.await_epoch(2)
+    command("scontrol", "update", f"JobId={job.number}", "TimeLimit=UNLIMITED")
+    (step,) = re.findall(r"stopped: the same command continues after step (\d+)", job.text())
+    assert f"(continues after step {step})" in job.text()
     command("scancel", job.number)
     until(lambda: job.state == "CANCELLED", "the end of the job")
-    until(lambda: "stopped: the same command continues" in job.text(), "the save")
+    until(lambda: job.text().count("stopped: the same command continues") == 2, "the save")
 
 
-@pytest.mark.usefixtures("slurm")
-def test_a_mistake_ends_the_job(clone: Path) -> None:
-    job = Job(clone, *TWO_NODES, "trainer=cpu", name="wrong")
+@pytest.mark.parametrize(
+    ("word", "message", "code"),
+    [
+        ("trainer=cpu", "error: 2 ranks were started, but trainer.devices=1", 1),
+        ("recipe.optimizer.lr=1e30", "error: step ", 2),
+    ],
+)
+def test_a_mistake_and_a_failure_end_the_job(clone: Path, word: str, message: str, code: int) -> None:
+    job = Job(clone, *TWO_NODES, word, name=f"wrong{code}")
     until(lambda: job.state == "FAILED", "the end of the job")
-    assert "error: 2 ranks were started, but trainer.devices=1" in job.text()
+    assert message in job.text()
+    assert f"ExitCode={code}:0" in command("scontrol", "show", "job", job.number)
 
 
 def preempt() -> None:

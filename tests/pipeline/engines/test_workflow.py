@@ -85,6 +85,16 @@ def test_a_failure_stops_only_what_needs_it_and_the_same_command_does_what_is_mi
         assert planned(project, GOOD, *same) == {}, same
 
 
+def test_a_plain_snakemake_does_the_same(project: Path) -> None:
+    file = "studies/two/study.json"
+    assert not planned(project, GOOD), "the study of the first test"
+    words = [str(ROOT / ".workflow/bin/snakemake"), "-s", str(project / "pipeline/engines/Snakefile")]
+    words += ["--configfile", file, "--cores", "1"]
+    answer = subprocess.run([*words, "--dry-run"], cwd=project / "work", capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert "Nothing to be done" in answer.stdout + answer.stderr
+
+
 def test_a_changed_value_reruns_what_depends_on_it_and_keeps_the_old_result(project: Path) -> None:
     runs = project / "work" / "studies" / "two" / "runs"
     seed = Run(runs / "good").fingerprint()["seed"]
@@ -175,16 +185,6 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(project: 
     log = (run.folder.parents[1] / "logs" / "train" / "good.log").read_text()
     assert "stopped: the same command continues after step" in log
     assert f"(continues after step {status['step']})" in log
-
-
-def test_a_plain_snakemake_does_the_same(project: Path) -> None:
-    file = "studies/two/study.json"
-    assert workflow(project, GOOD).returncode == 0
-    words = [str(ROOT / ".workflow/bin/snakemake"), "-s", str(project / "pipeline/engines/Snakefile")]
-    words += ["--configfile", file, "--cores", "1"]
-    answer = subprocess.run([*words, "--dry-run"], cwd=project / "work", capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    assert "Nothing to be done" in answer.stdout + answer.stderr
 
 
 @pytest.mark.parametrize(
