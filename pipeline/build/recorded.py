@@ -1,6 +1,7 @@
 """From the config that a run has recorded to its parts, for verbs that work on runs."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -110,7 +111,13 @@ class RecordedConfig:
         return build_object(self._config, "data", kind=DataConfig).open_dataset()
 
     def open_storage(self, dataset: Dataset) -> Storage:
-        """Return the storage of a data set, with the settings of the run. Raises: ValueError, OSError."""
+        """Return the storage of a data set, with the settings of the run. Raises: ValueError, OSError.
+
+        Its cache is used only where the folder exists: another machine may have no such disk.
+        """
         from pipeline.build.data import DataConfig
 
-        return build_object(self._config, "data", kind=DataConfig).open_storage(dataset)
+        data = build_object(self._config, "data", kind=DataConfig)
+        if data.cache is not None and not Path(str(data.cache)).is_dir():
+            data = replace(data, cache=None)
+        return data.open_storage(dataset)

@@ -25,6 +25,7 @@ from pipeline.runs.fingerprint import (
     recorded_decoder,
 )
 from pipeline.runs.journal import Journal
+from pipeline.runs.status import read_process
 
 LOCK_SECONDS = 2.0  # other commands take the lock for a moment, to find out whether a process trains the run
 
@@ -88,8 +89,8 @@ class Run:
             try:
                 stack.enter_context(file_lock(self.folder / ".lock", seconds=LOCK_SECONDS))
             except TimeoutError as error:
-                advice = "add name=NAME for a new run"
-                raise ValueError(f"{self.folder} is locked by a running process: {advice}") from error
+                process, advice = read_process(self.status_file) or "another process", "add name=NAME for a new run"
+                raise ValueError(f"{self.folder} is locked by {process}: {advice}") from error
             yield
 
     def begin(self, fingerprint: Fingerprint, config: str) -> None:

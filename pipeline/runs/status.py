@@ -1,6 +1,8 @@
 """`status.json`: the state of a run for schedulers and other programs, since launchers hide exit codes."""
 
 import json
+import os
+import socket
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -18,15 +20,29 @@ class State(StrEnum):
 
 
 def write_status(file: Path, state: State, *, step: int, reason: str = "", exit_code: int | None = None) -> None:
-    """Write the state, the last optimizer step, and for one that has ended the reason and the exit code."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    status = {"state": state, "step": step, "reason": reason, "exit_code": exit_code, "time": now}
+    """Write the state, the last step, the reason and exit code of one that has ended, and this process."""
+    now, job = datetime.now(UTC).isoformat(timespec="seconds"), os.environ.get("SLURM_JOB_ID")
+    process = f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}" if job else "")
+    status = {"state": state, "step": step, "reason": reason, "exit_code": exit_code, "time": now, "process": process}
     write_atomically(file, json.dumps(status).encode() + b"\n")
 
 
 def read_state(file: Path) -> State | None:
     """Return the state in the file, None without a readable one."""
     try:
-        return State(json.loads(file.read_bytes())["state"])
+        return State(str(_read(file, "state")))
+    except ValueError:
+        return None
+
+
+def read_process(file: Path) -> str | None:
+    """Return the process, its machine and its job of Slurm, None without a readable file."""
+    process = _read(file, "process")
+    return process if isinstance(process, str) else None
+
+
+def _read(file: Path, key: str) -> object:
+    try:
+        return json.loads(file.read_bytes())[key]
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -55,3 +55,7 @@ def test_a_training_from_s3_has_the_bits_of_a_local_one(
     call_verb(EVALUATE, evaluate, ["run=cached", "mlflow=false"])
     table = json.loads(Path("runs/cached/evaluation/val/evaluation.json").read_text())
     assert table["images"] == photographs.splits["val"].samples
+    shutil.rmtree("cache")  # as on another machine
+    call_verb(EVALUATE, evaluate, ["run=cached", "mlflow=false", "out=elsewhere"])
+    assert json.loads(Path("elsewhere/evaluation.json").read_text())["metrics"] == table["metrics"]
+    assert not Path("cache").exists()

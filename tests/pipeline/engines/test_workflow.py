@@ -93,6 +93,8 @@ def test_a_plain_snakemake_does_the_same(project: Path) -> None:
     answer = subprocess.run([*words, "--dry-run"], cwd=project / "work", capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert "Nothing to be done" in answer.stdout + answer.stderr
+    subprocess.run([*words, "--report", "report.html"], cwd=project / "work", capture_output=True, check=True)
+    assert "Snakemake Report" in (project / "work" / "report.html").read_text()
 
 
 def test_a_changed_value_reruns_what_depends_on_it_and_keeps_the_old_result(project: Path) -> None:

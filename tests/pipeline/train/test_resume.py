@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 
 from pipeline.runs.fingerprint import check_unchanged
 from pipeline.runs.run import Run
+from pipeline.runs.status import State, write_status
 from tests.support.commands import MINE, Typed, journal
 from tests.support.damage import flip_bit
 from tests.support.paths import ROOT
@@ -111,12 +112,15 @@ def test_a_moved_run_keeps_its_best_score_and_its_page(
     assert [point.step for point in points["params_millions"]] == [0]
 
 
-def test_one_process_at_a_time_trains_a_run(train: Typed, with_digits: Path) -> None:
-    with (
-        Run(with_digits / "runs" / "mine").locked(),
-        pytest.raises(ValueError, match="runs/mine is locked by a running process: add name=NAME"),
-    ):
-        train(*MINE, "tracking=none")
+def test_one_process_at_a_time_trains_a_run(train: Typed, with_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(with_digits / "runs" / "mine")
+    with run.locked():
+        with pytest.raises(ValueError, match="runs/mine is locked by another process: add name=NAME"):
+            train(*MINE, "tracking=none")
+        monkeypatch.setenv("SLURM_JOB_ID", "22")
+        write_status(run.status_file, State.TRAINING, step=0)
+        with pytest.raises(ValueError, match=rf"locked by process {os.getpid()} on \S+, job 22: add name=NAME"):
+            train(*MINE, "tracking=none")
 
 
 def test_a_damaged_checkpoint_is_named_and_the_older_one_continues_to_the_same_bits(
