@@ -41,8 +41,10 @@ def is_file_locked(path: Path) -> bool:
         with lock.acquire(timeout=0):
             return False
     except Timeout:
-        is_lease = isinstance(lock, SoftFileLease)
-        return not is_lease or time.time() - path.stat().st_mtime < EXPIRED_SECONDS
+        try:
+            return not isinstance(lock, SoftFileLease) or time.time() - path.stat().st_mtime < EXPIRED_SECONDS
+        except FileNotFoundError:  # released meanwhile
+            return False
     except OSError:
         return False
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.cli.errors import FAILURE, ConfigError
+from pipeline.cli.errors import FAILURE, USER_ERROR, ConfigError
 from pipeline.cli.run import check_config, run_verb
 from pipeline.cli.verb import Verb
 
@@ -60,16 +60,19 @@ def main(config: DictConfig) -> None:
     program = snakemake.build_environment()
     arguments = [*(["--keep-going"] if config.keep_going else []), *ENGINE_ARGUMENTS]
     words = snakemake.command_line(program, folder, profile=profile, arguments=arguments)
-    if config.dry_run or config.graph is not None:
+    is_shown = config.dry_run or config.graph is not None
+    if not is_shown:
+        snakemake.check_scheduler(profile.scheduler)
+    with snakemake.locked(folder) as lock:
+        if not is_shown:
+            snakemake.write_study(steps, folder, profile=profile)
+            run_study(words, steps, folder=folder, lock=lock)
+            return
         with snakemake.study_as_written(steps, folder, profile=profile):
             if config.graph is not None:
                 snakemake.draw(words, Path(str(config.graph)))
             else:
                 print_plan(words, steps, folder=folder)
-        return
-    snakemake.check_scheduler(profile.scheduler)
-    snakemake.write_study(steps, folder, profile=profile)
-    run_study(words, steps, folder=folder)
 
 
 def build_profile(config: DictConfig) -> Profile:
@@ -125,32 +128,50 @@ def check_step(step: Step, *, composed: Composed) -> None:
         raise ConfigError(f"{step.identity}: {one_line(error)}") from None
 
 
+def print_line(text: str) -> None:
+    """Print a line as it is, however long."""
+    from pipeline.cli.console import main_console
+
+    main_console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def print_plan(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> None:
     """Print a line for each step that would run."""
-    from pipeline.cli.console import main_console
     from pipeline.engines.snakemake import planned
 
     found = dict(planned(words, folder=folder))
     for step in steps:
         if step.identity in found:
-            line = f"{step.identity}  {found[step.identity]}"
-            main_console().print(line, highlight=False, markup=False, soft_wrap=True)
-    main_console().print(f"{len(found)} of {len(steps)} steps would run", highlight=False)
+            print_line(f"{step.identity}  {found[step.identity]}")
+    print_line(f"{len(found)} of {len(steps)} steps would run")
 
 
-def run_study(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> None:
+def run_study(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock: int) -> None:
     """Run the steps; print a line for each one that has ended, and a table of the trainings."""
-    from pipeline.cli.console import main_console
+    from pipeline.cli.console import main_console, print_facts
     from pipeline.engines.snakemake import run
     from pipeline.engines.table import line_of, table_of
 
     codes: dict[str, int] = {}  # of each step's last try
-    for ended in run(words, steps, folder=folder):
-        codes[ended.step.identity] = ended.code
-        main_console().print(line_of(ended, folder), highlight=False, markup=False, soft_wrap=True)
-    main_console().print(table_of(steps))
-    if any(codes.values()):
-        raise SystemExit(FAILURE)
+    try:
+        for ended in run(words, steps, folder=folder, lock=lock):
+            codes[ended.step.identity] = ended.code
+            print_line(line_of(ended, folder))
+    except SystemExit:
+        print_line("stopped: the same command continues")
+        raise
+    failed = {identity: code for identity, code in codes.items() if code}
+    if not codes:
+        print_line(f"nothing to do: all {len(steps)} steps are done")
+    main_console().print(table_of(steps, failed=failed))
+    facts = {"runs": str(folder / "runs"), "logs": str(folder / "logs")}
+    if failed:
+        facts["failed"] = f"{len(failed)} steps: the same command runs them again, and the steps that need them"
+    elif (folder / "comparison").is_dir():
+        facts["comparison"] = str(folder / "comparison" / "index.html")
+    print_facts(main_console(), facts)
+    if failed:
+        raise SystemExit(USER_ERROR if set(failed.values()) == {USER_ERROR} else FAILURE)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from data.storage.location import Root
 
 SPLITS = ("train", "val", "test")
+ROWS_FOLDER = ".rows"  # beside the index, while that is made
 CACHED_ROWS = 8_000_000  # 32 bytes each: two of the widest shuffle windows
 
 
@@ -171,6 +172,11 @@ def check_index(path: Path, split: Split) -> None:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != split.index_sha256:
         raise ValueError(f"{path} is damaged: remove it to have the tars indexed again")
+
+
+def partial_folder(folder: Path) -> Path:
+    """Return the place of a data set that is being packed into `folder`."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

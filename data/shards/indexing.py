@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 from data.arguments import ArgumentError, require
 from data.locks import file_lock
 from data.shards import images
-from data.shards.dataset import SPLITS, Dataset, check_index
+from data.shards.dataset import ROWS_FOLDER, SPLITS, Dataset, check_index
 from data.shards.index_writer import class_names, merge_classes, statistics_shares, write_dataset
 from data.shards.manifest import MANIFEST, read_manifest, write_manifest
 from data.shards.parallel import Part, available_cores, map_tasks
 from data.shards.remote_index import Tars, fetch_index, list_remote_tars, origin_of
-from data.shards.rows import ROWS_FOLDER, SplitRows, read_split, rows_path, save_rows, saved_names
+from data.shards.rows import SplitRows, read_split, rows_path, save_rows, saved_names
 from data.shards.sources import SPLIT_FOLDERS
 from data.shards.tars import SkippedSample, TarTask, read_shard
 from data.storage.location import Root, Url, join

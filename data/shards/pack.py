@@ -10,7 +10,7 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,11 @@ from data import draws
 from data.arguments import require
 from data.locks import file_lock
 from data.shards import images
-from data.shards.dataset import SPLITS, Dataset, write_atomically
+from data.shards.dataset import ROWS_FOLDER, SPLITS, Dataset, partial_folder, write_atomically
 from data.shards.index_writer import statistics_shares, write_dataset
 from data.shards.manifest import read_manifest
 from data.shards.parallel import Part, available_cores, map_tasks
-from data.shards.rows import ROWS_FOLDER, SplitRows, read_split, rows_path, save_rows, saved_names
+from data.shards.rows import SplitRows, read_split, rows_path, save_rows, saved_names
 from data.shards.sources import Item, Source, digest_of, labels_of
 from data.shards.tars import SkippedSample, TarTask, read_shard
 from data.storage.tars import TarStatus
@@ -35,6 +35,7 @@ from data.storage.tars import TarStatus
 POOL_IMAGES = 4_000  # up to here, packing is faster than the imports of another process
 LABEL_FIELD = "label"  # unused: packed samples have a .cls
 PLAN = "plan.json"
+LOCK_SECONDS = 60.0  # limit for another part that writes the plan
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class _Packing:
 
     def __init__(self, source: Source, folder: Path, *, settings: PackSettings) -> None:
         self.source, self.folder, self.settings = source, folder, settings
-        self.partial = folder.with_name(f".{folder.name}.partial")
+        self.partial = partial_folder(folder)
         self._check_folder()
         if len(source.classes) < 2:
             raise ValueError(f"{source.name} has one class, {source.classes[0]}: a classifier needs at least 2")
@@ -129,13 +130,16 @@ class _Packing:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Be the only process that may complete the folder."""
-        try:
-            with file_lock(self.partial / ROWS_FOLDER / "lock", seconds=0):
-                self._check_folder()
-                yield
-        except TimeoutError:
-            raise FileExistsError(f"{self.folder} is being packed by another process") from None
+        """Be the only process that may complete the folder; remove what a complete one needs no more."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(file_lock(self.partial / ROWS_FOLDER / "lock", seconds=0))
+            except TimeoutError:
+                raise FileExistsError(f"{self.folder} is being packed by another process") from None
+            self._check_folder()
+            yield
+        # After the lock, which is among them: many rows take longer to remove than a lease may stay without renewal.
+        shutil.rmtree(self.folder / ROWS_FOLDER, ignore_errors=True)
 
     def missing(self, plans: Sequence[_ShardPlan]) -> list[_ShardPlan]:
         """Return the shards that are not there with their rows."""
@@ -165,7 +169,6 @@ class _Packing:
         _check_classes(self.source, rows)
         write_dataset(self.partial, self.partial, rows=rows, name=self.source.name, classes=self.source.classes)
         self.partial.rename(self.folder)
-        shutil.rmtree(self.folder / ROWS_FOLDER, ignore_errors=True)  # NFS keeps the lock file while it is open
         return Packed(read_manifest(self.folder, self.folder), skipped, self.source.ignored)
 
     def _rows_path(self, plan: _ShardPlan) -> Path | None:
@@ -194,8 +197,9 @@ class _Packing:
         settings = {name: value for name, value in asdict(self.settings).items() if name != "strict"}
         plan: dict[str, object] = {"name": self.source.name, "classes": list(self.source.classes), **settings}
         plan |= {split: digest_of(items) for split, items in self.source.splits.items()}
-        if not path.exists():
-            write_atomically(path, json.dumps(plan).encode())
+        with file_lock(path.with_suffix(".lock"), seconds=LOCK_SECONDS):  # parts may start at once
+            if not path.exists():
+                write_atomically(path, json.dumps(plan).encode())
         before = json.loads(path.read_bytes())
         differing = [key for key in before | plan if before.get(key) != plan.get(key)]
         if differing:

@@ -1,4 +1,4 @@
-"""The rows of each tar in a Parquet file of its own, until the index of all is written: stopped work continues."""
+"""Rows of each tar in a separate Parquet file until the index is written, so that stopped work continues."""
 
 import hashlib
 import io
@@ -14,11 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data.shards.dataset import SCHEMA, write_atomically
+from data.shards.dataset import ROWS_FOLDER, SCHEMA, write_atomically
 from data.shards.tars import NUMBER, SampleRow, ShardRows, SkippedSample, TarTask
 from data.storage.tars import TarStatus
 
-ROWS_FOLDER = ".rows"  # beside the index
 COLUMNS = pa.schema([(name, "string" if name == "label" else SCHEMA.field(name).type) for name in SampleRow._fields])
 FACTS = b"tar"  # key of the file's metadata
 

@@ -48,7 +48,8 @@ def open_on_first_rank(open_all: Callable[[], Dataset], *, root: Root, folder: P
     try:
         dataset = open_all()
     except (ValueError, OSError) as error:
-        _share(store, key, answer={"error": str(error), "code": exit_code(error)}, followers=followers)
+        with suppress(FailureError):  # the error is this one, whoever else has ended
+            _share(store, key, answer={"error": str(error), "code": exit_code(error)}, followers=followers)
         raise
     _share(store, key, answer={"digest": manifest_digest(dataset)}, followers=followers)
     return dataset

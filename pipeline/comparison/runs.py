@@ -21,7 +21,8 @@ from pipeline.runs.run import Run
 
 EVALUATION, PREDICTIONS = "evaluation.json", "predictions.parquet"
 SPLITS = ("test", "val")  # in the order in which runs are compared
-PAUSE = 10  # an interval between two points that is this many times the median is none of training
+# A longer interval between two points is a pause, not an evaluation: this many seconds, and this many medians.
+PAUSE_SECONDS, PAUSE_MEDIANS = 600, 10
 RATE = "train/images_per_second"
 
 Answers = dict[tuple[str, str], bool]  # whether an image was classified right, by shard and key
@@ -170,5 +171,5 @@ def _hours(run: Run) -> float:
     intervals = [max(0.0, after - before) for before, after in pairwise(times)]
     if not intervals:
         return 0.0
-    longest = PAUSE * statistics.median(intervals)
+    longest = max(PAUSE_SECONDS, PAUSE_MEDIANS * statistics.median(intervals))
     return sum(one for one in intervals if one <= longest) / 3600

@@ -1,7 +1,8 @@
-"""Snakemake runs the steps of a study; it has an environment of its own, whose versions differ from ours."""
+"""Snakemake runs the steps of a study, in a separate environment because its library versions conflict with ours."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from data.locks import NO_FLOCK
 from data.shards.dataset import write_atomically
 from pipeline.cli.errors import one_line
 from pipeline.cli.signals import stop_signals
@@ -90,6 +92,24 @@ def write_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> Non
 
 
 @contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Lock a study for this process and an engine that inherits the yielded file: Snakemake's lock outlives a kill.
+
+    Without flock only each training is locked. Raises: ValueError when another process runs the study.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is run by another process: wait until that and its jobs have ended") from None
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+        yield file.fileno()
+
+
+@contextmanager
 def study_as_written(steps: Sequence[Step], folder: Path, *, profile: Profile) -> Iterator[None]:
     """Write the study for this block only: looking at what would run must not change what will."""
     files = study_files(steps, folder, profile=profile)
@@ -112,7 +132,9 @@ def study_files(steps: Sequence[Step], folder: Path, *, profile: Profile) -> dic
     by_verb: dict[str, dict[str, object]] = {}
     for step in steps:
         command = " ".join(map(shlex.quote, step.overrides))
+        described: dict[str, object]
         described = {"command": command, "needs": step.needs, "result": str(step.result)}
+        described["begun"] = [] if step.begun is None else [str(step.begun)]
         by_verb.setdefault(step.verb, {})[step.name] = described
         own = {"verb": step.verb, "overrides": step.overrides, "needs": step.needs}
         files[folder / "steps" / step.verb / f"{step.name}.json"] = json.dumps(own, indent=1).encode()
@@ -123,7 +145,7 @@ def study_files(steps: Sequence[Step], folder: Path, *, profile: Profile) -> dic
 
 def command_line(program: Path, folder: Path, *, profile: Profile, arguments: Sequence[str]) -> list[str]:
     """Return Snakemake's command line for the study in a folder."""
-    common = ["-s", str(SNAKEFILE), "--configfile", str(folder / STUDY), "--rerun-triggers", "mtime", "--nocolor"]
+    common = ["-s", str(SNAKEFILE), "--configfile", str(folder / STUDY), "--nocolor", "--nolock"]  # `locked` is ours
     at_once = ["--cores", str(profile.jobs)] if profile.executor == "local" else ["--jobs", str(profile.jobs)]
     return [str(program), *common, "--executor", profile.executor, *at_once, *profile.arguments, *arguments]
 
@@ -175,14 +197,14 @@ def draw(words: Sequence[str], file: Path) -> None:
     subprocess.run(drawing, input=answer.stdout, text=True, check=True)
 
 
-def run(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> Iterator[Ended]:
-    """Run the engine; yield each step when it has ended, again for one that the engine has repeated.
+def run(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock: int) -> Iterator[Ended]:
+    """Run the engine, which inherits the lock; yield each step that has ended, again if the engine repeats it.
 
     The engine's own lines go to `snakemake.log`. Raises: OSError when it fails without a failed step.
     """
     since = dict.fromkeys((step.identity for step in steps), time.time_ns())
     log, has_failed = folder / "snakemake.log", False
-    with log.open("w") as file, _group(words, output=file) as process:
+    with log.open("w") as file, _group(words, output=file, lock=lock) as process:
         is_over = False
         while not is_over:
             is_over = process.poll() is not None
@@ -195,14 +217,14 @@ def run(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> Iterato
 
 
 @contextmanager
-def _group(words: Sequence[str], *, output: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a program with a process group, to which a signal is passed on."""
-    process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+def _group(words: Sequence[str], *, output: IO[str], lock: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a program with a process group, to which a signal is passed on, SIGUSR1 as SIGTERM."""
+    process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(lock,))
     try:
         yield process
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, stop_signals.first or signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT if stop_signals.first == signal.SIGINT else signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(END_SECONDS)
 

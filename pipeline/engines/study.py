@@ -12,6 +12,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
+from data.shards.dataset import ROWS_FOLDER, partial_folder
 from pipeline.cli.errors import ConfigError, nearest
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -20,6 +21,7 @@ TRAIN_KEYS = ("overrides", "runs", "grid")
 RUN_KEYS = ("overrides", "data", "weights")
 DATA_KEYS = ("pack", "root", "parts", "train")
 RESULTS = {"evaluate": "evaluation.json", "report": "report.json", "export": "export.json"}
+FIXED = ("out=", "run=", "runs=", "name=", "again=")  # keys that every step sets or does without
 FOLDERS = {"evaluate": "evaluation", "report": "reports", "export": "exports"}
 
 Tree = Mapping[str, object]
@@ -29,7 +31,7 @@ class Step(NamedTuple):
     """A command of a study: a verb with overrides.
 
     `name` is unique among the steps of the verb. `needs` are identities of other steps, `result` is the file that the
-    command writes last.
+    command writes last. A part's result is that of all parts; until then its files are in the folder `begun`.
     """
 
     verb: str
@@ -37,6 +39,7 @@ class Step(NamedTuple):
     overrides: tuple[str, ...]
     needs: tuple[str, ...]
     result: Path
+    begun: Path | None = None
 
     @property
     def identity(self) -> str:
@@ -100,14 +103,16 @@ def _data_steps(name: str, found: object, *, folder: Path) -> Iterator[Step]:
         step = Step("index", name, (f"root={one['root']}", f"out={out}"), (), out / "dataset.json")
     else:
         return
-    parts = [_part_of(step, number, count=count) for number in range(1, count + 1)] if count > 1 else []
+    begun = partial_folder(out) if step.verb == "pack" else out / ROWS_FOLDER
+    parts = [_part_of(step, number, count=count)._replace(begun=begun) for number in range(1, count + 1)]
+    parts = parts if count > 1 else []
     yield from parts
     merge = ("part=merge",) if parts else ()
     yield step._replace(overrides=(*step.overrides, *merge), needs=tuple(part.identity for part in parts))
 
 
 def _part_of(step: Step, number: int, *, count: int) -> Step:
-    """Return the step of a part; its result is that of all, because its own files are gone once they are merged."""
+    """Return the step of a part."""
     return step._replace(name=f"{step.name}@{number}of{count}", overrides=(*step.overrides, f"part={number}/{count}"))
 
 
@@ -213,6 +218,9 @@ def _words(found: object, *, place: str) -> tuple[str, ...]:
     """Return overrides. Raises: ConfigError for what is no list of `key=value`."""
     if not isinstance(found, list | tuple) or not all(isinstance(word, str) and "=" in word for word in found):
         raise ConfigError(f"{place}={found} must be a list of overrides, as in [+model=resnet,recipe.epochs=6]")
+    fixed = next((word for word in found if word.lstrip("+").startswith(FIXED)), None)
+    if fixed is not None:
+        raise ConfigError(f"{place}: {fixed} is set by the study, whose folder has all results")
     if any(word.lstrip("+").startswith("trust=") for word in found):
         raise ConfigError(f"{place}: trust in a study does not count: trust=true is for the command line")
     return tuple(found)

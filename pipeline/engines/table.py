@@ -1,7 +1,7 @@
 """What a study prints: a line for each step that has ended, and a table of its trainings."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,33 @@ def line_of(ended: Ended, folder: Path) -> str:
         return f"{step.identity}  {time}{'' if found is None else f'  top-1 {found:.4f}'}"
     log = folder / "logs" / step.verb / f"{step.name}.log"
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-    return f"{step.identity}  {time}  failed with exit code {ended.code}: {lines[-1] if lines else ''} ({log})"
+    causes = [line for line in lines if line.startswith("error: ")]  # srun adds lines
+    cause = (causes or lines or [""])[-1]
+    return f"{step.identity}  {time}  failed with exit code {ended.code}: {cause} ({log})"
 
 
-def table_of(steps: Sequence[Step]) -> Table:
-    """Return the trainings with their top-1 on the split that chose the weights, and in each evaluation."""
+def table_of(steps: Sequence[Step], *, failed: Container[str]) -> Table:
+    """Return the trainings with their top-1 on the split that chose the weights, and in each evaluation.
+
+    Old results of steps that have failed, or need one that has, are left out.
+    """
     trainings = [step for step in steps if step.verb == "train"]
     evaluations = [step for step in steps if step.verb == "evaluate"]
     columns = list(dict.fromkeys(step.name.partition("/")[2] for step in evaluations))
     table = Table("run", "top-1 of the best checkpoint", *(f"top-1, evaluation {name}" for name in columns))
     for training in trainings:
-        found = {step.name: _top1(step) for step in evaluations}
-        values = [_top1(training), *(found.get(f"{training.name}/{name}") for name in columns)]
-        table.add_row(training.name, *("" if value is None else f"{value:.4f}" for value in values))
+        found = {step.name: _cell(step, failed) for step in evaluations}
+        table.add_row(
+            training.name, _cell(training, failed), *(found.get(f"{training.name}/{name}", "") for name in columns)
+        )
     return table
+
+
+def _cell(step: Step, failed: Container[str]) -> str:
+    if step.identity in failed:
+        return "failed"
+    value = None if any(one in failed for one in step.needs) else _top1(step)
+    return "" if value is None else f"{value:.4f}"
 
 
 def _top1(step: Step) -> float | None:

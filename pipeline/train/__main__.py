@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
     """
     with fast_imports():
         from pipeline.build import data, network, trainer
-        from pipeline.train import fit, weights
+        from pipeline.train import fit
         from pipeline.train.job import build_job
 
     fit.prepare_process(config.seed)
@@ -40,10 +40,9 @@ def main(config: DictConfig) -> None:
     module = network.build_module(config, net, num_classes=num_classes, recipe=recipe)
     job = build_job(config, module, data=loaders, num_classes=num_classes)
     network.check_image_size(config, net, data=loaders)
-    weights.load_initial_weights(job, norm_eps=config.model.get("norm_eps"))
     callbacks, plugins = [*fit.own_callbacks(job), *trainer.build_callbacks(config)], fit.own_plugins(job)
     lightning = trainer.build_trainer(config, recipe, callbacks=callbacks, plugins=plugins, folder=job.run.folder)
-    fit.train(job, lightning)
+    fit.train(job, lightning, norm_eps=config.model.get("norm_eps"))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from pipeline.train.callbacks.stopping import StopTogether
 from pipeline.train.ends import NONFINITE, DivergedError, Ending, RanksDifferError, Stopped, ending_of
 from pipeline.train.job import Job
 from pipeline.train.summary import outcome, print_missing, run_header, run_result, saving_of
+from pipeline.train.weights import load_initial_weights
 
 MOVE_SECONDS, POLL_SECONDS = 120.0, 0.1  # until other hosts see that rank 0 has moved a run aside
 
@@ -87,8 +88,10 @@ def own_plugins(job: Job) -> list[object]:
     return [CheckpointWriter(job.run.checkpoints), *slurm]
 
 
-def train(job: Job, trainer: pl.Trainer) -> None:
+def train(job: Job, trainer: pl.Trainer, *, norm_eps: float | None) -> None:
     """Fit the job's module, keep its results in the run's folder and print them.
+
+    `norm_eps` is the config's constant of batch norms, which the weights of others must fit.
 
     Raises: ValueError, OSError for user errors; FailureError for failures; SystemExit(143) after SIGTERM or SIGUSR1,
     SystemExit(130) after Ctrl-C, whose state is saved if it has trained.
@@ -96,6 +99,9 @@ def train(job: Job, trainer: pl.Trainer) -> None:
     limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices)))
     limit_epoch(trainer, job.data, num_epochs=job.module.recipe.epochs)
     check_choice(job, trainer)
+    is_replaced = job.settings.again == Again.REPLACE and not job.run.is_of(fingerprint_of(job, trainer))
+    is_resumed = job.run.last_checkpoint is not None and not is_replaced
+    load_initial_weights(job, norm_eps=norm_eps, is_resumed=is_resumed)  # which may fail: then nothing is moved aside
     if not settle(job, trainer):
         print_facts(main_console(), run_result(job, job.run.result()))
         return

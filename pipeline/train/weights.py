@@ -5,7 +5,7 @@ from pipeline.cli.console import main_console, print_facts
 from pipeline.train.job import Job
 
 
-def load_initial_weights(job: Job, *, norm_eps: float | None) -> None:
+def load_initial_weights(job: Job, *, norm_eps: float | None, is_resumed: bool) -> None:
     """Load the job's file of weights, if any, and print what was loaded; a resumed run keeps its own.
 
     Raises: FileNotFoundError; ValueError when the file does not fit the network.
@@ -13,7 +13,7 @@ def load_initial_weights(job: Job, *, norm_eps: float | None) -> None:
     file = job.initial_weights.file
     if file is None:
         return
-    if job.run.last_checkpoint is not None:
+    if is_resumed:
         print_facts(main_console(), {"weights": f"{file} is not read: the run continues with its own weights"})
         return
     loaded = job.initial_weights.load_into(job.module.net, norm_eps=norm_eps)

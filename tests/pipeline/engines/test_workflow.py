@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from data.shards.dataset import Dataset
 from pipeline.runs.run import Run
 from tests.support.commands import ran_steps, run_module
 from tests.support.paths import ROOT
@@ -93,6 +95,9 @@ def test_a_plain_snakemake_does_the_same(project: Path) -> None:
     answer = subprocess.run([*words, "--dry-run"], cwd=project / "work", capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert "Nothing to be done" in answer.stdout + answer.stderr
+    assert workflow(project, GOOD, "profile.prefix.train=env", "profile.prefix.evaluate=env").returncode == 0
+    answer = subprocess.run([*words, "--dry-run"], cwd=project / "work", capture_output=True, text=True, check=False)
+    assert "Nothing to be done" in answer.stdout + answer.stderr, "another prefix repeats nothing"
     subprocess.run([*words, "--report", "report.html"], cwd=project / "work", capture_output=True, check=True)
     assert "Snakemake Report" in (project / "work" / "report.html").read_text()
 
@@ -142,13 +147,45 @@ def test_a_data_set_is_packed_in_parts(project: Path) -> None:
     ]  # fmt: skip
     assert "3/3: 3 tars" in (folder / "logs" / "pack" / "digits@3of3.log").read_text()
     assert not ran_steps(run_module(project / "work", *command, root=project))
-    changed = run_module(
-        project / "work", *command, "study.data.digits.pack=[source=digits,shard_samples=300]", root=project
-    )
+    different = "study.data.digits.pack=[source=digits,shard_samples=300]"
+    target = ("--", "studies/parts/done/pack/digits")
+    changed = run_module(project / "work", *command, different, *target, root=project)
     assert changed.returncode == 0, changed.stdout + changed.stderr
+    assert set(ran_steps(changed)) == {"pack/digits", *(f"pack/digits@{number}of3" for number in (1, 2, 3))}
     manifest = json.loads((folder / "data" / "digits" / "dataset.json").read_text())
     assert len(manifest["splits"]["train"]["shards"]) == 5
     assert (folder / "data" / "digits-replaced-1" / "dataset.json").is_file()
+    missing = run_module(project / "work", *command, different, "dry_run=true", root=project)
+    assert missing.stdout == "train/lenet  after pack/digits\n1 of 5 steps would run\n"
+
+
+def test_parts_that_are_done_are_not_repeated_before_the_merge(project: Path) -> None:
+    command = ("pipeline.workflow", "+study=parts", "name=halves", "study.data.digits.parts=2")
+    target = ("--", "studies/halves/done/pack/digits@1of2")
+    only = run_module(project / "work", *command, *target, root=project)
+    assert ran_steps(only) == ["pack/digits@1of2"], only.stdout + only.stderr
+    answer = run_module(project / "work", *command, "dry_run=true", root=project)
+    assert "pack/digits@1of2" not in answer.stdout
+    assert "3 of 4 steps would run" in answer.stdout
+
+
+def test_a_changed_folder_of_tars_is_indexed_again(project: Path, photographs: Dataset) -> None:
+    work = project / "work"
+    for name in ("a", "b"):
+        (work / name).mkdir()
+    for number, tar in enumerate(sorted(photographs.root.glob("*.tar"))):
+        for name in ("a", "b"):
+            shutil.copy(tar, work / name / f"{tar.stem.split('-')[0]}-{name}{number}.tar")
+    study = "{data: {tars: {root: a}}, train: {runs: {lenet: [+model=lenet, tracking=none]}}}"
+    (project / "conf" / "study" / "tars.yaml").write_text(study)
+    command = ("pipeline.workflow", "+study=tars")
+    for root in ("a", "b"):
+        answer = run_module(work, *command, f"study.data.tars.root={root}", "--", "--until", "index", root=project)
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        assert ran_steps(answer) == ["index/tars"]
+    folder = work / "studies" / "tars" / "data"
+    assert "train-a" in (folder / "tars-replaced-1" / "dataset.json").read_text()
+    assert "train-b" in (folder / "tars" / "dataset.json").read_text()
 
 
 def test_a_study_cannot_change_the_commands_of_a_profile(project: Path) -> None:

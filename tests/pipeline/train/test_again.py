@@ -57,6 +57,21 @@ def test_a_run_of_other_settings_is_moved_aside_only_by_replace(train: Typed, tr
     assert all(run.is_finished for run in runs)
 
 
+def test_a_replaced_run_starts_with_the_weights_that_are_named(train: Typed, trained: Run) -> None:
+    source = trained.folder.with_name("source")
+    train(*WORDS, "seed=3", f"out={source.name}")
+    words = ("seed=4", f"weights={source.name}/checkpoints/best.ckpt")
+    fresh = train(*WORDS, *words, "out=fresh")
+    replaced = train(*WORDS, *words, "again=replace")
+    assert "10 tensors loaded" in fresh
+    assert "10 tensors loaded" in replaced
+    assert differences(results(trained.folder.with_name("fresh")), results(trained.folder)) == []
+    moved = sorted(path.name for path in trained.folder.parent.glob("place-*"))
+    with pytest.raises(FileNotFoundError, match=r"weights=none\.pth"):
+        train(*WORDS, "weights=none.pth", "again=replace")
+    assert sorted(path.name for path in trained.folder.parent.glob("place-*")) == moved
+
+
 def test_an_unfinished_run_continues_or_is_moved_with_its_settings(train: Typed, trained: Run) -> None:
     before = results(trained.folder)
     trained.result_file.unlink()
