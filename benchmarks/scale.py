@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale --folder DIR      100,000 and 1,000,000 images of 32x32 pixels (6 GB in DIR), 12 minutes
 
-Each stage runs in a process of its own, with workers for each core. Memory is the peak of that process, above one that
+Each stage runs in a separate process, with workers for each core. Memory is the peak of that process, above one that
 has only imported the same modules; a worker holds one tar's rows. The last rows open an index of 100 million rows in
 100,000 tars that were never written.
 """
@@ -156,7 +156,7 @@ def _peak() -> float:
 
 
 def measure(name: str, folder: Path, label: str) -> None:
-    """Run a stage in a process of its own and print its cost."""
+    """Run a stage in a separate process and print its cost."""
     command = [sys.executable, "-m", "benchmarks.scale", "--folder", str(folder), "--stage", name]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     cost = json.loads(answer.stdout.splitlines()[-1])

@@ -43,7 +43,7 @@ SHORTER = {
     "torch.distributed.run": ["mlflow=false", "out=several"],
     "pipeline.report": ["effective_images=0", "batch_size=2", "data.image_size=64"],
 }
-# Verbs that run in this process, which has loaded torch; a comparison and several ranks need a process of their own.
+# Verbs that run in this process, which has loaded torch; a comparison and several ranks need another process.
 VERBS = {
     "pipeline.train": train,
     "pipeline.report": report,

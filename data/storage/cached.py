@@ -13,7 +13,7 @@ from data.storage.remote import RemoteShards, Version
 
 DOWNLOADS = 4  # shards that are downloaded at the same time
 SECONDS_UNTIL_NEXT_TRY = 1.0  # for a shard that another process downloads
-POLL_SECONDS = 0.2  # between looks at whether the process ends
+POLL_SECONDS = 0.2  # between checks whether the process ends
 
 
 class CachedShards:
@@ -22,8 +22,8 @@ class CachedShards:
     A shard is downloaded when `expect` names it or a read misses it, unless that would remove shards that `expect`
     has named: if these exceed the cache, the rest is read directly, and nothing is downloaded twice.
 
-    Threads: callers and DOWNLOADS threads, which end with the main thread. `_changed` guards all fields that change;
-    `_names` and `_versions` are constant.
+    Threads: callers and DOWNLOADS threads, which end with the main thread. `_changed` guards all fields that change,
+    but `_keep` and `_error`, references that are also read without it. `_names` and `_versions` are constant.
     """
 
     def __init__(self, shards: RemoteShards, cache: CacheFolder, *, versions: Mapping[str, Version]) -> None:

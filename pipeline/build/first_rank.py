@@ -31,7 +31,7 @@ _servers: list[TCPStore] = []  # lives on, for ranks that ask later; torch share
 def open_on_first_rank(open_all: Callable[[], Dataset], *, root: Root, folder: Path) -> Dataset:
     """Return the data set that `open_all` opens on rank 0, read from the manifest in `folder` on the other ranks.
 
-    Where a rank has another manifest, as in a folder of its own machine, it opens the data set itself.
+    Where a rank has another manifest, as in a folder on another disk, it opens the data set itself.
     Raises: as `open_all`, on the other ranks ValueError or FailureError with the words of rank 0; FailureError when it
     does not answer.
     """

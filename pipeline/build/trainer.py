@@ -132,7 +132,7 @@ def accept_ntasks(launched: LaunchedRanks) -> None:
 
 
 def _check_ranks(trainer: pl.Trainer, launched: LaunchedRanks, *, devices: object) -> None:
-    """Raise ValueError where some ranks would be left out: each would be a training of its own, in the same folder."""
+    """Raise ValueError where some ranks would be left out: each would train separately, in the same folder."""
     started = launched.nodes * launched.per_node
     if started != trainer.world_size:
         used = f"trainer.devices={devices} on {trainer.num_nodes} of the nodes trains with {trainer.world_size}"

@@ -48,7 +48,7 @@ def build_parser() -> Parser:
     add("--user", type=int, default=DEFAULTS["user"], help="id of the user that owns the files of the volume")
     add("--secret", default="", help="Secret whose keys become environment variables, such as MLFLOW_TRACKING_URI")
     add("--restarts", type=int, default=DEFAULTS["restarts"], help="restarts after failures, not after evictions")
-    add("--poll-seconds", type=float, default=Limits().poll_seconds, help="time between two looks at the job")
+    add("--poll-seconds", type=float, default=Limits().poll_seconds, help="time between two polls of the job")
     add(
         "--silent-seconds", type=float, default=Limits().silent_seconds, help="limit for a cluster that does not answer"
     )

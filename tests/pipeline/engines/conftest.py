@@ -28,7 +28,7 @@ def slurm() -> Iterator[Path]:
     if DEFAULT_CONF.is_symlink() and not DEFAULT_CONF.exists():
         DEFAULT_CONF.unlink()  # of tests that were killed
     if DEFAULT_CONF.exists() or not os.access(DEFAULT_CONF.parent, os.W_OK):
-        pytest.skip(f"{DEFAULT_CONF} is there or cannot be written: this machine has a Slurm of its own, or no root")
+        pytest.skip(f"{DEFAULT_CONF} is there or cannot be written: another Slurm is configured, or this is not root")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # munge refuses a folder below one that others may not enter
     script = (CLUSTER / "slurm_up.sh").read_text()
     for setting, shorter in (("cred_expire=10", "cred_expire=5"), ("KillWait=5", "KillWait=5\nSlurmdTimeout=5")):

@@ -127,7 +127,7 @@ def test_exit_codes_decide_what_a_failed_pod_means(manifest: Manifest) -> None:
     assert pod_spec["terminationGracePeriodSeconds"] > STOP_SECONDS > SAVE_SECONDS
 
 
-def test_a_pod_a_node_meets_at_the_first_pod_on_the_shared_volume(manifest: Manifest) -> None:
+def test_each_node_is_one_pod_that_connects_to_the_first_one(manifest: Manifest) -> None:
     job = job_template(manifest)["spec"]
     (container,) = job["template"]["spec"]["containers"]
     name = manifest.name

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.cli.errors import ConfigError
 from pipeline.engines.study import Step, build_steps
+from tests.support.paths import ROOT
 
 FOLDER = Path("studies/mine")
 DATA = {"pets": {"pack": ["source=folder", "source.root=photos"]}}
@@ -20,6 +24,20 @@ def study_of(**changes: Any) -> dict[str, Any]:  # noqa: ANN401  # parts of a st
 
 def steps_of(**changes: Any) -> dict[str, Step]:  # noqa: ANN401  # parts of a study are trees
     return {step.identity: step for step in build_steps(study_of(**changes), FOLDER)}
+
+
+def test_the_study_of_the_documentation_has_its_steps() -> None:
+    text = (ROOT / "docs" / "workflow.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    found = build_steps(yaml.safe_load(example), FOLDER)
+    counts = Counter(step.verb for step in found)
+    assert counts == {"pack": 1, "train": 4, "evaluate": 4, "export": 4, "compare": 1}
+
+
+@pytest.mark.parametrize("word", ["out=here", "run=latest", "++again=refuse"])
+def test_keys_that_the_study_sets_are_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^study\.evaluate\.val: {re.escape(word)} is set by the study"):
+        steps_of(evaluate={"val": [word]})
 
 
 def test_every_step_names_its_command_its_needs_and_its_result() -> None:
