@@ -67,9 +67,9 @@ def blocks_of(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """The lines of all bash blocks, without comments."""
+    """The lines of all bash blocks, each once, without comments."""
     lines = [line.partition("#")[0].strip() for block in blocks_of("bash") for line in block.splitlines()]
-    lines = [command for line in lines for command in tasks_of(line)]
+    lines = [command for line in dict.fromkeys(lines) for command in tasks_of(line)]
     return [line for line in lines if line and not any(part in line for part in RUN_ELSEWHERE)]
 
 

@@ -15,15 +15,27 @@ from pipeline.evaluate.__main__ import main as evaluate
 from pipeline.train.__main__ import VERB as TRAIN
 from pipeline.train.__main__ import main as train
 from tests.support.commands import call_verb, journal
+from tests.support.stores import nginx
 
 WORDS = ("+model=lenet", "data=shards", "data.image_size=32", "data.batch_size=4", "data.shuffle_window=8",
          "recipe.epochs=2", "log_every=1", "tracking=none")  # fmt: skip
 
 
 def weights_of(run: Path) -> str:
-    """Return the SHA-256 of the last checkpoint's tensors."""
+    """Return the SHA-256 of the best checkpoint."""
     (checkpoint,) = run.glob("checkpoints/best.ckpt")
     return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
+def test_a_training_from_nginx_has_the_bits_of_a_local_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photographs: Dataset
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photographs.root, "local")
+    with nginx(tmp_path / "local", tmp_path) as url:
+        for name, words in {"local": ("data.root=local",), "served": (f"data.root={url}", "data.index=index")}.items():
+            call_verb(TRAIN, train, [*WORDS, *words, f"name={name}"])
+    assert len({weights_of(tmp_path / "runs" / name) for name in ("local", "served")}) == 1
 
 
 def test_a_training_from_s3_has_the_bits_of_a_local_one(

@@ -110,6 +110,7 @@ def test_a_training_of_two_nodes_survives_everything_to_the_same_bits(slurm: Pat
 def test_the_commands_of_the_documentation_train_on_two_nodes(clone: Path) -> None:
     make_folder(clone / "photos", images=20)
     block = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)[0]
+    assert block in (ROOT / "README.md").read_text()
     install, pack, submit = block.splitlines()
     assert install == "make install"
     subprocess.run(shlex.split(pack), cwd=clone, check=True, capture_output=True)
