@@ -26,8 +26,8 @@ test: .venv/ready  ## run the tests, in 10 minutes on two cores
 test-all: .venv/ready  ## also run the slow tests, of every variant of every network
 	$(BIN)/python -m pytest $(PARALLEL) -m "not faults and not soak and not engines"
 
-test-faults: .venv/ready  ## kill, signal, damage and starve trainings, in 7 minutes on two cores
-	$(BIN)/python -m pytest $(PARALLEL) -m faults
+test-faults: .venv/ready  ## kill, signal, damage and starve trainings, in 6 minutes on two cores
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m faults
 
 test-soak: .venv/ready  ## the same for an hour
 	$(BIN)/python -m pytest -m soak

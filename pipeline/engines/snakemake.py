@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 
 from data.locks import NO_FLOCK
 from data.shards.dataset import write_atomically
-from pipeline.cli.errors import one_line
+from pipeline.cli.errors import FailureError, one_line
 from pipeline.cli.signals import stop_signals
 from pipeline.engines.study import Step
 
@@ -28,6 +28,7 @@ SNAKEFILE = Path(__file__).with_name("Snakefile")
 ENVIRONMENT = ROOT / ".workflow"
 STUDY = "study.json"
 POLL_SECONDS, END_SECONDS = 0.2, 6.0
+LOCK_SECONDS = 10.0  # limit for an engine that a signal has stopped
 NAMED = 3  # steps in a reason
 # A command for each that succeeds where the scheduler answers.
 SCHEDULERS = {"slurm": ("sinfo", "--noheader"), "kubernetes": ("kubectl", "get", "--raw=/readyz")}
@@ -98,15 +99,24 @@ def locked(folder: Path) -> Iterator[int]:
     Without flock only each training is locked. Raises: ValueError when another process runs the study.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + LOCK_SECONDS
     with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is run by another process: wait until that and its jobs have ended") from None
-        except OSError as error:
-            if error.errno not in NO_FLOCK:
-                raise
+        while not _has_locked(file):
+            if time.monotonic() > end:
+                raise ValueError(f"{folder} is run by another process: wait until that and its jobs have ended")
+            time.sleep(POLL_SECONDS)
         yield file.fileno()
+
+
+def _has_locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+    return True
 
 
 @contextmanager
@@ -200,7 +210,8 @@ def draw(words: Sequence[str], file: Path) -> None:
 def run(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock: int) -> Iterator[Ended]:
     """Run the engine, which inherits the lock; yield each step that has ended, again if the engine repeats it.
 
-    The engine's own lines go to `snakemake.log`. Raises: OSError when it fails without a failed step.
+    The engine's own lines go to `snakemake.log`. Raises: OSError when it fails without a failed step, FailureError when
+    it is killed.
     """
     since = dict.fromkeys((step.identity for step in steps), time.time_ns())
     log, has_failed = folder / "snakemake.log", False
@@ -212,6 +223,8 @@ def run(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock: int)
                 has_failed = has_failed or ended.code != 0
                 yield ended
             time.sleep(0 if is_over else POLL_SECONDS)
+    if process.returncode < 0:
+        raise FailureError(f"Snakemake was killed by signal {-process.returncode}: the same command continues")
     if process.returncode and not has_failed:
         raise OSError(_reason(log.read_text()))
 
@@ -223,10 +236,10 @@ def _group(words: Sequence[str], *, output: IO[str], lock: int) -> Iterator[subp
     try:
         yield process
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # a program that was killed leaves steps behind
             os.killpg(process.pid, signal.SIGINT if stop_signals.first == signal.SIGINT else signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(END_SECONDS)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)
 
 
 def _ended(steps: Sequence[Step], folder: Path, *, since: dict[str, int]) -> Iterator[Ended]:

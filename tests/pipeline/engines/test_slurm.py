@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,6 +62,13 @@ class Job:
     def await_epoch(self, start: int) -> None:
         """Wait until the start of this number has ended an epoch."""
         until(lambda: "\nepoch " in self.text().partition(f"start {start}\n")[2], f"an epoch in start {start}")
+
+
+@pytest.fixture(autouse=True)
+def no_jobs() -> Iterator[None]:
+    """Leave no job to the next test."""
+    yield
+    command("scancel", "--me")
 
 
 def test_a_study_of_nine_architectures(clone: Path) -> None:
@@ -139,14 +146,15 @@ def test_an_array_job_packs_in_parts(clone: Path) -> None:
 
 def test_a_time_limit_continues_a_job_and_scancel_ends_it(clone: Path) -> None:
     job = Job(clone, "--time=1", *TWO_NODES, "recipe.epochs=1000", name="limited")
-    job.await_epoch(1)
-    job.await_epoch(2)
+    stopped = "stopped: the same command continues after step "
+    until(lambda: stopped in job.text(), "a stop by the time limit")  # which may first come before a step
     command("scontrol", "update", f"JobId={job.number}", "TimeLimit=UNLIMITED")
-    (step,) = re.findall(r"stopped: the same command continues after step (\d+)", job.text())
-    assert f"(continues after step {step})" in job.text()
+    step = int(re.findall(rf"{stopped}(\d+)", job.text())[0])
+    until(lambda: f"(continues after step {step})" in job.text(), "its next start")
+    until(lambda: "\nepoch " in job.text().partition(f"(continues after step {step})")[2], "an epoch")
     command("scancel", job.number)
     until(lambda: job.state == "CANCELLED", "the end of the job")
-    until(lambda: job.text().count("stopped: the same command continues") == 2, "the save")
+    until(lambda: job.text().count(stopped) == 2, "the save")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,19 @@ def test_a_scheduler_that_does_not_answer_is_one_sentence(
     sentence = rf"^profile={scheduler}: {program} fails \(.*{reason}.*\): profile=local runs the steps on"
     with pytest.raises(OSError, match=sentence):
         snakemake.check_scheduler(scheduler)
+
+
+def test_a_study_is_run_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine that inherits the lock keeps it, when the command has ended."""
+    monkeypatch.setattr(snakemake, "LOCK_SECONDS", 0.3)
+    with snakemake.locked(tmp_path / "study") as lock:
+        engine = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+    with pytest.raises(ValueError, match="study is run by another process"), snakemake.locked(tmp_path / "study"):
+        pass
+    engine.kill()
+    engine.wait()
+    with snakemake.locked(tmp_path / "study"):
+        pass
 
 
 def test_steps_on_this_machine_need_no_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

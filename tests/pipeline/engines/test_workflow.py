@@ -6,12 +6,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data.shards.dataset import Dataset
@@ -137,8 +137,11 @@ train: {runs: {lenet: [+model=lenet, tracking=none, recipe.epochs=1, +trainer.li
 def test_a_data_set_is_packed_in_parts(project: Path) -> None:
     (project / "conf" / "study" / "parts.yaml").write_text(PARTS)
     command = ("pipeline.workflow", "+study=parts", "jobs=2")
+    first = run_module(project / "work", *command, "--", "studies/parts/done/pack/digits@1of3", root=project)
+    assert ran_steps(first) == ["pack/digits@1of3"], first.stdout + first.stderr
     answer = run_module(project / "work", *command, root=project)
     assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert ran_steps(answer) == ["pack/digits", "pack/digits@2of3", "pack/digits@3of3", "train/lenet"]
     folder = project / "work" / "studies" / "parts"
     manifest = json.loads((folder / "data" / "digits" / "dataset.json").read_text())
     assert len(manifest["splits"]["train"]["shards"]) == 8
@@ -157,16 +160,6 @@ def test_a_data_set_is_packed_in_parts(project: Path) -> None:
     assert (folder / "data" / "digits-replaced-1" / "dataset.json").is_file()
     missing = run_module(project / "work", *command, different, "dry_run=true", root=project)
     assert missing.stdout == "train/lenet  after pack/digits\n1 of 5 steps would run\n"
-
-
-def test_parts_that_are_done_are_not_repeated_before_the_merge(project: Path) -> None:
-    command = ("pipeline.workflow", "+study=parts", "name=halves", "study.data.digits.parts=2")
-    target = ("--", "studies/halves/done/pack/digits@1of2")
-    only = run_module(project / "work", *command, *target, root=project)
-    assert ran_steps(only) == ["pack/digits@1of2"], only.stdout + only.stderr
-    answer = run_module(project / "work", *command, "dry_run=true", root=project)
-    assert "pack/digits@1of2" not in answer.stdout
-    assert "3 of 4 steps would run" in answer.stdout
 
 
 def test_a_changed_folder_of_tars_is_indexed_again(project: Path, photographs: Dataset) -> None:
@@ -201,17 +194,22 @@ def test_a_study_cannot_change_the_commands_of_a_profile(project: Path) -> None:
     assert not (project / "work" / "ran").exists()
 
 
-def test_a_signal_stops_the_training_and_the_same_command_continues_it(project: Path) -> None:
-    long = ("name=long", "study.train.runs.good=[recipe.epochs=40]", "~study.train.runs.bad", "~study.compare")
+@pytest.mark.parametrize(("to", "number", "code"), [("the command", 15, 143), ("the engine", 9, 2)])
+def test_a_signal_stops_the_training_and_the_same_command_continues_it(
+    project: Path, to: str, number: int, code: int
+) -> None:
+    name = f"long{number}"
+    long = (f"name={name}", "study.train.runs.good=[recipe.epochs=40]", "~study.train.runs.bad", "~study.compare")
     command = [sys.executable, "-m", "pipeline.workflow", "+study=two", *long]
-    run = Run(project / "work" / "studies" / "long" / "runs" / "good")
+    run = Run(project / "work" / "studies" / name / "runs" / "good")
     environment = {**os.environ, "PYTHONPATH": str(project)}
     with subprocess.Popen(command, cwd=project / "work", env=environment) as process:
         end = time.monotonic() + 120
         while run.last_checkpoint is None and time.monotonic() < end:
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 143
+        (engine,) = psutil.Process(process.pid).children()
+        (engine if to == "the engine" else process).send_signal(number)
+        assert process.wait(20) == code
     end = time.monotonic() + 20
     while run.is_locked and time.monotonic() < end:
         time.sleep(0.1)
