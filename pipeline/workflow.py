@@ -56,13 +56,13 @@ def main(config: DictConfig) -> None:
     composed: Composed = {}
     for step in distinct(steps):
         check_step(step, composed=composed)
-    profile = build_profile(config)
+    profile, is_shown = build_profile(config), config.dry_run or config.graph is not None
+    if not is_shown:
+        check_tars(steps)
+        snakemake.check_scheduler(profile.scheduler)
     program = snakemake.build_environment()
     arguments = [*(["--keep-going"] if config.keep_going else []), *ENGINE_ARGUMENTS]
     words = snakemake.command_line(program, folder, profile=profile, arguments=arguments)
-    is_shown = config.dry_run or config.graph is not None
-    if not is_shown:
-        snakemake.check_scheduler(profile.scheduler)
     with snakemake.locked(folder) as lock:
         if not is_shown:
             snakemake.write_study(steps, folder, profile=profile)
@@ -123,9 +123,28 @@ def check_step(step: Step, *, composed: Composed) -> None:
     verb = import_module(f"pipeline.{step.verb}{'.__main__' if package else ''}").VERB
     try:
         complete = check_command_line(verb, step.overrides, composed=composed)
-        check_config(compose(verb.name, complete), complete)
+        composed_config = compose(verb.name, complete)
+        check_config(composed_config, complete)
+        source = OmegaConf.select(composed_config, "source.root") if step.verb == "pack" else None
+        if source is not None and not Path(str(source)).exists() and not step.result.exists():
+            raise ConfigError(f"source.root={source} does not exist")
     except (ConfigError, HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{step.identity}: {one_line(error)}") from None
+
+
+def check_tars(steps: Sequence[Step]) -> None:
+    """Look for the tars that are to be indexed. Raises: ConfigError, with the step's name, where there are none."""
+    from data.shards.indexing import find_tars
+    from data.storage.location import parse_root
+    from pipeline.cli.errors import one_line
+
+    for step in steps:
+        if step.verb == "index" and "@" not in step.name and not step.result.exists():
+            words = dict(word.split("=", 1) for word in step.overrides if "=" in word)
+            try:
+                find_tars(parse_root(words["root"]), Path(words["out"]))
+            except (ValueError, OSError) as error:
+                raise ConfigError(f"{step.identity}: {one_line(error)}") from None
 
 
 def print_line(text: str) -> None:

@@ -44,7 +44,7 @@ def open_dataset(
     Also returns the samples that indexing has just skipped. Raises: ValueError when this is not a data set, a file is
     damaged or missing, or `folder` cannot be written to.
     """
-    folder, tars = _find_tars(root, folder)
+    folder, tars = find_tars(root, folder)
     current = partial(_current_dataset, root, folder, tars=tars, label_field=label_field)
     dataset = current()
     if dataset and not dataset.is_edited:
@@ -93,7 +93,7 @@ def index_part(root: Root, folder: Path | None, *, part: Part, label_field: str 
 
     Parts may run at once on several machines that share `folder`. Raises: ValueError as `open_dataset`; OSError.
     """
-    folder, tars = _find_tars(root, folder)
+    folder, tars = find_tars(root, folder)
     tasks = [task for tasks in _tasks(folder, tars, label_field=label_field).values() for task in tasks.items()]
     mine = dict(part.of(tasks))
     if _current_dataset(root, folder, tars=tars, label_field=label_field):
@@ -104,7 +104,7 @@ def index_part(root: Root, folder: Path | None, *, part: Part, label_field: str 
 
 def check_parts(root: Root, folder: Path | None, *, label_field: str = "label") -> None:
     """Raise ValueError unless the data set is complete or `index_part` has read each of its tars."""
-    folder, tars = _find_tars(root, folder)
+    folder, tars = find_tars(root, folder)
     if _current_dataset(root, folder, tars=tars, label_field=label_field):
         return
     known = saved_names(folder)
@@ -114,8 +114,8 @@ def check_parts(root: Root, folder: Path | None, *, label_field: str = "label") 
         raise ValueError(f"{len(missing)} tars have not been read, {missing[0]} is the first: run their parts again")
 
 
-def _find_tars(root: Root, folder: Path | None) -> tuple[Path, Tars]:
-    """Return the folder of the index, and the tars by split. Raises: ValueError as `open_dataset`."""
+def find_tars(root: Root, folder: Path | None) -> tuple[Path, Tars]:
+    """Return the folder of the index and the tars by split. Raises: ValueError as `open_dataset`."""
     if isinstance(root, Url):
         if folder is None:
             raise ArgumentError(("root", root), " is a URL: ", ("folder", "FOLDER"), " keeps manifest and index here")

@@ -55,6 +55,14 @@ def test_a_bucket_that_does_not_exist(s3: S3, run_verb: Run, tmp_path: Path) -> 
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_study_of_a_bucket_that_does_not_exist_starts_nothing(s3: S3, run_verb: Run, tmp_path: Path) -> None:
+    words = ("+study=digits", "~study.data.digits.pack", "+study.data.digits.root=s3://nowhere/data")
+    answer = run_verb("workflow", *words)
+    assert answer.stderr.startswith("error: index/digits: root=s3://nowhere/data is in a bucket that does not exist")
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert not (tmp_path / "studies").exists()
+
+
 def test_a_folder_without_tars(s3: S3, bucket: str, tmp_path: Path) -> None:
     s3.client.create_bucket(Bucket=bucket)
     answer = f"^root=s3://{bucket}/data is not a data set: it contains neither dataset.json nor a .tar file$"

@@ -98,6 +98,10 @@ def test_a_plain_snakemake_does_the_same(project: Path) -> None:
     assert workflow(project, GOOD, "profile.prefix.train=env", "profile.prefix.evaluate=env").returncode == 0
     answer = subprocess.run([*words, "--dry-run"], cwd=project / "work", capture_output=True, text=True, check=False)
     assert "Nothing to be done" in answer.stdout + answer.stderr, "another prefix repeats nothing"
+    assert workflow(project, GOOD, "graph=steps.dot").returncode == 0
+    drawn = (project / "work" / "steps.dot").read_text()
+    assert drawn.startswith("digraph")
+    assert drawn.count("train") >= 2
     subprocess.run([*words, "--report", "report.html"], cwd=project / "work", capture_output=True, check=True)
     assert "Snakemake Report" in (project / "work" / "report.html").read_text()
 
@@ -232,6 +236,10 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(
         (
             ["study.train.overrides=[+model=lenet,recipe.epoch=2]"],
             "error: train/good: there is no recipe.epoch",
+        ),
+        (
+            ["study.data.digits.pack=[source=folder,source.root=none]"],
+            "error: pack/digits: source.root=none does not exist",
         ),
         (["jobs=0"], "error: jobs=0 must be an integer of at least 1"),
         (["graph=steps.pdf"], "error: graph=steps.pdf must end in one of .dot, .png, .svg"),
