@@ -26,6 +26,7 @@ test: .venv/ready  ## run the tests, in 10 minutes on two cores
 test-all: .venv/ready  ## also run the slow tests, of every variant of every network
 	$(BIN)/python -m pytest $(PARALLEL) -m "not faults and not soak and not engines"
 
+# Three at a time even on two cores: these tests wait more than they compute.
 test-faults: .venv/ready  ## kill, signal, damage and starve trainings, in 6 minutes on two cores
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m faults
 

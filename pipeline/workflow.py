@@ -123,9 +123,9 @@ def check_step(step: Step, *, composed: Composed) -> None:
     verb = import_module(f"pipeline.{step.verb}{'.__main__' if package else ''}").VERB
     try:
         complete = check_command_line(verb, step.overrides, composed=composed)
-        composed_config = compose(verb.name, complete)
-        check_config(composed_config, complete)
-        source = OmegaConf.select(composed_config, "source.root") if step.verb == "pack" else None
+        config = compose(verb.name, complete)
+        check_config(config, complete)
+        source = OmegaConf.select(config, "source.root") if step.verb == "pack" else None
         if source is not None and not Path(str(source)).exists() and not step.result.exists():
             raise ConfigError(f"source.root={source} does not exist")
     except (ConfigError, HydraException, OmegaConfBaseException, ValueError) as error:
@@ -140,7 +140,7 @@ def check_tars(steps: Sequence[Step]) -> None:
 
     for step in steps:
         if step.verb == "index" and "@" not in step.name and not step.result.exists():
-            words = dict(word.split("=", 1) for word in step.overrides if "=" in word)
+            words = dict(word.split("=", 1) for word in step.overrides)
             try:
                 find_tars(parse_root(words["root"]), Path(words["out"]))
             except (ValueError, OSError) as error:

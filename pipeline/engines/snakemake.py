@@ -142,9 +142,8 @@ def study_files(steps: Sequence[Step], folder: Path, *, profile: Profile) -> dic
     by_verb: dict[str, dict[str, object]] = {}
     for step in steps:
         command = " ".join(map(shlex.quote, step.overrides))
-        described: dict[str, object]
-        described = {"command": command, "needs": step.needs, "result": str(step.result)}
-        described["begun"] = [] if step.begun is None else [str(step.begun)]
+        begun = [] if step.begun is None else [str(step.begun)]
+        described = {"command": command, "needs": step.needs, "result": str(step.result), "begun": begun}
         by_verb.setdefault(step.verb, {})[step.name] = described
         own = {"verb": step.verb, "overrides": step.overrides, "needs": step.needs}
         files[folder / "steps" / step.verb / f"{step.name}.json"] = json.dumps(own, indent=1).encode()

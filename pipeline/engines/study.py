@@ -103,9 +103,7 @@ def _data_steps(name: str, found: object, *, folder: Path) -> Iterator[Step]:
         step = Step("index", name, (f"root={one['root']}", f"out={out}"), (), out / "dataset.json")
     else:
         return
-    begun = partial_folder(out) if step.verb == "pack" else out / ROWS_FOLDER
-    parts = [_part_of(step, number, count=count)._replace(begun=begun) for number in range(1, count + 1)]
-    parts = parts if count > 1 else []
+    parts = [_part_of(step, number, count=count) for number in range(1, count + 1)] if count > 1 else []
     yield from parts
     merge = ("part=merge",) if parts else ()
     yield step._replace(overrides=(*step.overrides, *merge), needs=tuple(part.identity for part in parts))
@@ -113,7 +111,9 @@ def _data_steps(name: str, found: object, *, folder: Path) -> Iterator[Step]:
 
 def _part_of(step: Step, number: int, *, count: int) -> Step:
     """Return the step of a part."""
-    return step._replace(name=f"{step.name}@{number}of{count}", overrides=(*step.overrides, f"part={number}/{count}"))
+    out, overrides = step.result.parent, (*step.overrides, f"part={number}/{count}")
+    begun = partial_folder(out) if step.verb == "pack" else out / ROWS_FOLDER
+    return step._replace(name=f"{step.name}@{number}of{count}", overrides=overrides, begun=begun)
 
 
 def _trainings(train: Tree, *, data: Sequence[str]) -> list[Training]:
