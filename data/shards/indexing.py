@@ -5,6 +5,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from data.shards.dataset import ROWS_FOLDER, SPLITS, Dataset, check_index
 from data.shards.index_writer import class_names, merge_classes, statistics_shares, write_dataset
 from data.shards.manifest import MANIFEST, read_manifest, write_manifest
 from data.shards.parallel import Part, available_cores, map_tasks
-from data.shards.remote_index import Tars, fetch_index, list_remote_tars, origin_of
+from data.shards.remote_index import Tars, fetch_index, list_remote_tars, origin_of, save_versions
 from data.shards.rows import SplitRows, read_split, rows_path, save_rows, saved_names
 from data.shards.sources import SPLIT_FOLDERS
 from data.shards.tars import SkippedSample, TarTask, read_shard
+from data.storage.local import Version
 from data.storage.location import Root, Url, join
-from data.storage.tars import TarStatus, list_tars
+from data.storage.tars import list_tars
 
 LOCK_SECONDS = 6 * 3600.0  # limit for another process that reads the tars; its lock ends with it
 POOL_SHARDS = 4  # up to here, reading is faster than the imports of another process
@@ -45,6 +47,14 @@ def open_dataset(
     damaged or missing, or `folder` cannot be written to.
     """
     folder, tars = find_tars(root, folder)
+    opened = _open_dataset(root, folder, tars=tars, label_field=label_field)
+    if isinstance(root, Url):
+        with suppress(OSError):  # without them the store is listed once more
+            save_versions(folder, tars)
+    return opened
+
+
+def _open_dataset(root: Root, folder: Path, *, tars: Tars, label_field: str) -> tuple[Dataset, list[SkippedSample]]:
     current = partial(_current_dataset, root, folder, tars=tars, label_field=label_field)
     dataset = current()
     if dataset and not dataset.is_edited:
@@ -119,22 +129,22 @@ def find_tars(root: Root, folder: Path | None) -> tuple[Path, Tars]:
     if isinstance(root, Url):
         if folder is None:
             raise ArgumentError(("root", root), " is a URL: ", ("folder", "FOLDER"), " keeps manifest and index here")
-        status = list_remote_tars(root)
+        versions = list_remote_tars(root)
     else:
         folder = folder or root
         require(root.is_dir(), "is not a folder: give the one that contains the tars", root=root)
-        status = list_tars(root)
-    _check_complete(root, folder, present=status)
-    return folder, _tars_by_split(root, status)
+        versions = list_tars(root)
+    _check_complete(root, folder, present=versions)
+    return folder, _tars_by_split(root, versions)
 
 
-def _tars_by_split(root: Root, status: Mapping[str, TarStatus]) -> Tars:
+def _tars_by_split(root: Root, versions: Mapping[str, Version]) -> Tars:
     """Group tars by split: a word of the path, or `train`. Raises: ValueError without tars."""
-    splits: dict[str, dict[str, TarStatus]] = {}
-    for file in status:
+    splits: dict[str, dict[str, Version]] = {}
+    for file in versions:
         words = re.split(r"[^a-z]+", file.lower())
         split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
-        splits.setdefault(split, {})[file] = status[file]
+        splits.setdefault(split, {})[file] = versions[file]
     if not splits:
         paths = [] if isinstance(root, Url) else (path for one in ("*.tar.*", "*.tgz") for path in root.rglob(one))
         compressed = next(iter(paths), None)
@@ -215,7 +225,9 @@ def _tasks(folder: Path, tars: Tars, *, label_field: str) -> dict[str, dict[Path
         measured = split == "train" or "train" not in tars
         counts = statistics_shares(len(files)) if measured else [0] * len(files)
         one = [TarTask(file, count) for file, count in zip(files, counts, strict=True)]
-        tasks[split] = {rows_path(folder, task, status=files[task.file], label_field=label_field): task for task in one}
+        tasks[split] = {
+            rows_path(folder, task, version=files[task.file], label_field=label_field): task for task in one
+        }
     return tasks
 
 

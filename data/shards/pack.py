@@ -30,7 +30,7 @@ from data.shards.parallel import Part, available_cores, map_tasks
 from data.shards.rows import SplitRows, read_split, rows_path, save_rows, saved_names
 from data.shards.sources import Item, Source, digest_of, labels_of
 from data.shards.tars import SkippedSample, TarTask, read_shard
-from data.storage.tars import TarStatus
+from data.storage.local import Version
 
 POOL_IMAGES = 4_000  # up to here, packing is faster than the imports of another process
 LABEL_FIELD = "label"  # unused: packed samples have a .cls
@@ -178,7 +178,7 @@ class _Packing:
         except FileNotFoundError:
             return None
         return rows_path(
-            self.partial, plan.tar, status=TarStatus(stat.st_size, stat.st_mtime_ns), label_field=LABEL_FIELD
+            self.partial, plan.tar, version=Version(stat.st_size, stat.st_mtime_ns), label_field=LABEL_FIELD
         )
 
     def _items(self, plan: _ShardPlan) -> list[Item]:

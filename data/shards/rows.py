@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data.shards.dataset import ROWS_FOLDER, SCHEMA, write_atomically
 from data.shards.tars import NUMBER, SampleRow, ShardRows, SkippedSample, TarTask
-from data.storage.tars import TarStatus
+from data.storage.local import Version
 
 COLUMNS = pa.schema([(name, "string" if name == "label" else SCHEMA.field(name).type) for name in SampleRow._fields])
 FACTS = b"tar"  # key of the file's metadata
@@ -71,9 +71,9 @@ def is_number(label: str) -> bool:
     return re.fullmatch(NUMBER, label) is not None
 
 
-def rows_path(folder: Path, tar: TarTask, *, status: TarStatus, label_field: str) -> Path:
+def rows_path(folder: Path, tar: TarTask, *, version: Version, label_field: str) -> Path:
     """Return the path of a tar's rows; it depends on all that decides them."""
-    identity = json.dumps([*tar, *status, label_field])
+    identity = json.dumps([*tar, *version, label_field])
     return folder / ROWS_FOLDER / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.parquet"
 
 
@@ -99,7 +99,7 @@ def save_rows(folder: Path, tar: TarTask, *, shard: ShardRows, label_field: str)
     table = pa.table(columns, schema=COLUMNS.with_metadata({FACTS: json.dumps(facts)}))
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    path = rows_path(folder, tar, status=TarStatus(shard.bytes, shard.version), label_field=label_field)
+    path = rows_path(folder, tar, version=Version(shard.bytes, shard.version), label_field=label_field)
     write_atomically(path, buffer.getvalue())
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from data.arguments import ArgumentError, require
-from data.storage.remote import Version
+from data.storage.local import Version
 
 SUFFIX, PARTIAL, LOCK = ".shard", ".partial", ".lock"
 LOCK_SECONDS = 600.0  # it is held for milliseconds

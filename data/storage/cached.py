@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data.storage.cache import CacheFolder, NoRoom, shard_name
-from data.storage.local import Request, fill, write_all
+from data.storage.local import Request, Version, fill, write_all
 from data.storage.location import join
-from data.storage.remote import RemoteShards, Version
+from data.storage.remote import RemoteShards
 
 DOWNLOADS = 4  # shards that are downloaded at the same time
 SECONDS_UNTIL_NEXT_TRY = 1.0  # for a shard that another process downloads

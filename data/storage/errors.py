@@ -50,7 +50,6 @@ RULES = (  # the first that matches
     Rule("^FileNotFoundError", FileNotFoundError, "does not exist: upload it, or index what is there"),
     Rule("Received redirect", ValueError, "is in another region: set AWS_REGION"),
     Rule("status code: 416", ValueError, "ends before its index does: it changed after it was indexed"),
-    Rule("^Precondition", ValueError, CHANGED),
     Rule("status code: ", OSError, "cannot be read{because}"),
     Rule("error sending request|[Tt]imed? ?[Oo]ut|[Cc]onnection|error decoding", TimeoutError,
          "cannot be reached: check the network, and {endpoint}"),

@@ -24,6 +24,16 @@ class Request(NamedTuple):
     into: NDArray[np.uint8]
 
 
+class Version(NamedTuple):
+    """Size of a tar in bytes, and what changes with its content: modification time in nanoseconds, or ETag.
+
+    An object without an ETag has its modification time as text.
+    """
+
+    size: int
+    tag: int | str
+
+
 class Storage(Protocol):
     """Reads bytes of shards by position. Called from several threads."""
 

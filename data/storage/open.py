@@ -7,7 +7,7 @@ from pathlib import Path
 from data.arguments import ArgumentError, require
 from data.storage.cache import GIGABYTE, CacheFolder, bytes_of
 from data.storage.cached import CachedShards
-from data.storage.local import LocalShards, Storage
+from data.storage.local import LocalShards, Storage, Version
 from data.storage.location import Root, Url
 from data.storage.remote import INFLIGHT, RemoteShards
 
@@ -36,9 +36,11 @@ def open_storage(
     sizes: Mapping[str, int],
     *,
     settings: StorageSettings = StorageSettings(),  # frozen
+    versions: Mapping[str, Version] | None = None,
 ) -> Storage:
     """Return the storage of the shards in `root`, whose `sizes` in bytes are those of the index.
 
+    A cache needs their `versions`; without them the store is listed.
     Raises: ArgumentError for a cache smaller than a shard or larger than its disk, or for changed shards; OSError.
     """
     if not isinstance(root, Url):
@@ -52,7 +54,7 @@ def open_storage(
         raise ArgumentError(("gigabytes", settings.gigabytes), f" is less than the shard {largest} has: {size}")
     cache = CacheFolder(settings.folder, limit)
     cache.check_space(sum(sizes.values()))
-    versions = shards.versions(sizes)
+    versions = versions or shards.versions(sizes)
     changed = next((file for file, version in versions.items() if version.size != sizes[file]), None)
     if changed is not None:
         raise ArgumentError(("root", root), f": {changed} has just changed: start again to index it")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import obstore
@@ -14,11 +14,11 @@ from obstore.store import HTTPStore, from_url
 
 from data.arguments import ArgumentError, require
 from data.storage.errors import CHANGED, explain, explained
-from data.storage.local import Request, wait_for
+from data.storage.local import Request, Version, wait_for
 from data.storage.location import Url, join
 
 if TYPE_CHECKING:  # stubs only
-    from obstore import GetOptions, ObjectMeta
+    from obstore import ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 INFLIGHT = 64  # requests at once: 930 a second at 20 ms of latency
@@ -26,17 +26,6 @@ PART = 16 * 2**20  # bytes of a request for an entire object
 OPENING_RETRIES, RETRIES = 3, 10
 # A request that is retried ends after four minutes, before the loader's limit.
 REQUEST_SECONDS, CONNECT_SECONDS, RETRY_SECONDS = 60, 10, 180
-
-
-class Version(NamedTuple):
-    """The size of an object in bytes, and its ETag or, without one, its modification time.
-
-    Only a strong ETag can be the condition of a request.
-    """
-
-    size: int
-    tag: str
-    is_strong: bool
 
 
 class RemoteShards:
@@ -107,10 +96,7 @@ class RemoteShards:
         for start in range(0, version.size, PART):
             end = min(start + PART, version.size)
             with explained(url):
-                options: GetOptions = {"range": (start, end)}
-                if version.is_strong:
-                    options["if_match"] = f'"{version.tag}"'
-                result = obstore.get(self._store, file, options=options)
+                result = obstore.get(self._store, file, options={"range": (start, end)})
                 content = memoryview(result.bytes())
                 is_same = _version(result.meta) == version and len(content) == end - start
             if not is_same:
@@ -142,7 +128,5 @@ def _connect(root: Url, *, retries: int) -> ObjectStore:
 
 
 def _version(meta: ObjectMeta) -> Version:
-    tag = meta["e_tag"]
-    if tag is None:
-        return Version(meta["size"], meta["last_modified"].isoformat(), is_strong=False)
-    return Version(meta["size"], tag.strip('"'), is_strong=not tag.startswith("W/"))  # some listings have no quotes
+    tag = meta["e_tag"] or meta["last_modified"].isoformat()
+    return Version(meta["size"], tag.strip('"'))  # listings of some stores have no quotes

@@ -7,36 +7,23 @@ from contextlib import contextmanager
 from functools import lru_cache
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import NamedTuple
 
+from data.storage.local import Version
 from data.storage.location import Root, Url
 from data.storage.remote import OPENING_RETRIES, RemoteShards
-from data.storage.remote import Version as RemoteVersion
 
 TAR_SUFFIX = ".tar"
 
 
-class TarStatus(NamedTuple):
-    """Size of a tar in bytes, and what changes with its content: modification time in nanoseconds, or ETag."""
-
-    size: int
-    version: int | str
-
-
-def list_tars(root: Path) -> dict[str, TarStatus]:
+def list_tars(root: Path) -> dict[str, Version]:
     """Return the tars below a folder, sorted by path; hidden ones are left out."""
     found = {}
     for path in sorted(root.rglob(f"*{TAR_SUFFIX}")):
         file = path.relative_to(root)
         if not any(part.startswith(".") for part in file.parts):
             stat = path.stat()
-            found[file.as_posix()] = TarStatus(stat.st_size, stat.st_mtime_ns)
+            found[file.as_posix()] = Version(stat.st_size, stat.st_mtime_ns)
     return found
-
-
-def status_of(version: RemoteVersion) -> TarStatus:
-    """Return the status of an object."""
-    return TarStatus(version.size, version.tag)
 
 
 @contextmanager

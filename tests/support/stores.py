@@ -23,7 +23,7 @@ NGINX = """
 daemon off; worker_processes 1; error_log {folder}/error.log; pid {folder}/pid; {user}
 events {{ worker_connections 512; }}
 http {{
-  access_log off; sendfile on; keepalive_requests 1000000; default_type application/octet-stream;
+  access_log {folder}/access.log; sendfile on; keepalive_requests 1000000; default_type application/octet-stream;
   client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
   uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
   server {{ listen 127.0.0.1:{port}; root {root}; location /denied/ {{ return 403; }} }}
@@ -81,7 +81,10 @@ def moto() -> Iterator[S3]:
 
 @contextmanager
 def nginx(root: Path, folder: Path) -> Iterator[str]:
-    """Serve the files in `root`; `folder` is for nginx. Yields the URL. Skips the test where nginx is missing."""
+    """Serve the files in `root`; `folder` is for nginx and its `access.log`. Yields the URL.
+
+    Skips the test where nginx is missing.
+    """
     program = shutil.which("nginx")
     if program is None:
         pytest.skip("nginx is not installed: apt-get install nginx-light")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from pipeline.evaluate.__main__ import VERB as EVALUATE
 from pipeline.evaluate.__main__ import main as evaluate
 from pipeline.train.__main__ import VERB as TRAIN
 from pipeline.train.__main__ import main as train
-from tests.support.commands import call_verb, journal
+from tests.support.commands import call_verb, journal, run_module
 from tests.support.stores import nginx
 
 WORDS = ("+model=lenet", "data=shards", "data.image_size=32", "data.batch_size=4", "data.shuffle_window=8",
@@ -36,6 +38,25 @@ def test_a_training_from_nginx_has_the_bits_of_a_local_one(
         for name, words in {"local": ("data.root=local",), "served": (f"data.root={url}", "data.index=index")}.items():
             call_verb(TRAIN, train, [*WORDS, *words, f"name={name}"])
     assert len({weights_of(tmp_path / "runs" / name) for name in ("local", "served")}) == 1
+
+
+def test_two_ranks_share_a_cache_and_one_list_of_the_tars(tmp_path: Path, photographs: Dataset) -> None:
+    shutil.copytree(photographs.root, tmp_path / "local")
+    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.train", *WORDS)
+    with nginx(tmp_path / "local", tmp_path) as url:
+        for name, words in {
+            "local": ("data.root=local",),
+            "cached": (f"data.root={url}", "data.index=index", "data.cache=cache", "data.cache_gb=0.01"),
+        }.items():
+            answer = run_module(
+                tmp_path, *launch, *words, f"name={name}", "trainer.accelerator=cpu", "trainer.devices=2"
+            )
+            assert answer.returncode == 0, answer.stderr
+    assert len({weights_of(tmp_path / "runs" / name) for name in ("local", "cached")}) == 1
+    asked = Counter(re.findall(r'"(GET|HEAD) /([^ ]*\.tar) ', (tmp_path / "access.log").read_text()))
+    assert {file for method, file in asked if method == "GET"} == photographs.shard_bytes.keys()
+    listed = {file: number for (method, file), number in asked.items() if method == "HEAD"}
+    assert listed == dict.fromkeys(photographs.shard_bytes, 1)
 
 
 def test_a_training_from_s3_has_the_bits_of_a_local_one(
