@@ -73,7 +73,7 @@ def find_runs(config: DictConfig) -> list[Run]:
     if config.study_name is None:
         found = [find_run(str(name), runs=Path(str(config.folder)), key="runs").run for name in config.runs]
     else:
-        file = study_folder(config) / "study.json"
+        file = study_folder(config) / "study.yaml"
         if not file.is_file():
             raise ConfigError(f"study={config.study_name} has no {file}: python -m pipeline.workflow writes it")
         trainings = json.loads(file.read_text())["steps"]["train"]
@@ -90,7 +90,7 @@ def find_runs(config: DictConfig) -> list[Run]:
 def study_folder(config: DictConfig) -> Path:
     """Return the folder of the study that the config names."""
     given = Path(str(config.study_name))
-    return given if (given / "study.json").is_file() else Path(str(config.studies)) / given
+    return given if (given / "study.yaml").is_file() else Path(str(config.studies)) / given
 
 
 def output_folder(config: DictConfig) -> Path:

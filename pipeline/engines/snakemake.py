@@ -26,7 +26,7 @@ from pipeline.engines.study import Step
 ROOT = Path(__file__).resolve().parents[2]
 SNAKEFILE = Path(__file__).with_name("Snakefile")
 ENVIRONMENT = ROOT / ".workflow"
-STUDY = "study.json"
+STUDY = "study.yaml"
 POLL_SECONDS, END_SECONDS = 0.2, 6.0
 LOCK_SECONDS = 10.0  # limit for an engine that a signal has stopped
 NAMED = 3  # steps in a reason
@@ -85,7 +85,7 @@ def check_scheduler(scheduler: str | None) -> None:
 
 
 def write_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> None:
-    """Write the resolved study, `study.json`, and the command of each step where it has changed."""
+    """Write the resolved study, `study.yaml`, and the command of each step where it has changed."""
     for file, content in study_files(steps, folder, profile=profile).items():
         if not file.is_file() or file.read_bytes() != content:  # its time decides whether a step is done
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def study_as_written(steps: Sequence[Step], folder: Path, *, profile: Profile) -
 
 
 def study_files(steps: Sequence[Step], folder: Path, *, profile: Profile) -> dict[Path, bytes]:
-    """Return the contents of `study.json` and of the file of each step's command, by path."""
+    """Return the contents of `study.yaml` and of the file of each step's command, by path."""
     files: dict[Path, bytes] = {}
     by_verb: dict[str, dict[str, object]] = {}
     for step in steps:

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import yaml  # type: ignore[import-untyped]  # it has no stubs
 
+from data.shards.dataset import write_atomically
 from pipeline.cli.errors import ConfigError, one_line_errors
 from pipeline.cli.signals import stop_signals
 from pipeline.engines.kubernetes.job import Limits, run
@@ -15,6 +16,7 @@ from pipeline.engines.kubernetes.kubectl import Kubectl
 from pipeline.engines.kubernetes.manifest import RANGES, Settings, build_manifest
 
 DEFAULTS = Settings._field_defaults
+MANIFESTS = Path("manifests")  # of the jobs that have been applied
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +54,7 @@ def build_parser() -> Parser:
     add(
         "--silent-seconds", type=float, default=Limits().silent_seconds, help="limit for a cluster that does not answer"
     )
-    add("--print", action="store_true", help="print the manifest instead of applying it")
+    add("--print", action="store_true", help="print the manifest instead of writing and applying it")
     return parser
 
 
@@ -77,16 +79,21 @@ def verb_in(command: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    """Print the manifest, or run the job and exit with the code of its command."""
+    """Print the manifest, or write it, run the job and exit with the code of its command."""
     words = sys.argv[1:]
     place = words.index("--") if "--" in words else len(words)
     options = build_parser().parse_args(words[:place])
     settings = build_settings(options, folder=Path.cwd())
     manifest = build_manifest(settings, verb_in(words[place + 1 :]))
+    text = yaml.safe_dump(manifest.content, sort_keys=False)
     if options.print:
-        print(yaml.safe_dump(manifest.content, sort_keys=False), end="")
+        print(text, end="")
         return
     stop_signals.install()
+    file = MANIFESTS / f"{manifest.name}.yaml"
+    MANIFESTS.mkdir(exist_ok=True)
+    write_atomically(file, text.encode())
+    print(f"wrote {file}", flush=True)
     limits = Limits(options.poll_seconds, options.silent_seconds)
     raise SystemExit(run(manifest, Kubectl(options.namespace), limits=limits))
 

@@ -112,7 +112,7 @@ def test_a_comparison_is_the_parent_of_its_runs_in_mlflow(compare: Typed, evalua
         (["runs=[mine,minne]"], "runs=minne is not one of the 3 runs in runs: did you mean mine?"),
         (["runs=[mine,runs/mine]"], "runs: runs/mine is named twice"),
         (["runs=[mine,fresh]", "split=val"], "split=val: runs/fresh has no evaluation on it: python -m pipeline.eval"),
-        (["study=two"], "study=two has no studies/two/study.json: python -m pipeline.workflow writes it"),
+        (["study=two"], "study=two has no studies/two/study.yaml: python -m pipeline.workflow writes it"),
     ],
 )
 def test_a_mistake_is_one_sentence(compare: Typed, words: list[str], message: str) -> None:

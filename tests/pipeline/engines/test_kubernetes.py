@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import signal
@@ -279,7 +280,8 @@ def test_mistakes_and_a_missing_kubectl_are_one_sentence(tmp_path: Path) -> None
     answers = {1: ("--image=a/b:1", "--", "python", "-m", "pipeline.train"), 2: WORDS}
     for code, words in answers.items():
         answer = run_module(tmp_path, "pipeline.engines.kubernetes", *words, PATH=str(tmp_path))
-        assert (answer.returncode, answer.stdout) == (code, ""), answer.stderr
+        assert answer.returncode == code, answer.stderr
+        assert answer.stdout.startswith("wrote manifests/") == (code == 2)
         assert answer.stderr.startswith("error: ")
         assert answer.stderr.count("\n") == 1
 
@@ -297,7 +299,11 @@ def test_a_signal_deletes_the_job(cluster: FakeCluster, number: signal.Signals, 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=cluster.folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        (written,) = re.findall(r"^wrote (manifests/train-\w+.yaml)$", process.stdout.readline().strip())
         assert process.stdout.readline().endswith("is in the cluster\n")
+        assert yaml.safe_load((cluster.folder / written).read_text()) == json.loads(
+            (cluster.folder / "applied.json").read_text()
+        )
         process.send_signal(number)
         assert process.wait(20) == code
         assert process.stdout.read().endswith("is being deleted: its pods save and end\n")

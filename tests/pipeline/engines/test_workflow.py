@@ -88,7 +88,7 @@ def test_a_failure_stops_only_what_needs_it_and_the_same_command_does_what_is_mi
 
 
 def test_a_plain_snakemake_does_the_same(project: Path) -> None:
-    file = "studies/two/study.json"
+    file = "studies/two/study.yaml"
     assert not planned(project, GOOD), "the study of the first test"
     words = [str(ROOT / ".workflow/bin/snakemake"), "-s", str(project / "pipeline/engines/Snakefile")]
     words += ["--configfile", file, "--cores", "1"]
