@@ -33,7 +33,7 @@ def main(config: DictConfig) -> None:
     if bool(config.runs) == (config.study_name is not None):
         raise ConfigError("a comparison needs either runs=[RUN,RUN] or study=NAME")
     with fast_imports():
-        from pipeline.cli.console import main_console, table_console
+        from pipeline.cli.console import main_console, print_line, table_console
         from pipeline.comparison.runs import common_split, neighbours, ranked, read_run
         from pipeline.comparison.terminal import table_of
         from pipeline.comparison.write import write_comparison
@@ -44,10 +44,10 @@ def main(config: DictConfig) -> None:
     found = ranked([read_run(run, split=split) for run in runs])
     files = write_comparison(found, neighbours(found), split=split, folder=output_folder(config))
     table_console().print(table_of(found, split=split))
-    main_console().print("wrote", ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
+    print_line(main_console(), f"wrote {', '.join(map(str, files))}")
     problem = add_to_mlflow(config, [run.run for run in runs], best=found[0].top1, files=files)
     if problem is not None:
-        main_console().print(f"in MLflow: {problem}", highlight=False, markup=False, soft_wrap=True)
+        print_line(main_console(), f"in MLflow: {problem}")
 
 
 def add_to_mlflow(config: DictConfig, runs: Sequence[Run], *, best: float | None, files: Sequence[Path]) -> str | None:

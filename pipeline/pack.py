@@ -26,7 +26,7 @@ def main(config: DictConfig) -> None:
 
     from data.shards.images import SUFFIXES
     from pipeline.build.source import pack_source
-    from pipeline.cli.console import dataset_facts, print_facts, print_skipped
+    from pipeline.cli.console import dataset_facts, print_facts, print_line, print_skipped
 
     console, start = Console(), time.perf_counter()
     packed = pack_source(config)
@@ -36,7 +36,7 @@ def main(config: DictConfig) -> None:
         return
     print_skipped(console, packed.skipped)
     for kind, count in packed.ignored.most_common():
-        console.print(f"ignored {count:,} {kind} files: not {', '.join(SUFFIXES)}", highlight=False, markup=False)
+        print_line(console, f"ignored {count:,} {kind} files: not {', '.join(SUFFIXES)}")
     print_facts(console, dataset_facts(packed.dataset, seconds=seconds))
 
 

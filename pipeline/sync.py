@@ -31,7 +31,7 @@ def main(config: DictConfig) -> None:
     """Print a line for each run; exit with code 2 where something could not be sent."""
     with fast_imports():
         from pipeline.build.objects import build_object
-        from pipeline.cli.console import main_console
+        from pipeline.cli.console import main_console, print_line
         from pipeline.tracking.mlflow_tracker import MLflowTracker
         from pipeline.tracking.tracker import Tracker
 
@@ -40,17 +40,15 @@ def main(config: DictConfig) -> None:
         raise ConfigError("sync needs tracking=mlflow")
     runs = _find_runs(config)
     if not runs:
-        main_console().print(
-            f"{config.runs} has no run with a dashboard: name one to send it", highlight=False, markup=False
-        )
+        print_line(main_console(), f"{config.runs} has no run with a dashboard: name one to send it")
     for number, run in enumerate(runs, start=1):
         sent = tracker.send(run)
         line = f"{run.folder}: sent {sent.num_points:,} points, {sent.num_files:,} files; {sent.problem or 'complete'}"
-        main_console().print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(main_console(), line)
         is_complete = is_complete and sent.problem is None
         if not sent.is_answered:
             if number < len(runs):
-                main_console().print(f"{len(runs) - number} more runs were not tried", highlight=False)
+                print_line(main_console(), f"{len(runs) - number} more runs were not tried")
             break
     if not is_complete:
         raise SystemExit(FAILURE)

@@ -147,27 +147,21 @@ def check_tars(steps: Sequence[Step]) -> None:
                 raise ConfigError(f"{step.identity}: {one_line(error)}") from None
 
 
-def print_line(text: str) -> None:
-    """Print a line as it is, however long."""
-    from pipeline.cli.console import main_console
-
-    main_console().print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def print_plan(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> None:
     """Print a line for each step that would run."""
+    from pipeline.cli.console import main_console, print_line
     from pipeline.engines.snakemake import planned
 
     found = dict(planned(words, folder=folder))
     for step in steps:
         if step.identity in found:
-            print_line(f"{step.identity}  {found[step.identity]}")
-    print_line(f"{len(found)} of {len(steps)} steps would run")
+            print_line(main_console(), f"{step.identity}  {found[step.identity]}")
+    print_line(main_console(), f"{len(found)} of {len(steps)} steps would run")
 
 
 def run_study(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock: int) -> None:
     """Run the steps; print a line for each one that has ended, and a table of the trainings."""
-    from pipeline.cli.console import main_console, print_facts
+    from pipeline.cli.console import main_console, print_facts, print_line
     from pipeline.engines.snakemake import run
     from pipeline.engines.table import line_of, table_of
 
@@ -175,13 +169,13 @@ def run_study(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock
     try:
         for ended in run(words, steps, folder=folder, lock=lock):
             codes[ended.step.identity] = ended.code
-            print_line(line_of(ended, folder))
+            print_line(main_console(), line_of(ended, folder))
     except SystemExit:
-        print_line("stopped: the same command continues")
+        print_line(main_console(), "stopped: the same command continues")
         raise
     failed = {identity: code for identity, code in codes.items() if code}
     if not codes:
-        print_line(f"nothing to do: all {len(steps)} steps are done")
+        print_line(main_console(), f"nothing to do: all {len(steps)} steps are done")
     main_console().print(table_of(steps, failed=failed))
     facts = {"runs": str(folder / "runs"), "logs": str(folder / "logs")}
     if failed:

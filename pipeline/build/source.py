@@ -15,7 +15,7 @@ from data.shards.sources import Source
 from data.storage.location import Root, Url, local_folder
 from pipeline.build.objects import build_object
 from pipeline.cli.compose import choices, compose
-from pipeline.cli.console import print_skipped
+from pipeline.cli.console import print_line, print_skipped
 from pipeline.cli.errors import ConfigError, config_keys_in_errors, nearest
 
 
@@ -49,7 +49,7 @@ def pack_once(source: str, root: Path) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(root.with_name(f".{root.name}.lock"), seconds=LOCK_SECONDS):
         if not root.exists():
-            Console().print(f"packing {source} into {root}", highlight=False, markup=False)
+            print_line(Console(), f"packing {source} into {root}")
             pack_source(compose("pack", [f"source={source}", f"out={root}"]))
 
 
@@ -69,5 +69,5 @@ def open_tars(root: Root, folder: Path | None, *, label_field: str, keys: Mappin
     print_skipped(Console(), skipped)
     if any(sample.lacks_label_field for sample in skipped):
         text = f"{keys['label_field']}=NAME reads labels from another field of .json files"
-        Console().print(text, highlight=False)
+        print_line(Console(), text)
     return dataset

@@ -41,6 +41,11 @@ def table_console() -> Console:
     return Console(width=TABLE_WIDTH if has_no_width else None)
 
 
+def print_line(console: Console, text: str) -> None:
+    """Print text as it is: without markup and colours, in one line however long."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def print_facts(console: Console, facts: Mapping[str, str]) -> None:
     """Print names and values, a line each."""
     width = max(LABEL_WIDTH, *map(len, facts))
@@ -51,9 +56,9 @@ def print_facts(console: Console, facts: Mapping[str, str]) -> None:
 def print_skipped(console: Console, skipped: Sequence[SkippedSample]) -> None:
     """Name the first samples that are missing from a data set, and count all of them."""
     for sample in skipped[:NUM_NAMED]:
-        console.print(f"skipped: {sample.name}: {sample.reason}", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"skipped: {sample.name}: {sample.reason}")
     if skipped:
-        console.print(f"{len(skipped):,} skipped in all", highlight=False)
+        print_line(console, f"{len(skipped):,} skipped in all")
 
 
 def dataset_facts(dataset: Dataset, *, seconds: float) -> dict[str, str]:

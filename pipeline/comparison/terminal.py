@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from pipeline.comparison.runs import ComparedRun
-from pipeline.pages.wording import integer, rate, share
+from pipeline.pages.wording import hours, integer, rate, share
 
 
 def table_of(runs: Sequence[ComparedRun], *, split: str | None) -> Table:
@@ -23,6 +23,6 @@ def table_of(runs: Sequence[ComparedRun], *, split: str | None) -> Table:
             integer(run.receptive_field),
             "" if run.images_per_second is None else rate(run.images_per_second),
             str(run.epochs),
-            f"{run.hours:.3g}",
+            hours(run.hours),
         )
     return table

@@ -49,7 +49,7 @@ def main(config: DictConfig) -> None:
 
 def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, config: DictConfig) -> None:
     """Write the files, print the numbers, and add both to the run's page in MLflow."""
-    from pipeline.cli.console import main_console, print_facts
+    from pipeline.cli.console import main_console, print_facts, print_line
     from pipeline.evaluate.terminal import facts_of
     from pipeline.evaluate.write import subject_of, write_evaluation
     from pipeline.runs.calibration import digest
@@ -65,12 +65,12 @@ def finish(job: EvaluationJob, evaluation: Evaluation, *, crop: CropPolicy, conf
             evaluation.calibration.save(run.run.calibration_file, weights_sha256=sha256)
         except OSError as error:
             text = f"temperature and threshold are not kept for predict: {error}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            print_line(console, text)
     print_facts(console, facts_of(evaluation, subject))
-    console.print("wrote", ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"wrote {', '.join(map(str, files))}")
     problem = add_to_page(run, files=files) if config.mlflow else None
     if problem is not None:
-        console.print(f"not on the run's page: {problem}", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"not on the run's page: {problem}")
 
 
 def add_to_page(run: RestoredRun, *, files: Sequence[Path]) -> str | None:

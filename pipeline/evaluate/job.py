@@ -17,7 +17,7 @@ from data.storage.location import Url, parse_root
 from pipeline.build.first_rank import open_on_first_rank
 from pipeline.build.network import check_forward
 from pipeline.build.trainer import limit_threads
-from pipeline.cli.console import main_console, print_skipped
+from pipeline.cli.console import main_console, print_line, print_skipped
 from pipeline.cli.errors import config_keys_in_errors
 from pipeline.evaluate.assess import Evaluation, assess, compare, fit_calibration
 from pipeline.evaluate.forward import answer_split, class_numbers, crops_of_sizes
@@ -102,7 +102,7 @@ def build_job(config: DictConfig, ranks: Ranks) -> EvaluationJob:
     other = _load(config, "versus", ranks=ranks) if config.versus is not None else None
     for one in (model, other):
         if one is not None and one.run.unfinished:
-            main_console().print(one.run.unfinished, highlight=False, markup=False, soft_wrap=True)
+            print_line(main_console(), one.run.unfinished)
     if other is not None and set(other.classes) != set(model.classes):
         raise ValueError(
             f"versus={config.versus} has other classes than run={config.run}: compare runs of one data set"
@@ -218,5 +218,5 @@ def _accepted(crops: Sequence[CropPolicy], model: TrainedModel, *, size: object)
         raise ValueError(f"size={size} does not suit {model.run.network}, trained with {model.image_size} px: {reason}")
     if len(accepted) == 1 and len(crops) > 1:
         text = f"size={size}: {model.run.network} takes only {accepted[0].image_size} px"
-        main_console().print(text, highlight=False, markup=False, soft_wrap=True)
+        print_line(main_console(), text)
     return accepted

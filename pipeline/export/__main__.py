@@ -102,22 +102,23 @@ def _print(exported: Exported, folder: Path, *, checks: Checks, notes: list[str]
     from rich.console import Console
 
     from models.weights.files import shorten
+    from pipeline.cli.console import print_line
 
     console = Console()
     counts = {one.val_images for one in exported.files.values()}
     for name, one in exported.files.items():
         accuracy = "" if one.top1 is None else f", val top-1 {one.top1:.4f}"
         size, difference = f"{one.bytes / 1e6:.1f} MB", f"largest difference {one.largest_difference:.1e}"
-        console.print(f"{folder / name}  {size}, {difference}{accuracy}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"compared on {checks.images.description}", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"{folder / name}  {size}, {difference}{accuracy}")
+    print_line(console, f"compared on {checks.images.description}")
     if exported.top1 is not None:
         (count,) = counts
-        console.print(f"the network itself: val top-1 {exported.top1:.4f} on {count:,} images", highlight=False)
+        print_line(console, f"the network itself: val top-1 {exported.top1:.4f} on {count:,} images")
     notes = [*notes, *exported.notes]
     if exported.stale:
         notes.append(f"in {folder}, of another model or changed: {shorten(exported.stale)}; export them again")
     for note in notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, note)
 
 
 def _find_registry(config: DictConfig) -> MLflowTracker | None:
@@ -137,6 +138,7 @@ def _find_registry(config: DictConfig) -> MLflowTracker | None:
 def _register(config: DictConfig, model: TrainedModel, *, file: Path, tracker: MLflowTracker, checks: Checks) -> None:
     from rich.console import Console
 
+    from pipeline.cli.console import print_line
     from pipeline.export.graph import INPUT, OUTPUT
     from pipeline.export.record import describe_model
     from pipeline.tracking.registry import ExportedModel, register
@@ -155,7 +157,7 @@ def _register(config: DictConfig, model: TrainedModel, *, file: Path, tracker: M
     moved = f", {config.alias} moved there from version {registered.before}" if registered.before else ""
     lines = (f"registered as {registered.name} version {registered.version}{moved}", f"to serve it: {serve}")
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, line)
 
 
 @contextmanager

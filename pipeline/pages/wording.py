@@ -77,6 +77,11 @@ def rate(images_per_second: float) -> str:
     return f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"
 
 
+def hours(value: float) -> str:
+    """Hours with two decimals, "<0.01" for a few seconds."""
+    return "<0.01" if 0 < value < 0.005 else f"{value:,.2f}"
+
+
 def plural(count: int, noun: str) -> str:
     """A count with its noun: "1 layer", "69 layers"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

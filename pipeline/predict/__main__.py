@@ -41,6 +41,7 @@ def main(config: DictConfig) -> None:
 
         from data.loading.inputs import count_ignored_files, find_images
         from pipeline.build.memory import memory_errors
+        from pipeline.cli.console import print_line
         from pipeline.predict.rows import check_output, row_writer
         from pipeline.runs.trained import load_model
 
@@ -50,9 +51,9 @@ def main(config: DictConfig) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a path may have bytes that are no text
     sources = find_images(str(config.input), lines=sys.stdin)
-    console.print(_describe(model), highlight=False, markup=False, soft_wrap=True)
+    print_line(console, _describe(model))
     if model.run.unfinished:
-        console.print(model.run.unfinished, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, model.run.unfinished)
     count, unreadable, start = 0, 0, time.perf_counter()
     with memory_errors(config.batch_size), row_writer(out, top=min(config.top, len(model.classes))) as write:
         predictions = model.predict_sources(sources, batch_size=config.batch_size)
@@ -62,9 +63,9 @@ def main(config: DictConfig) -> None:
     seconds = time.perf_counter() - start
     if ignored := count_ignored_files(Path(str(config.input))):  # at the end: a large folder would delay the first row
         counts = ", ".join(f"{number:,} {suffix}" for suffix, number in ignored.most_common())
-        console.print(f"ignored files: {counts}", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"ignored files: {counts}")
     failed = f", {unreadable:,} unreadable" if unreadable else ""
-    console.print(f"{count:,} images in {seconds:.1f} s ({count / seconds:,.0f}/s){failed}", highlight=False)
+    print_line(console, f"{count:,} images in {seconds:.1f} s ({count / seconds:,.0f}/s){failed}")
     if unreadable:
         raise SystemExit(FAILURE)
 

@@ -65,7 +65,7 @@ def _check_values(config: DictConfig) -> None:
 def report_one(config: DictConfig) -> None:
     """Report on one network."""
     with fast_imports():
-        from pipeline.cli.console import table_console
+        from pipeline.cli.console import print_line, table_console
         from pipeline.report.measure import writable_folder, write_report
         from pipeline.report.target import output_folder, target_of
         from pipeline.report.terminal import print_report
@@ -76,14 +76,14 @@ def report_one(config: DictConfig) -> None:
     files = write_report(report, folder)
     console = table_console()
     print_report(console, report, layers=config.layers)
-    console.print("wrote", ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"wrote {', '.join(map(str, files))}")
 
 
 def _compare(config: DictConfig) -> None:
     with fast_imports():
         from hydra.core.hydra_config import HydraConfig
 
-        from pipeline.cli.console import table_console
+        from pipeline.cli.console import print_line, table_console
         from pipeline.report.measure import measure_speed, writable_folder, write_comparison
         from pipeline.report.target import output_folder, target_named
         from pipeline.report.terminal import print_comparison
@@ -98,7 +98,7 @@ def _compare(config: DictConfig) -> None:
     files = write_comparison(reports, folder, images_per_second=speeds)
     console = table_console()
     print_comparison(console, reports, images_per_second=speeds)
-    console.print("wrote", ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"wrote {', '.join(map(str, files))}")
 
 
 def _measure(config: DictConfig, target: Target) -> Report:

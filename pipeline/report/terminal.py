@@ -10,7 +10,7 @@ from models.analysis.gradient_extent import FieldComparison
 from models.analysis.report import EFFECTIVE_SHARE, Report, StageTotals
 from models.analysis.summary import LayerSummary
 from models.analysis.trace import NETWORK_ITSELF
-from pipeline.cli.console import print_facts
+from pipeline.cli.console import print_facts, print_line
 from pipeline.pages import wording
 
 WIDE = 120  # columns of a terminal with room for all columns of a table
@@ -22,7 +22,7 @@ def print_report(console: Console, report: Report, *, layers: str) -> None:
     print_facts(console, _facts(report))
     lines = [_difference(one) for one in report.comparisons or [] if not one.agrees]
     for line in [*lines, *(f"warning: {warning}" for warning in report.warnings)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, line)
     _print_lifecycle(console, report)
     _print_stages(console, report)
     if layers != "none":
@@ -122,7 +122,7 @@ def _print_lifecycle(console: Console, report: Report) -> None:
     ]
     _print_table(console, "lifecycle", rows=rows)
     for number, sketch in enumerate(sketches, start=1):
-        console.print(f"{number} {wording.sketch_footnote(sketch)}", highlight=False, markup=False)
+        print_line(console, f"{number} {wording.sketch_footnote(sketch)}")
 
 
 def _print_stages(console: Console, report: Report) -> None:

@@ -22,7 +22,7 @@ from pipeline.build.choice import Choice
 from pipeline.build.memory import GPU_MEMORY, exhausted_memory
 from pipeline.build.settings import Again
 from pipeline.build.trainer import accept_ntasks, launched_ranks, limit_threads
-from pipeline.cli.console import is_main_process, main_console, print_facts
+from pipeline.cli.console import is_main_process, main_console, print_facts, print_line
 from pipeline.cli.errors import FailureError, config_keys_in_errors, exit_code
 from pipeline.cli.signals import EXIT_CODES, stop_signals
 from pipeline.runs.checkpoint_writer import CheckpointWriter
@@ -162,7 +162,7 @@ def settle(job: Job, trainer: pl.Trainer) -> bool:
     if job.settings.again == Again.REPLACE and not run.is_of(current):
         if is_main_process():
             moved = run.move_aside()
-            main_console().print(f"moved the run of other settings to {moved}", highlight=False, markup=False)
+            print_line(main_console(), f"moved the run of other settings to {moved}")
         end = time.monotonic() + MOVE_SECONDS
         while not run.is_of(current) and time.monotonic() < end:  # on other ranks
             time.sleep(POLL_SECONDS)
@@ -190,14 +190,14 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[Checkpoint | None]:
     with run.locked():
         newest, damaged = run.newest_checkpoint()
         for sentence in damaged:
-            main_console().print(f"damaged: {sentence}", highlight=False, markup=False, soft_wrap=True)
+            print_line(main_console(), f"damaged: {sentence}")
         run.begin(current, job.settings.record)
         run.checkpoints.tidy(newest)
         start = -1 if newest is None else newest.step
         run.journal.truncate_after(start, length=None if newest is None else newest.journal_bytes)
         if newest is not None and run.journal.digest() != (newest.journal_bytes, newest.journal):
             lost = f"{run.journal.path} is not as it was at step {newest.step}: points before that are missing"
-            main_console().print(lost, highlight=False, markup=False, soft_wrap=True)
+            print_line(main_console(), lost)
         write_status(run.status_file, State.TRAINING, step=max(start, 0))
         ending = Ending(State.FINISHED)
         try:
@@ -252,7 +252,7 @@ def fit(job: Job, trainer: pl.Trainer, *, resume: Checkpoint | None) -> None:
                 watch.wait_for_main()
                 raise SystemExit(end.code if isinstance(end, Stopped) else exit_code(end)) from None
             if isinstance(end, Stopped):
-                main_console().print(f"stopped: the same command continues after step {end.step}", highlight=False)
+                print_line(main_console(), f"stopped: the same command continues after step {end.step}")
             if isinstance(end, DivergedError) and end.samples:
                 found = {"step": end.step, "samples": end.samples}
                 write_atomically(job.run.folder / NONFINITE, json.dumps(found, indent=1).encode() + b"\n")

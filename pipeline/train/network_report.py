@@ -1,7 +1,7 @@
 """The report of a training's network for the dashboard: receptive field, cost, effective field at the start."""
 
 from models.analysis.report import Report
-from pipeline.cli.console import main_console, print_facts
+from pipeline.cli.console import main_console, print_facts, print_line
 from pipeline.report import measure
 from pipeline.report.sample_images import sample_images
 from pipeline.train.job import Job
@@ -15,7 +15,7 @@ def record_network_report(job: Job, *, precision: str) -> None:
     try:
         report = report_network(job, precision=precision)
     except ValueError as error:
-        main_console().print(f"no report: {error}", highlight=False, markup=False, soft_wrap=True)
+        print_line(main_console(), f"no report: {error}")
         job.run.journal.record({"params_millions": job.num_parameters / 1e6}, 0)
         return
     measure.write_report(report, job.run.initial_report)

@@ -10,7 +10,7 @@ from data.loading.datamodule import ShardData
 from data.loading.decoder import DecoderChoice
 from models.learning.evaluation import TOP1
 from pipeline.build.trainer import no_gpu_reason
-from pipeline.cli.console import main_console
+from pipeline.cli.console import main_console, print_line
 from pipeline.runs.checkpoints import Checkpoint
 from pipeline.runs.run import Run
 from pipeline.train.callbacks.early_stopping import StopEarly
@@ -133,4 +133,4 @@ def print_missing(missing: str | None, run: Run) -> None:
     """Print the dashboard's gaps, and the file that has every point."""
     if missing is not None:
         text = f"{missing}; {run.journal.path} has every point"
-        main_console().print(text, highlight=False, markup=False, soft_wrap=True)
+        print_line(main_console(), text)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from models.arguments import require
 from models.learning.classifier import Classifier
+from pipeline.cli.console import print_line
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 
@@ -45,5 +46,5 @@ class CompileNetwork(pl.Callback):
         """Print the time of the first forward and backward, which are compiled in it."""
         if not self._is_timed and self._began is not None:
             seconds = time.perf_counter() - self._began
-            self.console.print(f"compiled    in {seconds:.0f} s, with the first batch", highlight=False)
+            print_line(self.console, f"compiled    in {seconds:.0f} s, with the first batch")
             self._is_timed = True

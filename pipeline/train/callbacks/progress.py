@@ -15,6 +15,7 @@ from data.loading.datamodule import ShardData
 from data.loading.loader import TrainingLoader
 from models.arguments import require
 from models.learning.classifier import Classifier
+from pipeline.cli.console import print_line
 
 Record = Callable[[Mapping[str, float], int], None]  # values and the optimizer step
 
@@ -141,9 +142,7 @@ class ProgressCallback(pl.Callback):
 
     def print(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
-        (self.bar.console if self.bar is not None else self.console).print(
-            line, highlight=False, markup=False, soft_wrap=True
-        )
+        print_line(self.bar.console if self.bar is not None else self.console, line)
 
 
 def memory_gib(device: torch.device) -> float:
