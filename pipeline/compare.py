@@ -34,16 +34,16 @@ def main(config: DictConfig) -> None:
         raise ConfigError("a comparison needs either runs=[RUN,RUN] or study=NAME")
     with fast_imports():
         from pipeline.cli.console import main_console, print_line, table_console
-        from pipeline.comparison.runs import common_split, neighbours, ranked, read_run
-        from pipeline.comparison.terminal import table_of
+        from pipeline.comparison.runs import choose_split, compare_neighbours, rank_runs, read_run
+        from pipeline.comparison.terminal import build_table
         from pipeline.comparison.write import write_comparison
         from pipeline.runs.restore import RestoredRun
 
     runs = [RestoredRun(run.folder, trust=bool(config.trust)) for run in find_runs(config)]
-    split = common_split(runs, None if config.split is None else str(config.split))
-    found = ranked([read_run(run, split=split) for run in runs])
-    files = write_comparison(found, neighbours(found), split=split, folder=output_folder(config))
-    table_console().print(table_of(found, split=split))
+    split = choose_split(runs, None if config.split is None else str(config.split))
+    found = rank_runs([read_run(run, split=split) for run in runs])
+    files = write_comparison(found, compare_neighbours(found), split=split, folder=output_folder(config))
+    table_console().print(build_table(found, split=split))
     print_line(main_console(), f"wrote {', '.join(map(str, files))}")
     problem = add_to_mlflow(config, [run.run for run in runs], best=found[0].top1, files=files)
     if problem is not None:

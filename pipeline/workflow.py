@@ -54,7 +54,7 @@ def main(config: DictConfig) -> None:
     if config.trust:
         steps = [step.trusted() for step in steps]
     composed: Composed = {}
-    for step in distinct(steps):
+    for step in drop_equal_commands(steps):
         check_step(step, composed=composed)
     profile, is_shown = build_profile(config), config.dry_run or config.graph is not None
     if not is_shown:
@@ -62,7 +62,7 @@ def main(config: DictConfig) -> None:
         snakemake.check_scheduler(profile.scheduler)
     program = snakemake.build_environment()
     arguments = [*(["--keep-going"] if config.keep_going else []), *ENGINE_ARGUMENTS]
-    words = snakemake.command_line(program, folder, profile=profile, arguments=arguments)
+    words = snakemake.build_command_line(program, folder, profile=profile, arguments=arguments)
     with snakemake.locked(folder) as lock:
         if not is_shown:
             snakemake.write_study(steps, folder, profile=profile)
@@ -99,7 +99,7 @@ def build_profile(config: DictConfig) -> Profile:
     return Profile(values["scheduler"], values["executor"], jobs, prefix, resources, values["arguments"])
 
 
-def distinct(steps: Sequence[Step]) -> list[Step]:
+def drop_equal_commands(steps: Sequence[Step]) -> list[Step]:
     """Return one step of those that differ only in the folders of runs, which composing does not read."""
     folders = ("run=", "runs=", "out=")
     found: dict[tuple[str, ...], Step] = {}
@@ -150,9 +150,9 @@ def check_tars(steps: Sequence[Step]) -> None:
 def print_plan(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> None:
     """Print a line for each step that would run."""
     from pipeline.cli.console import main_console, print_line
-    from pipeline.engines.snakemake import planned
+    from pipeline.engines.snakemake import list_planned_steps
 
-    found = dict(planned(words, folder=folder))
+    found = dict(list_planned_steps(words, folder=folder))
     for step in steps:
         if step.identity in found:
             print_line(main_console(), f"{step.identity}  {found[step.identity]}")
@@ -163,20 +163,20 @@ def run_study(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock
     """Run the steps; print a line for each one that has ended, and a table of the trainings."""
     from pipeline.cli.console import main_console, print_facts, print_line
     from pipeline.engines.snakemake import run
-    from pipeline.engines.table import line_of, table_of
+    from pipeline.engines.table import build_table, describe_end
 
     codes: dict[str, int] = {}  # of each step's last try
     try:
         for ended in run(words, steps, folder=folder, lock=lock):
             codes[ended.step.identity] = ended.code
-            print_line(main_console(), line_of(ended, folder))
+            print_line(main_console(), describe_end(ended, folder))
     except SystemExit:
         print_line(main_console(), "stopped: the same command continues")
         raise
     failed = {identity: code for identity, code in codes.items() if code}
     if not codes:
         print_line(main_console(), f"nothing to do: all {len(steps)} steps are done")
-    main_console().print(table_of(steps, failed=failed))
+    main_console().print(build_table(steps, failed=failed))
     facts = {"runs": str(folder / "runs"), "logs": str(folder / "logs")}
     if failed:
         facts["failed"] = f"{len(failed)} steps: the same command runs them again, and the steps that need them"

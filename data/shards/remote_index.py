@@ -25,14 +25,14 @@ def origin_of(tars: Mapping[str, Version], *, label_field: str) -> str:
 
 
 def save_versions(folder: Path, tars: Tars) -> None:
-    """Keep the versions of all tars beside the index, for `saved_versions`. Raises: OSError."""
+    """Keep the versions of all tars beside the index, for `load_versions`. Raises: OSError."""
     content = json.dumps({split: dict(of) for split, of in tars.items()}).encode()
     path = folder / VERSIONS
     if not path.is_file() or path.read_bytes() != content:
         write_atomically(path, content)
 
 
-def saved_versions(dataset: Dataset, *, label_field: str) -> dict[str, Version] | None:
+def load_versions(dataset: Dataset, *, label_field: str) -> dict[str, Version] | None:
     """Return the versions of all tars; None where those of this data set have not been kept."""
     try:
         kept = json.loads((dataset.folder / VERSIONS).read_bytes())

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from data.loading.crops import CropPolicy
 from data.loading.datamodule import LoaderSettings, ShardData
 from data.shards.dataset import Dataset
-from data.shards.remote_index import saved_versions
+from data.shards.remote_index import load_versions
 from data.storage.local import Storage
 from data.storage.location import Root, local_folder, parse_root
 from data.storage.open import CACHE_GIGABYTES, StorageSettings, open_storage
@@ -80,7 +80,7 @@ class DataConfig:
         with config_keys_in_errors(STORAGE_KEYS):
             cache = None if self.cache is None else local_folder(str(self.cache), folder=self.cache)
             settings = StorageSettings(self.inflight, cache, self.cache_gb)
-            versions = None if cache is None else saved_versions(dataset, label_field=self.label_field)
+            versions = None if cache is None else load_versions(dataset, label_field=self.label_field)
             return open_storage(dataset.root, dataset.shard_bytes, settings=settings, versions=versions)
 
 

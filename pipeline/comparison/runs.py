@@ -70,7 +70,7 @@ class Neighbours:
     mcnemar_p: float
 
 
-def common_split(runs: Sequence[RestoredRun], wanted: str | None) -> str | None:
+def choose_split(runs: Sequence[RestoredRun], wanted: str | None) -> str | None:
     """Return the split on which all runs were evaluated with their best weights, None without one.
 
     Raises: ValueError, naming a run that was not evaluated on the split `wanted`.
@@ -111,12 +111,12 @@ def read_run(restored: RestoredRun, *, split: str | None) -> ComparedRun:
     )  # fmt: skip
 
 
-def ranked(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
+def rank_runs(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
     """Return the runs by top-1, the best first; of equal ones the one with fewer multiply-adds."""
     return sorted(runs, key=lambda run: (-1.0 if run.top1 is None else -run.top1, run.gmacs, run.name))
 
 
-def neighbours(runs: Sequence[ComparedRun]) -> list[Neighbours]:
+def compare_neighbours(runs: Sequence[ComparedRun]) -> list[Neighbours]:
     """Compare each ranked run with the next one, where both have answers to the same images."""
     found = []
     for better, worse in pairwise(runs):
@@ -127,7 +127,7 @@ def neighbours(runs: Sequence[ComparedRun]) -> list[Neighbours]:
     return found
 
 
-def pareto_front(runs: Sequence[ComparedRun], costs: Sequence[float | None]) -> list[str]:
+def find_pareto_front(runs: Sequence[ComparedRun], costs: Sequence[float | None]) -> list[str]:
     """Return the runs that no other one beats in top-1 at the same or a lower cost."""
     known = [(run, cost) for run, cost in zip(runs, costs, strict=True) if cost is not None and run.top1 is not None]
     front, best = [], -1.0

@@ -8,7 +8,7 @@ from pipeline.comparison.runs import ComparedRun
 from pipeline.pages.wording import hours, integer, rate, share
 
 
-def table_of(runs: Sequence[ComparedRun], *, split: str | None) -> Table:
+def build_table(runs: Sequence[ComparedRun], *, split: str | None) -> Table:
     """Return the table of ranked runs."""
     where = "of the best checkpoint" if split is None else f"on {split}"
     names = ("parameters, M", "multiply-adds, G", "receptive field, px", "images/s", "epochs", "hours")

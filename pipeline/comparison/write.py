@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.shards.dataset import write_atomically
-from pipeline.comparison.runs import ComparedRun, Neighbours, pareto_front
+from pipeline.comparison.runs import ComparedRun, Neighbours, find_pareto_front
 from pipeline.pages.runs_page import Front, render_runs
 
 PAGE, TABLE, NUMBERS = "index.html", "comparison.parquet", "comparison.json"
@@ -27,7 +27,7 @@ def write_comparison(
     """Write all files, the JSON last, and return their paths. Raises: OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in (PAGE, TABLE, NUMBERS)]
-    fronts = fronts_of(runs)
+    fronts = build_fronts(runs)
     rows = [run.to_dict() for run in runs]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     schema = pa.schema([(name, TYPES.get(name, pa.float64())) for name in columns])
@@ -46,12 +46,12 @@ def write_comparison(
     return files
 
 
-def fronts_of(runs: Sequence[ComparedRun]) -> dict[str, Front]:
+def build_fronts(runs: Sequence[ComparedRun]) -> dict[str, Front]:
     """Return top-1 against each cost: the cost of every run, and the runs that none beats in both."""
     found = {}
     for name, title in COSTS.items():
         costs = [_cost(run, name) for run in runs]
-        found[name] = Front(title, costs, pareto_front(runs, costs))
+        found[name] = Front(title, costs, find_pareto_front(runs, costs))
     return found
 
 

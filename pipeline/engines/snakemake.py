@@ -86,7 +86,7 @@ def check_scheduler(scheduler: str | None) -> None:
 
 def write_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> None:
     """Write the resolved study, `study.yaml`, and the command of each step where it has changed."""
-    for file, content in study_files(steps, folder, profile=profile).items():
+    for file, content in render_study(steps, folder, profile=profile).items():
         if not file.is_file() or file.read_bytes() != content:  # its time decides whether a step is done
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, content)
@@ -122,7 +122,7 @@ def _has_locked(file: IO[str]) -> bool:
 @contextmanager
 def study_as_written(steps: Sequence[Step], folder: Path, *, profile: Profile) -> Iterator[None]:
     """Write the study for this block only: looking at what would run must not change what will."""
-    files = study_files(steps, folder, profile=profile)
+    files = render_study(steps, folder, profile=profile)
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files if file.is_file()}
     write_study(steps, folder, profile=profile)
     try:
@@ -136,7 +136,7 @@ def study_as_written(steps: Sequence[Step], folder: Path, *, profile: Profile) -
                 os.utime(file, ns=(before[file][1],) * 2)
 
 
-def study_files(steps: Sequence[Step], folder: Path, *, profile: Profile) -> dict[Path, bytes]:
+def render_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> dict[Path, bytes]:
     """Return the contents of `study.yaml` and of the file of each step's command, by path."""
     files: dict[Path, bytes] = {}
     by_verb: dict[str, dict[str, object]] = {}
@@ -152,14 +152,14 @@ def study_files(steps: Sequence[Step], folder: Path, *, profile: Profile) -> dic
     return files | {folder / STUDY: json.dumps(study, indent=1).encode() + b"\n"}
 
 
-def command_line(program: Path, folder: Path, *, profile: Profile, arguments: Sequence[str]) -> list[str]:
+def build_command_line(program: Path, folder: Path, *, profile: Profile, arguments: Sequence[str]) -> list[str]:
     """Return Snakemake's command line for the study in a folder."""
     common = ["-s", str(SNAKEFILE), "--configfile", str(folder / STUDY), "--nocolor", "--nolock"]  # `locked` is ours
     at_once = ["--cores", str(profile.jobs)] if profile.executor == "local" else ["--jobs", str(profile.jobs)]
     return [str(program), *common, "--executor", profile.executor, *at_once, *profile.arguments, *arguments]
 
 
-def planned(words: Sequence[str], *, folder: Path) -> Iterator[tuple[str, str]]:
+def list_planned_steps(words: Sequence[str], *, folder: Path) -> Iterator[tuple[str, str]]:
     """Yield the steps that Snakemake would run, and why. Raises: OSError with its message when it fails."""
     answer = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, check=False)
     if answer.returncode:

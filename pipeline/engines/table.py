@@ -12,7 +12,7 @@ from pipeline.engines.snakemake import Ended
 from pipeline.engines.study import Step
 
 
-def line_of(ended: Ended, folder: Path) -> str:
+def describe_end(ended: Ended, folder: Path) -> str:
     """Return the line of a step that has ended: its result, or the last line of its log."""
     step, time = ended.step, timedelta(seconds=ended.seconds)
     if ended.code == 0:
@@ -25,7 +25,7 @@ def line_of(ended: Ended, folder: Path) -> str:
     return f"{step.identity}  {time}  failed with exit code {ended.code}: {cause} ({log})"
 
 
-def table_of(steps: Sequence[Step], *, failed: Container[str]) -> Table:
+def build_table(steps: Sequence[Step], *, failed: Container[str]) -> Table:
     """Return the trainings with their top-1 on the split that chose the weights, and in each evaluation.
 
     Old results of steps that have failed, or need one that has, are left out.

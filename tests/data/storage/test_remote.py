@@ -15,7 +15,7 @@ from data.loading.loader import TrainingLoader
 from data.loading.order import TrainingPlan
 from data.shards.dataset import Dataset
 from data.shards.indexing import open_dataset
-from data.shards.remote_index import saved_versions
+from data.shards.remote_index import load_versions
 from data.storage.local import Request
 from data.storage.location import Url, parse_root
 from data.storage.open import open_storage
@@ -69,20 +69,20 @@ def test_kept_versions_are_used_only_for_the_tars_of_the_index(
     tmp_path: Path, s3: S3, bucket: str, remote: str, photographs: Dataset
 ) -> None:
     dataset, _ = open_dataset(Url(remote), tmp_path)
-    kept = saved_versions(dataset, label_field="label")
+    kept = load_versions(dataset, label_field="label")
     assert kept is not None
     assert {file: version.size for file, version in kept.items()} == photographs.shard_bytes
-    assert saved_versions(dataset, label_field="species") is None
+    assert load_versions(dataset, label_field="species") is None
     file = photographs.splits["train"].shards[0].file
     s3.put(bucket, f"data/{file}", (photographs.root / photographs.splits["train"].shards[1].file).read_bytes())
     changed, _ = open_dataset(Url(remote), tmp_path)
-    assert saved_versions(dataset, label_field="label") is None  # of before
-    after = saved_versions(changed, label_field="label")
+    assert load_versions(dataset, label_field="label") is None  # of before
+    after = load_versions(changed, label_field="label")
     assert after is not None
     assert [name for name in after if after[name] != kept[name]] == [file]
     for content in ("", "[]", '{"train": 1}', '{"train": {"a.tar": 1}}'):
         (tmp_path / "versions.json").write_text(content)
-        assert saved_versions(changed, label_field="label") is None
+        assert load_versions(changed, label_field="label") is None
 
 
 def test_batches_are_those_of_local_files(tmp_path: Path, remote: str, photographs: Dataset) -> None:

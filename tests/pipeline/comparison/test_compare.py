@@ -16,7 +16,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 
 from pipeline import compare as compare_verb
 from pipeline.cli.errors import ConfigError
-from pipeline.comparison.runs import ComparedRun, pareto_front, ranked
+from pipeline.comparison.runs import ComparedRun, find_pareto_front, rank_runs
 from pipeline.evaluate import __main__ as evaluate_verb
 from tests.support.commands import MINE, Typed, call_verb, typed
 
@@ -136,8 +136,8 @@ def run_of(name: str, top1: float | None, gmacs: float) -> ComparedRun:
 
 @given(st.lists(st.tuples(st.sampled_from([None, 0.1, 0.5, 0.5, 0.9]), st.integers(1, 4)), min_size=1, max_size=8))
 def test_the_pareto_front_is_what_no_other_run_beats(points: list[tuple[float | None, int]]) -> None:
-    runs = ranked([run_of(str(number), top1, float(cost)) for number, (top1, cost) in enumerate(points)])
-    front = pareto_front(runs, [run.gmacs for run in runs])
+    runs = rank_runs([run_of(str(number), top1, float(cost)) for number, (top1, cost) in enumerate(points)])
+    front = find_pareto_front(runs, [run.gmacs for run in runs])
     known = [run for run in runs if run.top1 is not None]
 
     def beats(one: ComparedRun, other: ComparedRun) -> bool:
