@@ -27,6 +27,7 @@ TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", SCRIPT, *T
 SECONDS = 120.0
 SOON = ("--slurm-init-seconds-before-status-checks=1", "--seconds-between-status-checks=1")
 SMALL = ("--slurm-status-command=squeue", "--default-resources", "mem_mb=1900", "runtime=10")
+ON_SLURM = ("profile=slurm", "~profile.resources", "+profile.resources={}", "--", *SOON, *SMALL)
 
 
 def command(*words: str) -> str:
@@ -72,21 +73,22 @@ def no_jobs() -> Iterator[None]:
 
 
 def test_a_study_of_nine_architectures(clone: Path) -> None:
-    words = (
-        *STUDY,
-        "+study.data.digits.parts=2",
-        "name=slurm",
-        "profile=slurm",
-        "~profile.resources",
-        "+profile.resources={}",
-        "--",
-        *SOON,
-        *SMALL,
-    )
+    words = (*STUDY, "+study.data.digits.parts=2", "name=slurm", *ON_SLURM)
     answer = run_module(clone, "pipeline.workflow", *words, root=clone)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert sorted(ran_steps(answer)) == sorted({*STEPS, "pack/digits@1of2", "pack/digits@2of2"})
     assert compared(clone / "studies" / "slurm") == set(NAMES)
+
+
+def test_a_mistake_in_a_study_is_made_once_and_shown_in_its_own_words(clone: Path) -> None:
+    others = [f"~study.train.runs.{name}" for name in NAMES[1:]]
+    mistake = "study.train.overrides=[tracking=none,data.batch_size=100000]"
+    words = (*STUDY, mistake, *others, "~study.evaluate", "~study.compare", "name=mistake", *ON_SLURM)
+    answer = run_module(clone, "pipeline.workflow", *words, root=clone)
+    assert answer.returncode == 1, answer.stdout + answer.stderr
+    error = "error: 1438 training images are fewer than "
+    assert f"failed with exit code 1: {error}" in answer.stdout
+    assert (clone / "studies" / "mistake" / "logs" / "train" / "lenet.log").read_text().count(error) == 1
 
 
 def test_a_training_of_two_nodes_survives_everything_to_the_same_bits(slurm: Path, clone: Path) -> None:

@@ -74,6 +74,7 @@ def test_a_failure_stops_only_what_needs_it_and_the_same_command_does_what_is_mi
     assert ran_steps(answer) == ["evaluate/good/val", "export/good/weights", "pack/digits", "train/bad!", "train/good"]
     assert re.search(r"failed with exit code 2: error: step \d has a ", answer.stdout)
     assert f"({Path('studies/two/logs/train/bad.log')})" in answer.stdout
+    assert re.search(r"bad +│ failed +│ +│\n", answer.stdout), "nothing of an evaluation"
     first = (folder / "runs" / "good" / "result.json").stat().st_mtime_ns
     assert ran_steps(workflow(project)) == ["train/bad!"]
     answer = workflow(project, GOOD)
@@ -85,6 +86,26 @@ def test_a_failure_stops_only_what_needs_it_and_the_same_command_does_what_is_mi
     assert numbers["split"] == "val"
     for same in ((), ("profile.prefix.train=env",), ("jobs=2",)):
         assert planned(project, GOOD, *same) == {}, same
+
+
+def test_mistakes_alone_are_exit_code_1_and_old_results_of_them_are_not_shown(project: Path) -> None:
+    assert not planned(project, GOOD), "the study of the first test"
+    mistake = "study.train.runs.bad=[data.batch_size=100000]"
+    answer = workflow(project, mistake)
+    assert answer.returncode == 1, answer.stdout + answer.stderr
+    assert ran_steps(answer) == ["train/bad!"]
+    assert "failed with exit code 1: error: 1438 training images are fewer than " in answer.stdout
+    assert re.search(r"good +│ 0\.\d+ +│ 0\.\d+ +│\n", answer.stdout)
+    assert re.search(r"bad +│ failed +│ +│\n", answer.stdout)
+    assert workflow(project, GOOD).returncode == 0
+
+
+def test_without_keep_going_the_first_failure_is_the_last_step(project: Path) -> None:
+    words = ("name=stops", "study.train.overrides=[+model=lenet,tracking=none,data.batch_size=100000]")
+    first = workflow(project, *words, "keep_going=false")
+    assert first.returncode == 1, first.stdout + first.stderr
+    assert len(ran_steps(first)) == 2, "the packing and one training"
+    assert ran_steps(workflow(project, *words)) == ["train/bad!", "train/good!"]
 
 
 def test_a_plain_snakemake_does_the_same(project: Path) -> None:
