@@ -120,11 +120,13 @@ def check_step(step: Step, *, composed: Composed) -> None:
     from pipeline.cli.errors import one_line
 
     package = step.verb in ("train", "evaluate", "report", "export", "predict")
-    verb = import_module(f"pipeline.{step.verb}{'.__main__' if package else ''}").VERB
+    module = import_module(f"pipeline.{step.verb}{'.__main__' if package else ''}")
     try:
-        complete = check_command_line(verb, step.overrides, composed=composed)
-        config = compose(verb.name, complete)
+        complete = check_command_line(module.VERB, step.overrides, composed=composed)
+        config = compose(step.verb, complete)
         check_config(config, complete)
+        if hasattr(module, "check_values"):
+            module.check_values(config)
         source = OmegaConf.select(config, "source.root") if step.verb == "pack" else None
         if source is not None and not Path(str(source)).exists() and not step.result.exists():
             raise ConfigError(f"source.root={source} does not exist")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from pipeline.cli.errors import ConfigError
+from pipeline.cli.errors import ConfigError, nearest
 from pipeline.cli.run import fast_imports, run_verb
 from pipeline.cli.verb import Verb
 
@@ -97,7 +97,11 @@ def default_folder(config: DictConfig, job: EvaluationJob) -> str:
 
 
 def check_values(config: DictConfig) -> None:
-    """Raise ConfigError for numbers that no evaluation can have."""
+    """Raise ConfigError for values that no evaluation can have, whichever run it is of."""
+    from data.shards.dataset import SPLITS
+
+    if config.split is not None and config.split not in SPLITS:
+        raise ConfigError(f"split={config.split} is not one of {', '.join(SPLITS)}{nearest(config.split, SPLITS)}")
     if not isinstance(config.batch_size, int) or config.batch_size < 1:
         raise ConfigError(f"batch_size={config.batch_size} must be an integer of at least 1")
     if not isinstance(config.seed, int) or config.seed < 0:

@@ -62,6 +62,13 @@ def main(config: DictConfig) -> None:
             _register(config, model, file=file, tracker=registry, checks=checks)
 
 
+def check_values(config: DictConfig) -> None:
+    """Raise ConfigError for values that no export can have, whichever run it is of."""
+    from pipeline.export.settings import read_forms
+
+    read_forms(config)
+
+
 def _default_folder(run: RestoredRun) -> Path:
     """Return the run's folder for exports; other weights than the best have a folder in it."""
     return run.run.export if run.is_best else run.run.export / run.weights_file.stem

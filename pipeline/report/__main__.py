@@ -36,14 +36,15 @@ LAYER_CHOICES = ("some", "all", "none")
 
 def main(config: DictConfig) -> None:
     """Print the report of one network or a comparison of several, and write it as a page and as tables."""
-    _check_values(config)
+    check_values(config)
     if config.models:
         _compare(config)
     else:
         report_one(config)
 
 
-def _check_values(config: DictConfig) -> None:
+def check_values(config: DictConfig) -> None:
+    """Raise ConfigError for values that no report can have, whichever network it is of."""
     if config.layers not in LAYER_CHOICES:
         raise ConfigError(f"layers={config.layers} is not one of {', '.join(LAYER_CHOICES)}")
     for name, minimum in (("batch_size", 1), ("effective_images", 0), ("data.image_size", 1)):
