@@ -164,12 +164,13 @@ def print_plan(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> 
 def run_study(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock: int) -> None:
     """Run the steps; print a line for each one that has ended, and a table of the trainings."""
     from pipeline.cli.console import main_console, print_facts, print_line
-    from pipeline.engines.snakemake import run
+    from pipeline.engines import snakemake
     from pipeline.engines.table import build_table, describe_end
 
+    print_facts(main_console(), {"engine": str(folder / snakemake.LOG)})  # which names the jobs that wait
     codes: dict[str, int] = {}  # of each step's last try
     try:
-        for ended in run(words, steps, folder=folder, lock=lock):
+        for ended in snakemake.run(words, steps, folder=folder, lock=lock):
             codes[ended.step.identity] = ended.code
             print_line(main_console(), describe_end(ended, folder))
     except SystemExit:

@@ -26,7 +26,7 @@ from pipeline.engines.study import Step
 ROOT = Path(__file__).resolve().parents[2]
 SNAKEFILE = Path(__file__).with_name("Snakefile")
 ENVIRONMENT = ROOT / ".workflow"
-STUDY = "study.yaml"
+STUDY, LOG = "study.yaml", "snakemake.log"
 POLL_SECONDS, END_SECONDS = 0.2, 6.0
 LOCK_SECONDS = 10.0  # limit for an engine that a signal has stopped
 NAMED = 3  # steps in a reason
@@ -213,7 +213,7 @@ def run(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock: int)
     it is killed.
     """
     since = dict.fromkeys((step.identity for step in steps), time.time_ns())
-    log, has_failed = folder / "snakemake.log", False
+    log, has_failed = folder / LOG, False
     with log.open("w") as file, _group(words, output=file, lock=lock) as process:
         is_over = False
         while not is_over:
