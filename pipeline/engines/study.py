@@ -120,7 +120,7 @@ def _trainings(train: Tree, *, data: Sequence[str]) -> list[Training]:
     """Multiply runs by the grid."""
     _check_keys(train, TRAIN_KEYS, place="study.train")
     common = _words(train.get("overrides", []), place="study.train.overrides")
-    runs, grid = _group(train, "runs", place="study.train"), _group(train, "grid", place="study.train")
+    runs, grid = _group(train, "runs", place="study.train"), dict(_flatten(_group(train, "grid", place="study.train")))
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"study.train.grid.{key}={values} must be a list of values")
@@ -206,6 +206,15 @@ def _compare_step(words: Sequence[str], *, runs: Sequence[str], steps: Sequence[
 def _group(tree: Tree, key: str, *, place: str) -> dict[str, object]:
     found = tree.get(key)
     return {} if found is None else dict(_mapping(found, place=f"{place}.{key}"))
+
+
+def _flatten(tree: Tree) -> Iterator[tuple[str, object]]:
+    """Yield full keys with their values: a command line nests `grid.recipe.optimizer.lr`."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", one) for inner, one in _flatten(value))
+        else:
+            yield key, value
 
 
 def _mapping(found: object, *, place: str) -> Tree:

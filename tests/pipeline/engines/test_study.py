@@ -64,6 +64,13 @@ def test_every_step_names_its_command_its_needs_and_its_result() -> None:
     }  # fmt: skip
 
 
+def test_a_grid_may_nest_its_keys() -> None:
+    runs = {"a": ["+model=lenet"]}
+    nested, flat = {"recipe": {"optimizer": {"lr": [0.1, 0.2]}}}, {"recipe.optimizer.lr": [0.1, 0.2]}
+    assert steps_of(train={"runs": runs, "grid": nested}) == steps_of(train={"runs": runs, "grid": flat})
+    assert len(steps_of(train={"runs": runs, "grid": flat})) == 3
+
+
 def test_a_grid_multiplies_every_run_and_names_what_differs() -> None:
     train = {
         "overrides": ["recipe.epochs=2"],
