@@ -16,6 +16,7 @@ import torch
 from models.analysis.summary import summarize
 from models.learning.evaluation import TOP1
 from pipeline.evaluate.calibration import mcnemar_p
+from pipeline.runs.calibration import digest
 from pipeline.runs.restore import RestoredRun
 from pipeline.runs.run import Run
 
@@ -32,14 +33,16 @@ Answers = dict[tuple[str, str], bool]  # whether an image was classified right, 
 class ComparedRun:
     """A run: what it has reached, on which images, and what its network and its training cost.
 
-    `interval` covers 95 %; it and `answers` are empty for a run that was not evaluated. `receptive_field` is in pixels,
-    None where it is global from the start or unknown. `hours` are those between points of the journal, without pauses.
+    `training_images` is the digest of their rows in the index. `interval` covers 95 %; it and `answers` are empty for a
+    run that was not evaluated. `receptive_field` is in pixels, None where it is global from the start or unknown.
+    `hours` are those between points of the journal, without pauses.
     """
 
     name: str
     folder: str
     network: str
     dataset: str
+    training_images: str
     image_size: int
     top1: float | None
     interval: tuple[float, float] | None
@@ -104,7 +107,8 @@ def read_run(restored: RestoredRun, *, split: str | None) -> ComparedRun:
         top1, interval, images = evaluation["metrics"]["top1"], (low, high), evaluation["images"]
         answers = _answers(folder / PREDICTIONS)
     return ComparedRun(
-        run.name, str(run.folder), restored.network, restored.dataset_facts().name, size, top1, interval, images,
+        run.name, str(run.folder), restored.network, restored.dataset_facts().name,
+        restored.split_digest("train") or "", size, top1, interval, images,
         summary.num_parameters, summary.macs / 1e9,
         None if last is None or last.local_size is None else float(max(last.local_size)),
         _rate(run), restored.build_recipe().epochs, _hours(run), answers,
@@ -140,13 +144,15 @@ def find_pareto_front(runs: Sequence[ComparedRun], costs: Sequence[float | None]
 
 def _evaluations(restored: RestoredRun) -> dict[str, Path]:
     """Return the folders of evaluations of the run's own images with its best weights, by split."""
-    weights, dataset = restored.weights_file.name, restored.dataset_facts().name
-    own = {"weights": weights, "dataset": dataset, "image_size": restored.build_evaluation_crop().image_size}
+    image_size = restored.build_evaluation_crop().image_size
+    own = {"weights_sha256": digest(restored.weights_file), "image_size": image_size}
     found: dict[str, Path] = {}
     for file in sorted(restored.run.evaluation.glob(f"*/{EVALUATION}")):
         try:
             evaluation = json.loads(file.read_text())
+            images = restored.split_digest(str(evaluation["split"]))
             is_own = all(evaluation[name] == value for name, value in own.items())
+            is_own = is_own and evaluation["split_digest"] == images
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error}): evaluate the run again") from error
         if is_own and (file.parent / PREDICTIONS).is_file():

@@ -30,7 +30,7 @@ PAGE, NUMBERS, TABLE = "index.html", "evaluation.json", "predictions.parquet"
 
 
 class Subject(NamedTuple):
-    """The run, weights and split of an evaluation, for the page and the JSON."""
+    """The run, weights and split of an evaluation, for the page and the JSON. Digests are SHA-256."""
 
     run: str
     network: str
@@ -38,14 +38,15 @@ class Subject(NamedTuple):
     weights_sha256: str
     dataset: str
     split: str
+    split_digest: str
     image_size: int
 
 
 def subject_of(model: TrainedModel, dataset: Dataset, *, split: str, crop: CropPolicy) -> Subject:
     """Describe an evaluation."""
     run = model.run
-    name, weights = run.run.name, run.weights_file
-    return Subject(name, run.network, weights.name, model.weights_sha256, dataset.name, split, crop.image_size)
+    weights, images = (run.weights_file.name, model.weights_sha256), (split, dataset.splits[split].digest)
+    return Subject(run.run.name, run.network, *weights, dataset.name, *images, crop.image_size)
 
 
 def write_evaluation(

@@ -58,6 +58,11 @@ class RestoredRun(RecordedConfig):
         changed = [name for name in recorded if name.startswith(DIGEST_OF) and recorded[name] != current.get(name)]
         return [name.removeprefix(DIGEST_OF) for name in changed]
 
+    def split_digest(self, split: str) -> str | None:
+        """Return the digest of a split with which the run began, None where it began without."""
+        recorded = self._fingerprint.get(f"{DIGEST_OF}{split}")
+        return None if recorded is None else str(recorded)
+
     def load_network(self) -> tuple[nn.Module, str]:
         """Build the network with the run's weights, and return it with the SHA-256 of their file.
 

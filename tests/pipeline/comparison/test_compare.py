@@ -120,6 +120,23 @@ def test_a_mistake_is_one_sentence(compare: Typed, words: list[str], message: st
         compare(*words, "mlflow=false")
 
 
+@pytest.mark.parametrize("field", ["weights_sha256", "split_digest"])
+def test_an_evaluation_of_other_weights_or_images_is_not_used(compare: Typed, evaluated: Path, field: str) -> None:
+    stale = shutil.copytree(evaluated / "runs" / "other", evaluated / "runs" / f"stale-{field}")
+    file = stale / "evaluation" / "val" / "evaluation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: "0" * 64}))
+    with pytest.raises(ValueError, match=f"runs/{stale.name} has no evaluation on it"):
+        compare(f"runs=[mine,{stale.name}]", "split=val", "mlflow=false")
+    assert "differ" not in compare(f"runs=[mine,{stale.name}]", "mlflow=false", "out=stale")
+    assert json.loads((evaluated / "stale" / "comparison.json").read_text())["split"] is None
+    prints = stale / "fingerprint.json"
+    prints.write_text(json.dumps(json.loads(prints.read_text()) | {"digest of train": "0" * 64}))
+    printed = compare(f"runs=[mine,{stale.name}]", "mlflow=false", "out=stale")
+    assert "the training images of these runs differ\n" in printed
+    assert "The training images of these runs differ." in (evaluated / "stale" / "index.html").read_text()
+    shutil.rmtree(stale)
+
+
 def test_an_unfinished_run_is_refused(compare: Typed, evaluated: Path) -> None:
     cut = shutil.copytree(evaluated / "runs" / "mine", evaluated / "runs" / "cut")
     (cut / "result.json").unlink()
@@ -131,7 +148,7 @@ def test_an_unfinished_run_is_refused(compare: Typed, evaluated: Path) -> None:
 
 
 def run_of(name: str, top1: float | None, gmacs: float) -> ComparedRun:
-    return ComparedRun(name, name, "net", "data", 32, top1, None, None, 1, gmacs, None, None, 1, 0.0, {})
+    return ComparedRun(name, name, "net", "data", "digest", 32, top1, None, None, 1, gmacs, None, None, 1, 0.0, {})
 
 
 @given(st.lists(st.tuples(st.sampled_from([None, 0.1, 0.5, 0.5, 0.9]), st.integers(1, 4)), min_size=1, max_size=8))
