@@ -66,6 +66,7 @@ def main(config: DictConfig) -> None:
     with snakemake.locked(folder) as lock:
         if not is_shown:
             snakemake.write_study(steps, folder, profile=profile)
+            snakemake.forget_other_parts(steps, folder)
             run_study(words, steps, folder=folder, lock=lock)
             return
         with snakemake.study_as_written(steps, folder, profile=profile):
@@ -177,13 +178,16 @@ def run_study(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock
         print_line(main_console(), "stopped: the same command continues")
         raise
     failed = {identity: code for identity, code in codes.items() if code}
+    current = snakemake.find_current_steps(steps, folder)
     if not codes:
-        print_line(main_console(), f"nothing to do: all {len(steps)} steps are done")
-    main_console().print(build_table(steps, failed=failed))
+        is_complete = len(current) == len(steps)
+        done = "nothing to do: all" if is_complete else f"no step has run: {len(current)} of"
+        print_line(main_console(), f"{done} {len(steps)} steps are done")
+    main_console().print(build_table(steps, current=current, failed=failed))
     facts = {"runs": str(folder / "runs"), "logs": str(folder / "logs")}
     if failed:
         facts["failed"] = f"{len(failed)} steps: the same command runs them again, and the steps that need them"
-    elif (folder / "comparison").is_dir():
+    elif "compare/all" in current:
         facts["comparison"] = str(folder / "comparison" / "index.html")
     print_facts(main_console(), facts)
     if failed:

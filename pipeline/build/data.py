@@ -72,7 +72,7 @@ class DataConfig:
                 raise FileNotFoundError(f"data.root={root} is not a folder: pack one with python -m pipeline.pack")
         elif self.source is not None:
             problem = f"data.source={self.source} is packed into a folder, and data.root={root} is a URL"
-            raise ValueError(f"{problem}: add data.source=null")
+            raise ValueError(f"{problem}: add ~data.source")
         return open_tars(root, index, label_field=self.label_field, keys=DATASET_KEYS)
 
     def open_storage(self, dataset: Dataset) -> Storage:

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from data.children import end_with_me
 from data.locks import NO_FLOCK
 from data.shards.dataset import write_atomically
 from pipeline.cli.errors import FailureError, one_line
@@ -28,8 +30,10 @@ SNAKEFILE = Path(__file__).with_name("Snakefile")
 ENVIRONMENT = ROOT / ".workflow"
 STUDY, LOG = "study.yaml", "snakemake.log"
 POLL_SECONDS, END_SECONDS = 0.2, 6.0
+LOCKED = "CONVOY_LOCKED"  # environment variable of an engine whose study is locked
 LOCK_SECONDS = 10.0  # limit for an engine that a signal has stopped
 NAMED = 3  # steps in a reason
+KILLED_STEP = "At least one job did not complete"  # in Snakemake's error
 # A command for each that succeeds where the scheduler answers.
 SCHEDULERS = {"slurm": ("sinfo", "--noheader"), "kubernetes": ("kubectl", "get", "--raw=/readyz")}
 SCHEDULER_SECONDS = 30.0
@@ -92,6 +96,15 @@ def write_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> Non
             write_atomically(file, content)
 
 
+def forget_other_parts(steps: Sequence[Step], folder: Path) -> None:
+    """Let parts of data sets run again that another number of parts has replaced."""
+    known = {folder / "done" / step.identity for step in steps}
+    for file in folder.glob("done/*/*@*of*"):
+        if file not in known:
+            for other in file.parent.glob(f"{file.name.partition('@')[0]}@*of*"):
+                other.unlink()
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
     """Lock a study for this process and an engine that inherits the yielded file: Snakemake's lock outlives a kill.
@@ -100,12 +113,18 @@ def locked(folder: Path) -> Iterator[int]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + LOCK_SECONDS
-    with (folder / ".lock").open("a") as file:
+    with (folder / ".lock").open("a+") as file:
         while not _has_locked(file):
             if time.monotonic() > end:
-                raise ValueError(f"{folder} is run by another process: wait until that and its jobs have ended")
+                file.seek(0)
+                owner = file.read() or "another process"
+                raise ValueError(f"{folder} is run by {owner}: wait until that and its jobs have ended, or end it")
             time.sleep(POLL_SECONDS)
-        yield file.fileno()
+        os.environ[LOCKED] = "1"
+        try:
+            yield file.fileno()
+        finally:
+            del os.environ[LOCKED]
 
 
 def _has_locked(file: IO[str]) -> bool:
@@ -150,6 +169,19 @@ def render_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> di
     launch = {"python": sys.executable, "root": str(ROOT), "prefix": dict(profile.prefix)}
     study = {"folder": str(folder), "launch": launch, "resources": profile.resources, "steps": by_verb}
     return files | {folder / STUDY: json.dumps(study, indent=1).encode() + b"\n"}
+
+
+def find_current_steps(steps: Sequence[Step], folder: Path) -> set[str]:
+    """Return the steps that are done, by the rule of the engine: after their command and all that they need."""
+    times: dict[str, int] = {}
+    for step in steps:  # each after those that it needs
+        done, command = folder / "done" / step.identity, folder / "steps" / step.verb / f"{step.name}.json"
+        with suppress(FileNotFoundError, KeyError):  # not done, or what it needs is not
+            time_ns = done.stat().st_mtime_ns
+            earlier = [command.stat().st_mtime_ns, *(times[one] for one in step.needs)]
+            if time_ns >= max(earlier):
+                times[step.identity] = time_ns
+    return set(times)
 
 
 def build_command_line(program: Path, folder: Path, *, profile: Profile, arguments: Sequence[str]) -> list[str]:
@@ -215,6 +247,8 @@ def run(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock: int)
     since = dict.fromkeys((step.identity for step in steps), time.time_ns())
     log, has_failed = folder / LOG, False
     with log.open("w") as file, _group(words, output=file, lock=lock) as process:
+        os.ftruncate(lock, 0)
+        os.write(lock, f"Snakemake, process {process.pid} on {socket.gethostname()}".encode())
         is_over = False
         while not is_over:
             is_over = process.poll() is not None
@@ -225,13 +259,23 @@ def run(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock: int)
     if process.returncode < 0:
         raise FailureError(f"Snakemake was killed by signal {-process.returncode}: the same command continues")
     if process.returncode and not has_failed:
-        raise OSError(_reason(log.read_text()))
+        reason = _reason(log.read_text())
+        if KILLED_STEP in reason:
+            raise FailureError(f"a step was killed, which {log} names: the same command continues")
+        raise OSError(reason)
 
 
 @contextmanager
 def _group(words: Sequence[str], *, output: IO[str], lock: int) -> Iterator[subprocess.Popen[bytes]]:
     """Start a program with a process group, to which a signal is passed on, SIGUSR1 as SIGTERM."""
-    process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(lock,))
+    process = subprocess.Popen(
+        words,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **end_with_me()},
+        start_new_session=True,
+        pass_fds=(lock,),
+    )
     try:
         yield process
     finally:

@@ -198,7 +198,7 @@ def _result_step(verb: str, name: str, *, words: Sequence[str], run: str, folder
 
 def _compare_step(words: Sequence[str], *, runs: Sequence[str], steps: Sequence[Step], folder: Path) -> Step:
     out = folder / "comparison"
-    listed = ",".join(str(folder / "runs" / run) for run in runs)
+    listed = ",".join(_quote(str(folder / "runs" / run)) for run in runs)
     needs = tuple(step.identity for step in steps if step.verb in ("train", "evaluate", "report"))
     return Step("compare", "all", (*words, f"runs=[{listed}]", f"out={out}"), needs, out / "comparison.json")
 
@@ -250,6 +250,11 @@ def _short(key: str, value: object) -> str:
     """Return a value for a name: `resnet50`, or `lr0.1`, with the last part of the key for what is no word."""
     text = _typed(value)
     return text if isinstance(value, str) and NAME.fullmatch(value) else f"{key.rpartition('.')[2]}{text}"
+
+
+def _quote(text: str) -> str:
+    """Quote a text for Hydra's grammar where it needs that."""
+    return text if re.fullmatch(r"[\w./+-]+", text, re.ASCII) else "'{}'".format(text.replace("'", "\\'"))
 
 
 def _typed(value: object) -> str:

@@ -1,6 +1,7 @@
 """What a study prints: a line for each step that has ended, and a table of its trainings."""
 
 import json
+import signal
 from collections.abc import Container, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -8,8 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
+from pipeline.cli.signals import EXIT_CODES
 from pipeline.engines.snakemake import Ended
 from pipeline.engines.study import Step
+
+SHELL_SIGNALS = 128  # plus a signal: the exit code of what it has killed
+MEMORY = ", as by the kernel where memory is full"
 
 
 def describe_end(ended: Ended, folder: Path) -> str:
@@ -21,31 +26,36 @@ def describe_end(ended: Ended, folder: Path) -> str:
     log = folder / "logs" / step.verb / f"{step.name}.log"
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
     causes = [line for line in lines if line.startswith("error: ")]  # srun adds lines
+    killed = ended.code - SHELL_SIGNALS
+    if killed in set(signal.Signals) and killed not in EXIT_CODES:
+        causes = [f"killed by {signal.Signals(killed).name}{MEMORY if killed == signal.SIGKILL else ''}"]
     cause = (causes or lines or [""])[-1]
     return f"{step.identity}  {time}  failed with exit code {ended.code}: {cause} ({log})"
 
 
-def build_table(steps: Sequence[Step], *, failed: Container[str]) -> Table:
+def build_table(steps: Sequence[Step], *, current: Container[str], failed: Container[str]) -> Table:
     """Return the trainings with their top-1 on the split that chose the weights, and in each evaluation.
 
-    Old results of steps that have failed, or need one that has, are left out.
+    Results of other than `current` steps are left out: they are those of other commands or of earlier steps.
     """
     trainings = [step for step in steps if step.verb == "train"]
     evaluations = [step for step in steps if step.verb == "evaluate"]
     columns = list(dict.fromkeys(step.name.partition("/")[2] for step in evaluations))
     table = Table("run", "top-1 of the best checkpoint", *(f"top-1, evaluation {name}" for name in columns))
     for training in trainings:
-        found = {step.name: _cell(step, failed) for step in evaluations}
+        found = {step.name: _cell(step, current=current, failed=failed) for step in evaluations}
         table.add_row(
-            training.name, _cell(training, failed), *(found.get(f"{training.name}/{name}", "") for name in columns)
+            training.name,
+            _cell(training, current=current, failed=failed),
+            *(found.get(f"{training.name}/{name}", "") for name in columns),
         )
     return table
 
 
-def _cell(step: Step, failed: Container[str]) -> str:
+def _cell(step: Step, *, current: Container[str], failed: Container[str]) -> str:
     if step.identity in failed:
         return "failed"
-    value = None if any(one in failed for one in step.needs) else _top1(step)
+    value = _top1(step) if step.identity in current else None
     return "" if value is None else f"{value:.4f}"
 
 

@@ -55,9 +55,8 @@ def check_unchanged(before: Fingerprint, now: Fingerprint, *, run: Path) -> None
         if old != new:
             advice = ADVICE.get(name, "give the values it was started with")
             began, wanted = (_as_typed(name, value) for value in (old, new))
-            raise OtherSettingsError(
-                f"{run} was started with {name}={began}, not {wanted}: add name=NAME for a new run, or {advice}"
-            )
+            problem = f"{run} was started with {name}={began}, not {wanted}"
+            raise OtherSettingsError(f"{problem}: add name=NAME or another out=FOLDER for a new run, or {advice}")
 
 
 def _as_typed(name: str, value: object) -> str:

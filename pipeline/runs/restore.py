@@ -36,6 +36,9 @@ class RestoredRun(RecordedConfig):
         """The given checkpoint, the best one, or the last one. Raises: FileNotFoundError before the first."""
         path = self._checkpoint or self.run.best_checkpoint
         if path is None:
+            if self.run.is_finished:
+                problem = f"{self.run.folder} has finished, and its checkpoints are gone"
+                raise FileNotFoundError(f"{problem}: remove {self.run.result_file} to train it again")
             raise FileNotFoundError(f"{self.run.folder} has no checkpoint yet: its first comes at the end of an epoch")
         return path
 

@@ -27,6 +27,7 @@ from pipeline.runs.fingerprint import (
 from pipeline.runs.journal import Journal
 from pipeline.runs.status import read_process
 
+NEW = "name=NAME or another out=FOLDER"
 LOCK_SECONDS = 2.0  # other commands take the lock for a moment, to find out whether a process trains the run
 
 
@@ -47,6 +48,12 @@ class Run:
         self.calibration_file = self.evaluation / "calibration.json"
         self.export = folder / "export"
         self.tracking_id_file = folder / "mlflow_run_id"
+
+    @property
+    def own_files(self) -> set[str]:
+        """The names of files and folders, one of which is in a folder that a training has begun."""
+        begun = (self.config_file, self.checkpoints.path, self.status_file, self.journal.path, self.result_file)
+        return {".lock", *(path.name for path in begun)}
 
     @property
     def tracking_id(self) -> str:
@@ -89,8 +96,8 @@ class Run:
             try:
                 stack.enter_context(file_lock(self.folder / ".lock", seconds=LOCK_SECONDS))
             except TimeoutError as error:
-                process, advice = read_process(self.status_file) or "another process", "add name=NAME for a new run"
-                raise ValueError(f"{self.folder} is locked by {process}: {advice}") from error
+                process = read_process(self.status_file) or "another process"
+                raise ValueError(f"{self.folder} is locked by {process}: add {NEW} for a new run") from error
             yield
 
     def begin(self, fingerprint: Fingerprint, config: str) -> None:
@@ -105,7 +112,8 @@ class Run:
             return
         path = self.fingerprint_file
         if not path.is_file():
-            raise ValueError(f"{path} is missing, so the checkpoints cannot be matched with a config: add name=NAME")
+            problem = f"{path} is missing, so the checkpoints cannot be matched with a config"
+            raise OtherSettingsError(f"{problem}: add {NEW} for a new run, or again=replace")
         check_unchanged(self.fingerprint(), fingerprint, run=self.folder)
 
     def check_settings(self, fingerprint: Fingerprint) -> None:
@@ -147,7 +155,7 @@ class Run:
             if "precision" not in found:
                 raise KeyError("precision")
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{self.fingerprint_file} is damaged ({error}): train again with name=NAME") from error
+            raise ValueError(f"{self.fingerprint_file} is damaged ({error}): train again with {NEW}") from error
         return dict(found)
 
     def result(self) -> dict[str, Any]:
@@ -165,7 +173,7 @@ class Run:
 def open_run(settings: RunSettings, dataset: Dataset) -> Run:
     """Return the run of these settings; where nothing else is configured, `name-2` follows a finished one.
 
-    Raises: ValueError for a name that is a path; FileExistsError for a run that must not exist.
+    Raises: ValueError for a name that is a path; FileExistsError for a run that must not exist, or for other files.
     """
     network = settings.network.rpartition(".")[2]  # without the location of a function that builds it
     name = candidate = settings.name or default_name(network, dataset, settings=settings.in_name)
@@ -173,6 +181,9 @@ def open_run(settings: RunSettings, dataset: Dataset) -> Run:
         raise ValueError(f"name={name} is a path: runs=FOLDER sets the folder of all runs, name=NAME only names one")
     if settings.again is not None or settings.out is not None:
         run = Run(settings.out or settings.runs / name)
+        present = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
+        if present and not present & run.own_files:
+            raise FileExistsError(f"{run.folder} has other files than a run: give a new folder, or an empty one")
         refuses = settings.again == Again.REFUSE and is_main_process()  # others may come after it has begun the run
         if refuses and run.config_file.is_file():
             raise FileExistsError(f"{run.folder} has a run already, and again=refuse: remove it, or leave again out")

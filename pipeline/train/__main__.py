@@ -18,7 +18,7 @@ VERB = Verb(
     alternatives=("experiment",),
     implied={"data.root": (("data", "experiment"), "data=shards")},
     aliases={"weights": "weights.file"},
-    text_keys=("weights.file", "weights.sha256", "name", "runs", "data.root", "data.index", "data.cache"),
+    text_keys=("weights.file", "weights.sha256", "name", "runs", "out", "data.root", "data.index", "data.cache"),
 )
 
 

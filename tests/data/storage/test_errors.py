@@ -116,7 +116,7 @@ def test_a_url_where_a_folder_is_needed(remote: str) -> None:
         found = refused(TRAIN_VERB, train, *TRAIN[:2], f"data.root={remote}", *words, "tracking=none")
         assert found == f"{key}=s3://b/c is a URL: give a folder on this machine"
     found = refused(TRAIN_VERB, train, "+model=lenet", f"data.root={remote}", "data=digits", "tracking=none")
-    assert found == f"data.source=digits is packed into a folder, and data.root={remote} is a URL: add data.source=null"
+    assert found == f"data.source=digits is packed into a folder, and data.root={remote} is a URL: add ~data.source"
     sentence = "out=s3://bucket/new is a URL: give a folder on this machine"
     assert refused(PACK_VERB, pack, "out=s3://bucket/new") == sentence
     assert refused(INDEX_VERB, index, f"root={remote}", "out=s3://bucket/new") == sentence

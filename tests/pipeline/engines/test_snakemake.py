@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from pipeline.cli.errors import FailureError
 from pipeline.engines import snakemake
+from pipeline.engines.study import Step
+from pipeline.engines.table import describe_end
 
 
 @pytest.mark.parametrize(("scheduler", "program"), [("slurm", "sinfo"), ("kubernetes", "kubectl")])
@@ -43,6 +48,58 @@ def test_a_study_is_run_by_one_process_at_a_time(tmp_path: Path, monkeypatch: py
     engine.wait()
     with snakemake.locked(tmp_path / "study"):
         pass
+
+
+def test_a_study_that_is_run_names_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snakemake, "LOCK_SECONDS", 0.3)
+    with snakemake.locked(tmp_path) as lock:
+        assert not list(snakemake.run(["true"], [], folder=tmp_path, lock=lock))
+        message = rf"is run by Snakemake, process \d+ on {socket.gethostname()}: wait until "
+        with pytest.raises(ValueError, match=message), snakemake.locked(tmp_path):
+            pass
+
+
+def test_an_engine_with_a_killed_step_is_a_failure(tmp_path: Path) -> None:
+    ends = {"WorkflowError:\nAt least one job did not complete successfully.": FailureError, "OtherError: x": OSError}
+    for text, kind in ends.items():
+        with snakemake.locked(tmp_path) as lock, pytest.raises(kind):
+            list(snakemake.run(["sh", "-c", f"echo '{text}'; exit 1"], [], folder=tmp_path, lock=lock))
+
+
+def test_another_number_of_parts_makes_all_parts_again(tmp_path: Path) -> None:
+    done = tmp_path / "done" / "pack"
+    done.mkdir(parents=True)
+    names = ("a", "a@1of2", "a@2of2", "b@1of2", "b@2of2", "c@1of3")
+    for name in names:
+        (done / name).touch()
+    steps = [Step("pack", name, (), (), tmp_path) for name in ("a", "a@1of3", "a@2of3", "a@3of3", *names[3:])]
+    snakemake.forget_other_parts(steps, tmp_path)
+    assert {path.name for path in done.iterdir()} == {"a", "b@1of2", "b@2of2", "c@1of3"}
+
+
+def test_a_step_is_current_after_its_command_and_all_that_it_needs(tmp_path: Path) -> None:
+    needs = {"a": (), "b": ("train/a",), "c": ("train/b",), "d": ()}
+    steps = [Step("train", name, (), need, tmp_path) for name, need in needs.items()]
+    for kind, ending in (("steps", ".json"), ("done", "")):
+        (tmp_path / kind / "train").mkdir(parents=True)
+        for number, name in enumerate(needs):
+            file = tmp_path / kind / "train" / f"{name}{ending}"
+            file.touch()
+            os.utime(file, (0, number + 10 * (kind == "done")))
+    assert snakemake.find_current_steps(steps, tmp_path) == {"train/a", "train/b", "train/c", "train/d"}
+    (tmp_path / "done" / "train" / "d").unlink()
+    assert snakemake.find_current_steps(steps, tmp_path) == {"train/a", "train/b", "train/c"}
+    os.utime(tmp_path / "steps" / "train" / "a.json", (0, 20))
+    assert snakemake.find_current_steps(steps, tmp_path) == set()
+
+
+def test_the_cause_of_a_killed_step_is_the_signal(tmp_path: Path) -> None:
+    step = Step("train", "a", (), (), tmp_path)
+    (tmp_path / "logs" / "train").mkdir(parents=True)
+    (tmp_path / "logs" / "train" / "a.log").write_text("step 1/2  loss 0.1\n")
+    line = describe_end(snakemake.Ended(step, 137, 5), tmp_path)
+    assert "failed with exit code 137: killed by SIGKILL, as by the kernel where memory is full" in line
+    assert "exit code 143: step 1/2" in describe_end(snakemake.Ended(step, 143, 5), tmp_path)
 
 
 def test_steps_on_this_machine_need_no_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
 
+from pipeline.runs.restore import RestoredRun
 from pipeline.runs.run import Run
 from tests.support.commands import TINY, TWO_RANKS, Typed, run_module
 from tests.support.resume import differences, results
@@ -55,6 +57,28 @@ def test_a_run_of_other_settings_is_moved_aside_only_by_replace(train: Typed, tr
     assert [run.fingerprint()["seed"] for run in runs] == [0, 1, 2]
     assert differences(results(runs[0].folder), before) == []
     assert all(run.is_finished for run in runs)
+
+
+def test_a_run_without_a_fingerprint_is_moved_aside_by_replace(train: Typed, trained: Run) -> None:
+    trained.fingerprint_file.unlink()
+    with pytest.raises(ValueError, match=r"fingerprint\.json is missing, .* or again=replace$"):
+        train(*WORDS)
+    assert "moved the run of other settings to place-replaced-1\n" in train(*WORDS, "again=replace")
+
+
+def test_a_folder_of_other_files_becomes_no_run(train: Typed, trained: Run) -> None:
+    with pytest.raises(FileExistsError, match=r"^\. has other files than a run: give a new folder, or an empty one$"):
+        train(*WORDS[:-1], "out=.")
+    train(*WORDS[:-1], "out=größe, 2", "again=replace")
+    assert Run(trained.folder.with_name("größe, 2")).is_finished
+
+
+def test_a_finished_run_without_checkpoints_says_so(train: Typed, trained: Run) -> None:
+    shutil.rmtree(trained.checkpoints.path)
+    with pytest.raises(FileNotFoundError, match=r"place has finished, and its checkpoints are gone: remove .*result\."):
+        _ = RestoredRun(trained.folder).weights_file
+    trained.result_file.unlink()
+    assert "epoch 2/2" in train(*WORDS)
 
 
 def test_a_replaced_run_starts_with_the_weights_that_are_named(train: Typed, trained: Run) -> None:

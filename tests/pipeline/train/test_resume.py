@@ -89,7 +89,9 @@ def test_each_field_of_the_fingerprint_is_refused_by_name(train: Typed, killed_r
             with pytest.raises(ValueError, match=f"mine was started with {re.escape(name)}="):
                 check_unchanged(missing, recorded, run=run.folder)
     file.write_text(json.dumps(recorded | {"seed": 7}))
-    with pytest.raises(ValueError, match=r"mine was started with seed=7, not 0: add name=NAME for a new run"):
+    with pytest.raises(
+        ValueError, match=r"mine was started with seed=7, not 0: add name=NAME or another out=FOLDER for"
+    ):
         train(*MINE, "tracking=none")
 
 
@@ -115,7 +117,7 @@ def test_a_moved_run_keeps_its_best_score_and_its_page(
 def test_one_process_at_a_time_trains_a_run(train: Typed, with_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(with_digits / "runs" / "mine")
     with run.locked():
-        with pytest.raises(ValueError, match="runs/mine is locked by another process: add name=NAME"):
+        with pytest.raises(ValueError, match="runs/mine is locked by another process: add name=NAME or another out="):
             train(*MINE, "tracking=none")
         monkeypatch.setenv("SLURM_JOB_ID", "22")
         write_status(run.status_file, State.TRAINING, step=0)
