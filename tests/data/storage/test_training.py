@@ -29,6 +29,7 @@ def weights_of(run: Path) -> str:
     return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
 
 
+@pytest.mark.engines
 def test_a_training_from_nginx_has_the_bits_of_a_local_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photographs: Dataset
 ) -> None:
@@ -40,6 +41,7 @@ def test_a_training_from_nginx_has_the_bits_of_a_local_one(
     assert len({weights_of(tmp_path / "runs" / name) for name in ("local", "served")}) == 1
 
 
+@pytest.mark.engines
 def test_two_ranks_share_a_cache_and_one_list_of_the_tars(tmp_path: Path, photographs: Dataset) -> None:
     shutil.copytree(photographs.root, tmp_path / "local")
     launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.train", *WORDS)

@@ -47,6 +47,9 @@ def test_a_missing_library_is_named(export: Typed, monkeypatch: pytest.MonkeyPat
 def test_a_run_without_a_checkpoint_is_refused(export: Typed, fitted_root: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(fitted_root / "runs" / "fitted", tmp_path / "early")
     shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(FileNotFoundError, match="has finished, and its checkpoints are gone: remove "):
+        export(f"run={folder}")
+    (folder / "result.json").unlink()
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
         export(f"run={folder}")
 
