@@ -44,8 +44,10 @@ def main(config: DictConfig) -> None:
     found = rank_runs([read_run(run, split=split) for run in runs])
     files = write_comparison(found, compare_neighbours(found), split=split, folder=output_folder(config))
     table_console().print(build_table(found, split=split))
-    if len({run.training_images for run in found}) > 1:
-        print_line(main_console(), "the training images of these runs differ")
+    images = dict.fromkeys(run.training_images for run in found)
+    if len(images) > 1:
+        groups = [[run.name for run in found if run.training_images == one] for one in images]
+        print_line(main_console(), f"different training images: {'; '.join(map(', '.join, groups))}")
     print_line(main_console(), f"wrote {', '.join(map(str, files))}")
     problem = add_to_mlflow(config, [run.run for run in runs], best=found[0].top1, files=files)
     if problem is not None:

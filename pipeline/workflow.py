@@ -180,9 +180,9 @@ def run_study(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock
     failed = {identity: code for identity, code in codes.items() if code}
     current = snakemake.find_current_steps(steps, folder)
     if not codes:
-        is_complete = len(current) == len(steps)
-        done = "nothing to do: all" if is_complete else f"no step has run: {len(current)} of"
-        print_line(main_console(), f"{done} {len(steps)} steps are done")
+        nothing = f"nothing to do: all {len(steps)} steps are done"
+        some = f"no step has run: {len(current)} of {len(steps)} steps are done"
+        print_line(main_console(), nothing if len(current) == len(steps) else some)
     main_console().print(build_table(steps, current=current, failed=failed))
     facts = {"runs": str(folder / "runs"), "logs": str(folder / "logs")}
     if failed:

@@ -38,6 +38,7 @@ def test_without_a_gpu_one_sentence_says_what_to_type() -> None:
     assert answer.stderr.count("\n") == 1
 
 
+@pytest.mark.faults
 def test_a_check_that_dies_or_hangs_does_not_hold() -> None:
     def never(device: torch.device) -> Answer:
         raise AssertionError(device)
@@ -57,6 +58,7 @@ def test_a_false_claim_is_exit_code_one(monkeypatch: pytest.MonkeyPatch, holds: 
     assert program.main() == code
 
 
+@pytest.mark.faults
 def test_a_signal_ends_every_process_and_prints_what_is_known() -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--only", "versions", "bits"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from pipeline.cli.compose import choices, compose, default_groups, groups, known_keys, verbs
+from pipeline.cli.compose import choices, compose, default_groups, groups, known_keys, quote, verbs
 from pipeline.cli.errors import ConfigError, nearest
 from pipeline.cli.hooks import check_hooks
 from pipeline.cli.secrets import mask_secrets
@@ -92,7 +92,7 @@ def _expand_alias(verb: Verb, word: str, *, sweeps: bool) -> str:
     if not equals or key not in (*verb.aliases, *verb.text_keys) or value[:1] in ("{", "["):
         return word
     needs_no_quotes = value in ("", "null") or value[0] in "'\"" or (sweeps and "," in value)
-    quoted = value if needs_no_quotes else "'{}'".format(value.replace("'", "\\'"))
+    quoted = value if needs_no_quotes else quote(value)
     return f"{verb.aliases.get(key, key)}={quoted}"
 
 

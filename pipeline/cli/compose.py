@@ -35,6 +35,11 @@ def compose(verb: str, overrides: Sequence[str], *, with_hydra: bool = False) ->
     return config
 
 
+def quote(text: str) -> str:
+    """Return a text as a value that Hydra's grammar takes as it is."""
+    return "'{}'".format(text.replace("'", "\\'"))
+
+
 def check_trust(config: DictConfig, overrides: Sequence[str]) -> None:
     """Refuse `trust` unless it is one of the overrides. Raises: ConfigError."""
     trust = config.get("trust")

@@ -42,8 +42,8 @@ def table_console() -> Console:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print text as it is: without markup and colours, in one line however long."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print text as it is: without markup, emoji codes and colours, in one line however long."""
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def print_facts(console: Console, facts: Mapping[str, str]) -> None:

@@ -16,7 +16,6 @@ import torch
 from models.analysis.summary import summarize
 from models.learning.evaluation import TOP1
 from pipeline.evaluate.calibration import mcnemar_p
-from pipeline.runs.calibration import digest
 from pipeline.runs.restore import RestoredRun
 from pipeline.runs.run import Run
 
@@ -145,14 +144,14 @@ def find_pareto_front(runs: Sequence[ComparedRun], costs: Sequence[float | None]
 def _evaluations(restored: RestoredRun) -> dict[str, Path]:
     """Return the folders of evaluations of the run's own images with its best weights, by split."""
     image_size = restored.build_evaluation_crop().image_size
-    own = {"weights_sha256": digest(restored.weights_file), "image_size": image_size}
+    own = {"weights_sha256": restored.weights_sha256, "image_size": image_size}
     found: dict[str, Path] = {}
     for file in sorted(restored.run.evaluation.glob(f"*/{EVALUATION}")):
         try:
             evaluation = json.loads(file.read_text())
             images = restored.split_digest(str(evaluation["split"]))
             is_own = all(evaluation[name] == value for name, value in own.items())
-            is_own = is_own and evaluation["split_digest"] == images
+            is_own = is_own and evaluation.get("split_digest") == images
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error}): evaluate the run again") from error
         if is_own and (file.parent / PREDICTIONS).is_file():

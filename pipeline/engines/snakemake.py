@@ -33,7 +33,7 @@ POLL_SECONDS, END_SECONDS = 0.2, 6.0
 LOCKED = "CONVOY_LOCKED"  # environment variable of an engine whose study is locked
 LOCK_SECONDS = 10.0  # limit for an engine that a signal has stopped
 NAMED = 3  # steps in a reason
-KILLED_STEP = "At least one job did not complete"  # in Snakemake's error
+NO_EXIT_CODE = "At least one job did not complete"  # Snakemake's error, where no step has one either
 # A command for each that succeeds where the scheduler answers.
 SCHEDULERS = {"slurm": ("sinfo", "--noheader"), "kubernetes": ("kubectl", "get", "--raw=/readyz")}
 SCHEDULER_SECONDS = 30.0
@@ -100,9 +100,10 @@ def forget_other_parts(steps: Sequence[Step], folder: Path) -> None:
     """Let parts of data sets run again that another number of parts has replaced."""
     known = {folder / "done" / step.identity for step in steps}
     for file in folder.glob("done/*/*@*of*"):
-        if file not in known:
-            for other in file.parent.glob(f"{file.name.partition('@')[0]}@*of*"):
-                other.unlink()
+        dataset = file.with_name(file.name.partition("@")[0])
+        if dataset in known and file not in known:  # a data set that this command leaves out keeps its parts
+            for part in file.parent.glob(f"{dataset.name}@*of*"):
+                part.unlink()
 
 
 @contextmanager
@@ -120,11 +121,17 @@ def locked(folder: Path) -> Iterator[int]:
                 owner = file.read() or "another process"
                 raise ValueError(f"{folder} is run by {owner}: wait until that and its jobs have ended, or end it")
             time.sleep(POLL_SECONDS)
+        _name_owner(file.fileno(), f"pipeline.workflow, process {os.getpid()}")
         os.environ[LOCKED] = "1"
         try:
             yield file.fileno()
         finally:
             del os.environ[LOCKED]
+
+
+def _name_owner(lock: int, process: str) -> None:
+    os.ftruncate(lock, 0)
+    os.write(lock, f"{process} on {socket.gethostname()}".encode())
 
 
 def _has_locked(file: IO[str]) -> bool:
@@ -172,14 +179,14 @@ def render_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> di
 
 
 def find_current_steps(steps: Sequence[Step], folder: Path) -> set[str]:
-    """Return the steps that are done, by the rule of the engine: after their command and all that they need."""
+    """Return the steps that are done: with their command as it is now, and after all that they need."""
     times: dict[str, int] = {}
     for step in steps:  # each after those that it needs
         done, command = folder / "done" / step.identity, folder / "steps" / step.verb / f"{step.name}.json"
         with suppress(FileNotFoundError, KeyError):  # not done, or what it needs is not
-            time_ns = done.stat().st_mtime_ns
-            earlier = [command.stat().st_mtime_ns, *(times[one] for one in step.needs)]
-            if time_ns >= max(earlier):
+            time_ns, needed = done.stat().st_mtime_ns, [times[one] for one in step.needs]
+            ran_command = done.read_text().partition("\n")[2]
+            if ran_command == command.read_text() and time_ns >= max(needed, default=0):
                 times[step.identity] = time_ns
     return set(times)
 
@@ -245,23 +252,24 @@ def run(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock: int)
     it is killed.
     """
     since = dict.fromkeys((step.identity for step in steps), time.time_ns())
-    log, has_failed = folder / LOG, False
+    log, codes = folder / LOG, dict.fromkeys((step.identity for step in steps), 0)  # of each step's last try
     with log.open("w") as file, _group(words, output=file, lock=lock) as process:
-        os.ftruncate(lock, 0)
-        os.write(lock, f"Snakemake, process {process.pid} on {socket.gethostname()}".encode())
+        _name_owner(lock, f"Snakemake, process {process.pid}")
         is_over = False
         while not is_over:
             is_over = process.poll() is not None
             for ended in _ended(steps, folder, since=since):
-                has_failed = has_failed or ended.code != 0
+                codes[ended.step.identity] = ended.code
                 yield ended
             time.sleep(0 if is_over else POLL_SECONDS)
     if process.returncode < 0:
         raise FailureError(f"Snakemake was killed by signal {-process.returncode}: the same command continues")
-    if process.returncode and not has_failed:
+    if process.returncode and not any(codes.values()):
         reason = _reason(log.read_text())
-        if KILLED_STEP in reason:
-            raise FailureError(f"a step was killed, which {log} names: the same command continues")
+        if NO_EXIT_CODE in reason:
+            raise FailureError(
+                f"a step ended without an exit code, so it was killed or could not start: {log} names it"
+            )
         raise OSError(reason)
 
 

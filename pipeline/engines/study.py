@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.shards.dataset import ROWS_FOLDER, partial_folder
+from pipeline.cli.compose import quote
 from pipeline.cli.errors import ConfigError, nearest
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -253,8 +254,8 @@ def _short(key: str, value: object) -> str:
 
 
 def _quote(text: str) -> str:
-    """Quote a text for Hydra's grammar where it needs that."""
-    return text if re.fullmatch(r"[\w./+-]+", text, re.ASCII) else "'{}'".format(text.replace("'", "\\'"))
+    """Quote a text where Hydra's grammar needs that."""
+    return text if re.fullmatch(r"[\w./+-]+", text, re.ASCII) else quote(text)
 
 
 def _typed(value: object) -> str:

@@ -14,11 +14,11 @@ from pipeline.engines.snakemake import Ended
 from pipeline.engines.study import Step
 
 SHELL_SIGNALS = 128  # plus a signal: the exit code of what it has killed
-MEMORY = ", as by the kernel where memory is full"
+MEMORY = " (the kernel does this when memory is full)"
 
 
 def describe_end(ended: Ended, folder: Path) -> str:
-    """Return the line of a step that has ended: its result, or the last line of its log."""
+    """Return the line of a step that has ended: its result, the signal that killed it, or the last error of its log."""
     step, time = ended.step, timedelta(seconds=ended.seconds)
     if ended.code == 0:
         found = _top1(step)
@@ -36,7 +36,7 @@ def describe_end(ended: Ended, folder: Path) -> str:
 def build_table(steps: Sequence[Step], *, current: Container[str], failed: Container[str]) -> Table:
     """Return the trainings with their top-1 on the split that chose the weights, and in each evaluation.
 
-    Results of other than `current` steps are left out: they are those of other commands or of earlier steps.
+    Results of steps that are not `current` are left out: they belong to another command or to earlier inputs.
     """
     trainings = [step for step in steps if step.verb == "train"]
     evaluations = [step for step in steps if step.verb == "evaluate"]

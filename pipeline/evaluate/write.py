@@ -45,8 +45,16 @@ class Subject(NamedTuple):
 def subject_of(model: TrainedModel, dataset: Dataset, *, split: str, crop: CropPolicy) -> Subject:
     """Describe an evaluation."""
     run = model.run
-    weights, images = (run.weights_file.name, model.weights_sha256), (split, dataset.splits[split].digest)
-    return Subject(run.run.name, run.network, *weights, dataset.name, *images, crop.image_size)
+    return Subject(
+        run=run.run.name,
+        network=run.network,
+        weights=run.weights_file.name,
+        weights_sha256=model.weights_sha256,
+        dataset=dataset.name,
+        split=split,
+        split_digest=dataset.splits[split].digest,
+        image_size=crop.image_size,
+    )
 
 
 def write_evaluation(

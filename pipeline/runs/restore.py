@@ -42,6 +42,11 @@ class RestoredRun(RecordedConfig):
             raise FileNotFoundError(f"{self.run.folder} has no checkpoint yet: its first comes at the end of an epoch")
         return path
 
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The SHA-256 of that file, once it has been asked for. Raises: FileNotFoundError."""
+        return digest(self.weights_file)
+
     @property
     def is_best(self) -> bool:
         """Whether its weights are the best ones, for which an evaluation keeps temperature and threshold."""

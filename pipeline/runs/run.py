@@ -51,7 +51,7 @@ class Run:
 
     @property
     def own_files(self) -> set[str]:
-        """The names of files and folders, one of which is in a folder that a training has begun."""
+        """Names of which at least one exists in the folder of a run that has begun."""
         begun = (self.config_file, self.checkpoints.path, self.status_file, self.journal.path, self.result_file)
         return {".lock", *(path.name for path in begun)}
 
@@ -182,8 +182,8 @@ def open_run(settings: RunSettings, dataset: Dataset) -> Run:
     if settings.again is not None or settings.out is not None:
         run = Run(settings.out or settings.runs / name)
         present = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
-        if present and not present & run.own_files:
-            raise FileExistsError(f"{run.folder} has other files than a run: give a new folder, or an empty one")
+        if present and not present & run.own_files and is_main_process():  # rank 0 may be about to begin it
+            raise FileExistsError(f"{run.folder} has files, but none of a run: empty it, or add {NEW}")
         refuses = settings.again == Again.REFUSE and is_main_process()  # others may come after it has begun the run
         if refuses and run.config_file.is_file():
             raise FileExistsError(f"{run.folder} has a run already, and again=refuse: remove it, or leave again out")

@@ -16,7 +16,7 @@ from pipeline.engines.kubernetes.kubectl import Kubectl
 from pipeline.engines.kubernetes.manifest import RANGES, Settings, build_manifest
 
 DEFAULTS = Settings._field_defaults
-MANIFESTS = Path("manifests")  # of the jobs that have been applied
+MANIFESTS = Path("manifests")  # of the jobs that were to be applied
 
 
 class Parser(argparse.ArgumentParser):

@@ -132,7 +132,7 @@ def test_an_evaluation_of_other_weights_or_images_is_not_used(compare: Typed, ev
     prints = stale / "fingerprint.json"
     prints.write_text(json.dumps(json.loads(prints.read_text()) | {"digest of train": "0" * 64}))
     printed = compare(f"runs=[mine,{stale.name}]", "mlflow=false", "out=stale")
-    assert "the training images of these runs differ\n" in printed
+    assert f"different training images: {stale.name}; mine\n" in printed
     assert "The training images of these runs differ." in (evaluated / "stale" / "index.html").read_text()
     shutil.rmtree(stale)
 

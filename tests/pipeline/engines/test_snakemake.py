@@ -42,7 +42,10 @@ def test_a_study_is_run_by_one_process_at_a_time(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(snakemake, "LOCK_SECONDS", 0.3)
     with snakemake.locked(tmp_path / "study") as lock:
         engine = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
-    with pytest.raises(ValueError, match="study is run by another process"), snakemake.locked(tmp_path / "study"):
+    with (
+        pytest.raises(ValueError, match=r"study is run by pipeline\.workflow, process "),
+        snakemake.locked(tmp_path / "study"),
+    ):
         pass
     engine.kill()
     engine.wait()
@@ -57,6 +60,9 @@ def test_a_study_that_is_run_names_the_engine(tmp_path: Path, monkeypatch: pytes
         message = rf"is run by Snakemake, process \d+ on {socket.gethostname()}: wait until "
         with pytest.raises(ValueError, match=message), snakemake.locked(tmp_path):
             pass
+    message = rf"is run by pipeline\.workflow, process {os.getpid()} on "
+    with snakemake.locked(tmp_path), pytest.raises(ValueError, match=message), snakemake.locked(tmp_path):
+        pass
 
 
 def test_an_engine_with_a_killed_step_is_a_failure(tmp_path: Path) -> None:
@@ -69,28 +75,32 @@ def test_an_engine_with_a_killed_step_is_a_failure(tmp_path: Path) -> None:
 def test_another_number_of_parts_makes_all_parts_again(tmp_path: Path) -> None:
     done = tmp_path / "done" / "pack"
     done.mkdir(parents=True)
-    names = ("a", "a@1of2", "a@2of2", "b@1of2", "b@2of2", "c@1of3")
-    for name in names:
+    for name in ("a", "a@1of2", "a@2of2", "b@1of2", "b@2of2", "left", "left@1of3"):
         (done / name).touch()
-    steps = [Step("pack", name, (), (), tmp_path) for name in ("a", "a@1of3", "a@2of3", "a@3of3", *names[3:])]
-    snakemake.forget_other_parts(steps, tmp_path)
-    assert {path.name for path in done.iterdir()} == {"a", "b@1of2", "b@2of2", "c@1of3"}
+    names = ("a", "a@1of3", "a@2of3", "a@3of3", "b", "b@1of2", "b@2of2")
+    snakemake.forget_other_parts([Step("pack", name, (), (), tmp_path) for name in names], tmp_path)
+    assert {path.name for path in done.iterdir()} == {"a", "b@1of2", "b@2of2", "left", "left@1of3"}
 
 
 def test_a_step_is_current_after_its_command_and_all_that_it_needs(tmp_path: Path) -> None:
     needs = {"a": (), "b": ("train/a",), "c": ("train/b",), "d": ()}
     steps = [Step("train", name, (), need, tmp_path) for name, need in needs.items()]
-    for kind, ending in (("steps", ".json"), ("done", "")):
-        (tmp_path / kind / "train").mkdir(parents=True)
-        for number, name in enumerate(needs):
-            file = tmp_path / kind / "train" / f"{name}{ending}"
-            file.touch()
-            os.utime(file, (0, number + 10 * (kind == "done")))
+    commands, done = tmp_path / "steps" / "train", tmp_path / "done" / "train"
+    for folder in (commands, done):
+        folder.mkdir(parents=True)
+    for number, name in enumerate(needs):
+        (commands / f"{name}.json").write_text(f"command\n{name}")
+        (done / name).write_text(f"{number}\ncommand\n{name}")
+        os.utime(done / name, (0, number))
     assert snakemake.find_current_steps(steps, tmp_path) == {"train/a", "train/b", "train/c", "train/d"}
-    (tmp_path / "done" / "train" / "d").unlink()
+    (done / "d").unlink()
     assert snakemake.find_current_steps(steps, tmp_path) == {"train/a", "train/b", "train/c"}
-    os.utime(tmp_path / "steps" / "train" / "a.json", (0, 20))
+    (commands / "a.json").write_text("another")
     assert snakemake.find_current_steps(steps, tmp_path) == set()
+    (commands / "a.json").write_text("command\na")  # as it was
+    assert snakemake.find_current_steps(steps, tmp_path) == {"train/a", "train/b", "train/c"}
+    os.utime(done / "a", (0, 5))  # after b
+    assert snakemake.find_current_steps(steps, tmp_path) == {"train/a"}
 
 
 def test_the_cause_of_a_killed_step_is_the_signal(tmp_path: Path) -> None:
@@ -98,7 +108,7 @@ def test_the_cause_of_a_killed_step_is_the_signal(tmp_path: Path) -> None:
     (tmp_path / "logs" / "train").mkdir(parents=True)
     (tmp_path / "logs" / "train" / "a.log").write_text("step 1/2  loss 0.1\n")
     line = describe_end(snakemake.Ended(step, 137, 5), tmp_path)
-    assert "failed with exit code 137: killed by SIGKILL, as by the kernel where memory is full" in line
+    assert "failed with exit code 137: killed by SIGKILL (the kernel does this when memory is full)" in line
     assert "exit code 143: step 1/2" in describe_end(snakemake.Ended(step, 143, 5), tmp_path)
 
 

@@ -264,6 +264,7 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(
         ),
         (["study.evaluate.val=[split=tset]"], "error: evaluate/good/val: split=tset is not one of train, val, test"),
         (["study.export.weights=[format=onx]"], "error: export/good/weights: format=onx is not one of onnx, "),
+        (["+study.report.all=[layers=every]"], "error: report/good/all: layers=every is not one of some, all, none"),
         (["jobs=0"], "error: jobs=0 must be an integer of at least 1"),
         (["graph=steps.pdf"], "error: graph=steps.pdf must end in one of .dot, .png, .svg"),
         (["profile=lsf"], "error: profile=lsf is not one of kubernetes, local, slurm"),

@@ -67,7 +67,7 @@ def test_a_run_without_a_fingerprint_is_moved_aside_by_replace(train: Typed, tra
 
 
 def test_a_folder_of_other_files_becomes_no_run(train: Typed, trained: Run) -> None:
-    with pytest.raises(FileExistsError, match=r"^\. has other files than a run: give a new folder, or an empty one$"):
+    with pytest.raises(FileExistsError, match=r"^\. has files, but none of a run: empty it, or add name=NAME"):
         train(*WORDS[:-1], "out=.")
     train(*WORDS[:-1], "out=größe, 2", "again=replace")
     assert Run(trained.folder.with_name("größe, 2")).is_finished

@@ -37,6 +37,7 @@ def stop_at(line: str, root: Path, words: tuple[str, ...], *, by: signal.Signals
         return process.wait(), rest
 
 
+@pytest.mark.faults
 def test_a_run_stopped_repeatedly_ends_in_the_same_bits(train: Typed, with_digits: Path) -> None:
     # A network with batch norm, dropout and stochastic depth: running averages and random numbers must continue too.
     net = ("+model=mobilenet", "model.variant=mobilenet_v3_small", "model.stochastic_depth=0.2")
