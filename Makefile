@@ -33,7 +33,7 @@ test-faults: .venv/ready  ## kill, signal, damage and starve trainings, in 6 min
 test-soak: .venv/ready  ## the same for an hour
 	$(BIN)/python -m pytest -m soak
 
-test-engines: .venv/ready .workflow/ready  ## run studies on Snakemake, jobs on a Slurm played here, web servers, in 9 minutes on two cores
+test-engines: .venv/ready .workflow/ready  ## run studies on Snakemake, jobs on a Slurm played here, web servers, in 10 minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m engines -rs
 
 lint: .venv/ready  ## run ruff and mypy

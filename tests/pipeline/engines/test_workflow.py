@@ -271,7 +271,7 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_runs(project: Path, words: list[str], message: str) -> None:
-    given = words if words[0].startswith("+study") else ["+study=two", *words]
+    given = words if words[0].startswith("+study=") else ["+study=two", *words]
     answer = run_module(project / "work", "pipeline.workflow", *given, "name=wrong", root=project)
     assert answer.returncode == 1
     assert answer.stderr.startswith(message)
