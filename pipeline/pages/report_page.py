@@ -18,20 +18,9 @@ from pipeline.pages.charts import Dot, heat_map, layer_widths, line_over_layers,
 
 TEMPLATES = Path(__file__).with_name("templates")
 SIGNS = wording.TYPOGRAPHIC
-WORDS = (
-    "byte_count",
-    "fixed",
-    "hours",
-    "integer",
-    "percent",
-    "plural",
-    "rate",
-    "scaled_bytes",
-    "scaled_count",
-    "share",
-)
+WORDS = ("byte_count", "fixed", "integer", "percent", "plural", "rate", "scaled_bytes", "scaled_count", "share")
 FILTERS = {
-    **{name: getattr(wording, name) for name in (*WORDS, "short_count", "significant")},
+    **{name: getattr(wording, name) for name in (*WORDS, "hours", "short_count", "significant")},
     "anchor": lambda name: "section-" + name.lower().replace(" ", "-"),
     "exact": lambda value: f"{value:.12g}",  # for machines
     "field": lambda layer: wording.field_words(layer.rows, layer.columns, signs=SIGNS),

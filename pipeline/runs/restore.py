@@ -44,7 +44,7 @@ class RestoredRun(RecordedConfig):
 
     @cached_property
     def weights_sha256(self) -> str:
-        """The SHA-256 of that file, once it has been asked for. Raises: FileNotFoundError."""
+        """The SHA-256 of that file when it is first needed. Raises: FileNotFoundError."""
         return digest(self.weights_file)
 
     @property

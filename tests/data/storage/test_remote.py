@@ -76,7 +76,7 @@ def test_kept_versions_are_used_only_for_the_tars_of_the_index(
     file = photographs.splits["train"].shards[0].file
     s3.put(bucket, f"data/{file}", (photographs.root / photographs.splits["train"].shards[1].file).read_bytes())
     changed, _ = open_dataset(Url(remote), tmp_path)
-    assert load_versions(dataset, label_field="label") is None  # of before
+    assert load_versions(dataset, label_field="label") is None  # those of the earlier tars
     after = load_versions(changed, label_field="label")
     assert after is not None
     assert [name for name in after if after[name] != kept[name]] == [file]
