@@ -188,20 +188,16 @@ class RankWatch(pl.Callback):
 
     def _look_for_dead(self) -> None:
         """Find a rank of this machine whose process has ended without giving a cause."""
-        space = _process_space()
-        ended = [  # found before the children are polled: one that ends between the two has its status at the next look
-            rank
-            for rank, (its_space, process) in enumerate(self._places)
-            if its_space == space and rank != self._rank and not _is_running(process)
-        ]
         for local, child in enumerate(self._children, start=1):
-            status = child.poll()
+            status = child.poll()  # alone: a process is a zombie before its last thread has ended and it has a status
             if status in EXIT_CODES.values():  # alone: the ranks that stop together wait for this one
                 self._end_stopped(signal.SIGINT if status == EXIT_CODES[signal.SIGINT] else signal.SIGTERM)
-            elif status:
+            elif status is not None:
                 self._end_dead(self._rank + local, how_ended(status))
-        for rank in ended:
-            self._end_dead(rank, "has ended without an error message; the kernel may have killed it to free memory")
+        space, own = _process_space(), range(self._rank, self._rank + len(self._children) + 1)
+        for rank, (its_space, process) in enumerate(self._places):
+            if its_space == space and rank not in own and not _is_running(process):
+                self._end_dead(rank, "has ended without an error message; the kernel may have killed it to free memory")
 
     def _end_dead(self, rank: int, how: str) -> None:
         time.sleep(SECONDS_BETWEEN_LOOKS)  # its own cause may be on its way
