@@ -219,9 +219,18 @@ def assert_in_order(folder: Path) -> None:
         assert answer.returncode == 0, f"{words}: {answer.stdout[-2000:]}{answer.stderr[-500:]}"
 
 
-def test_a_network_is_a_builder_a_config_and_a_row(tmp_path: Path, digits: Dataset) -> None:
+def test_a_network_and_parts_of_a_training_are_a_file_and_a_config_each(tmp_path: Path, digits: Dataset) -> None:
     folder = copy_project(tmp_path)
+    shutil.copytree(digits.root, folder / "datasets" / "digits")
     add_network(folder)
+    add_parts(folder)
+    use_network(folder)
+    use_parts(folder)
+    assert_in_order(folder)
+
+
+def use_network(folder: Path) -> None:
+    """Run the network's tests, and train it."""
     quiet, golden_test = ("-p", "no:cacheprovider"), "tests/models/analysis/test_golden.py"
     golden = run_module(folder, "pytest", *quiet, "-k", "trinet", "--rewrite-golden", golden_test, root=folder)
     assert golden.returncode == 0, golden.stdout[-3000:]
@@ -229,27 +238,27 @@ def test_a_network_is_a_builder_a_config_and_a_row(tmp_path: Path, digits: Datas
     answer = run_module(folder, "pytest", *quiet, "-k", chosen, "tests/models", "tests/pipeline/cli", root=folder)
     assert answer.returncode == 0, answer.stdout[-3000:]
     assert int(answer.stdout.split(" passed")[0].split()[-1]) >= 15, answer.stdout
-    shutil.copytree(digits.root, folder / "datasets" / "digits")
     answer = run_module(folder, "pipeline.train", "+model=trinet", *SHORT, root=folder)
     assert answer.returncode == 0, answer.stderr
     assert "trinet, 6,418 parameters" in answer.stdout
-    assert_in_order(folder)
 
 
-def test_a_part_of_a_training_is_a_file_and_a_config(tmp_path: Path, digits: Dataset) -> None:
-    folder = copy_project(tmp_path)
+def add_parts(folder: Path) -> None:
+    """Add the code and the config of each part."""
     for code, text, config, values in PARTS.values():
         assert not (folder / code).exists()
         (folder / code).write_text(text)
         (folder / config).write_text(values)
-    shutil.copytree(digits.root, folder / "datasets" / "digits")
+
+
+def use_parts(folder: Path) -> None:
+    """Train with all parts."""
     chosen = ("augment=corner", "loss=focal", "optimizer=heavy", "schedule=triangle", "callbacks=shout")
     answer = run_module(folder, "pipeline.train", "+model=lenet", *chosen, *SHORT, "data.image_size=32", root=folder)
     assert answer.returncode == 0, answer.stderr
     assert len(PARTS) == 5
     assert "corner crops" in answer.stdout
     assert re.search("hooray HeavySGD .*focal_loss.*triangle", answer.stdout)
-    assert_in_order(folder)
 
 
 def test_a_source_of_images_is_a_function_and_a_config(tmp_path: Path) -> None:

@@ -15,9 +15,13 @@ import torch
 from PIL import Image
 
 from data.loading.inputs import file_source
-from pipeline import load
+from pipeline import load, pack
+from pipeline.evaluate import __main__ as evaluate
+from pipeline.export import __main__ as export
+from pipeline.predict import __main__ as predict
 from pipeline.runs.trained import TrainedModel
-from tests.support.commands import run_module
+from pipeline.train import __main__ as train
+from tests.support.commands import call_verb
 from tests.support.images import make_jpeg, orientation
 from tests.support.paths import ROOT
 from tests.support.serving import served_answers
@@ -50,15 +54,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = root / "photos" / ("val" if number < COUNT else "train") / f"class{number % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number:03d}.jpg").write_bytes(photograph(number))
-    for words in (
-        ("pipeline.pack", "source=folder", "source.root=photos", "name=photos"),
-        ("pipeline.train", *TRAIN),
-        ("pipeline.evaluate", "run=photos", "precision=0.5"),
-        ("pipeline.predict", "run=photos", "input=photos/val", "out=answers.jsonl", "top=3"),
-        ("pipeline.export", "run=photos", "register=photos"),
-    ):
-        answer = run_module(root, *words)
-        assert answer.returncode == 0, answer.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for verb, *words in (
+            (pack, "source=folder", "source.root=photos", "name=photos"),
+            (train, *TRAIN),
+            (evaluate, "run=photos", "precision=0.5"),
+            (predict, "run=photos", "input=photos/val", "out=answers.jsonl", "top=3"),
+            (export, "run=photos", "register=photos"),
+        ):
+            call_verb(verb.VERB, verb.main, words)
     return root
 
 
