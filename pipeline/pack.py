@@ -1,11 +1,22 @@
 """Pack images into shards: `python -m pipeline.pack source=folder source.root=PATH name=NAME`."""
 
 import time
+from pathlib import Path
 
 from omegaconf import DictConfig
 
+from pipeline.cli.errors import ConfigError
 from pipeline.cli.run import run_verb
 from pipeline.cli.verb import Verb
+
+
+def check_values(config: DictConfig) -> None:
+    """Raise ConfigError for values that no packing can have, whichever source it is of."""
+    if config.name == ".." or Path(str(config.name)).name != str(config.name):
+        raise ConfigError(f"name={config.name} is a path: out=FOLDER sets the data set's folder")
+    if not 0 <= config.val_fraction < 1:
+        raise ConfigError(f"val_fraction={config.val_fraction} must be at least 0 and less than 1")
+
 
 VERB = Verb(
     "pack",
@@ -17,6 +28,8 @@ VERB = Verb(
         "... part=merge": "a data set from its parts",
     },
     text_keys=("name", "out", "source.root", "part"),
+    minimums={"seed": 0, "shard_samples": 1, "resize": 1},
+    check_values=check_values,
 )
 
 

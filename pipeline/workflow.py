@@ -125,9 +125,7 @@ def check_step(step: Step, *, composed: Composed) -> None:
     try:
         complete = check_command_line(module.VERB, step.overrides, composed=composed)
         config = compose(step.verb, complete)
-        check_config(config, complete)
-        if hasattr(module, "check_values"):
-            module.check_values(config)
+        check_config(config, complete, verb=module.VERB)
         source = OmegaConf.select(config, "source.root") if step.verb == "pack" else None
         if source is not None and not Path(str(source)).exists() and not step.result.exists():
             raise ConfigError(f"source.root={source} does not exist")

@@ -24,8 +24,6 @@ def pack_source(config: DictConfig) -> Packed | int:
 
     Raises: FileExistsError, ValueError.
     """
-    if config.name == ".." or Path(str(config.name)).name != str(config.name):
-        raise ValueError(f"name={config.name} is a path: out=FOLDER sets the data set's folder")
     part = None if config.part is None else parse_part(str(config.part))
     source = build_object(
         config, "source", kind=Source, name=config.name, val_fraction=config.val_fraction, seed=config.seed

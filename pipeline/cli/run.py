@@ -21,7 +21,7 @@ from data.children import end_with_parent
 from pipeline.cli.check import HELP, check_command_line, overrides_in
 from pipeline.cli.compose import CONF, check_trust
 from pipeline.cli.environment import check_server
-from pipeline.cli.errors import FAILURE, one_line_errors
+from pipeline.cli.errors import FAILURE, ConfigError, one_line_errors
 from pipeline.cli.targets import check_targets
 from pipeline.cli.verb import Verb, help_text
 
@@ -52,12 +52,18 @@ def ended_by_timeouts() -> Iterator[None]:
         raise
 
 
-def check_config(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Check what a config makes of its overrides: trust, targets, the tracking server. Raises: ConfigError."""
+def check_config(config: DictConfig, overrides: Sequence[str], *, verb: Verb) -> None:
+    """Check what a config makes of its overrides: trust, targets, tracking server, values. Raises: ConfigError."""
     check_trust(config, overrides)
     check_targets(config)
     if not config.get("trust") and not any(word.startswith("tracking.uri=") for word in overrides):
         check_server(OmegaConf.select(config, "tracking.uri"))
+    for key, minimum in verb.minimums.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
+            raise ConfigError(f"{key}={value} must be an integer of at least {minimum}")
+    if verb.check_values is not None:
+        verb.check_values(config)
 
 
 def run_verb(verb: Verb, main: Callable[[DictConfig], None]) -> None:
@@ -68,7 +74,7 @@ def run_verb(verb: Verb, main: Callable[[DictConfig], None]) -> None:
 
     def guarded(config: DictConfig) -> None:  # errors must not reach Hydra, which adds a line to them
         with one_line_errors():
-            check_config(config, overrides)
+            check_config(config, overrides, verb=verb)
             main(config)
 
     with ended_by_timeouts(), one_line_errors():

@@ -1,9 +1,9 @@
 """A verb's declaration of its command line."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cli.compose import choices, compose, default_groups, groups
 
@@ -17,7 +17,8 @@ class Verb:
     `examples` maps arguments to what they do. `required_group` needs a choice unless one of `alternatives` is given.
     `implied` maps a key to the groups that set it and the choice to add when none of them was chosen. `aliases` are
     short keys; `text_keys` are always strings. A word without a key sets `positional`. `open_group` takes new keys with
-    a plus, which the verb checks itself.
+    a plus, which the verb checks itself. `minimums` are those of integers. `check_values` raises ConfigError for other
+    values that no command of the verb can have; it imports nothing heavy.
     """
 
     name: str
@@ -30,6 +31,8 @@ class Verb:
     text_keys: tuple[str, ...] = ()
     positional: str | None = None
     open_group: str | None = None
+    minimums: Mapping[str, int] = field(default_factory=dict)
+    check_values: Callable[[DictConfig], object] | None = None
 
     @property
     def groups(self) -> set[str]:

@@ -18,6 +18,23 @@ if TYPE_CHECKING:
     from pipeline.evaluate.job import EvaluationJob
     from pipeline.runs.restore import RestoredRun
 
+
+def check_values(config: DictConfig) -> None:
+    """Raise ConfigError for values that no evaluation can have, whichever run it is of."""
+    from data.shards.dataset import SPLITS
+
+    if config.split is not None and config.split not in SPLITS:
+        raise ConfigError(f"split={config.split} is not one of {', '.join(SPLITS)}{nearest(config.split, SPLITS)}")
+    if config.out is not None and Path(str(config.out)).is_file():
+        raise ConfigError(f"out={config.out} is a file: give a folder")
+    if config.dataset == "":
+        raise ConfigError("data= is empty: give the folder of a packed data set, or leave it out")
+    precision = config.precision
+    is_number = isinstance(precision, int | float) and not isinstance(precision, bool)
+    if precision is not None and not (is_number and 0 < precision <= 1):
+        raise ConfigError(f"precision={config.precision} must be a share above 0 and at most 1, such as 0.95")
+
+
 VERB = Verb(
     "evaluate",
     "Evaluate a trained run on images that did not train it.",
@@ -29,12 +46,13 @@ VERB = Verb(
     },
     aliases={"data": "dataset"},
     text_keys=("run", "dataset", "split", "versus", "out", "runs", "device"),
+    minimums={"batch_size": 1, "seed": 0},
+    check_values=check_values,
 )
 
 
 def main(config: DictConfig) -> None:
     """Print the metrics, and write a page, JSON and a table of predictions."""
-    check_values(config)
     with fast_imports():
         from pipeline.evaluate.job import build_job
         from pipeline.evaluate.ranks import joined_ranks
@@ -94,26 +112,6 @@ def default_folder(config: DictConfig, job: EvaluationJob) -> str:
     parts += [f"size-{config.size}"] if config.size is not None else []
     parts += [f"versus-{job.other.run.run.name}"] if job.other is not None else []
     return "-".join(parts)
-
-
-def check_values(config: DictConfig) -> None:
-    """Raise ConfigError for values that no evaluation can have, whichever run it is of."""
-    from data.shards.dataset import SPLITS
-
-    if config.split is not None and config.split not in SPLITS:
-        raise ConfigError(f"split={config.split} is not one of {', '.join(SPLITS)}{nearest(config.split, SPLITS)}")
-    if not isinstance(config.batch_size, int) or config.batch_size < 1:
-        raise ConfigError(f"batch_size={config.batch_size} must be an integer of at least 1")
-    if not isinstance(config.seed, int) or config.seed < 0:
-        raise ConfigError(f"seed={config.seed} must be an integer of at least 0")
-    if config.out is not None and Path(str(config.out)).is_file():
-        raise ConfigError(f"out={config.out} is a file: give a folder")
-    if config.dataset == "":
-        raise ConfigError("data= is empty: give the folder of a packed data set, or leave it out")
-    precision = config.precision
-    is_number = isinstance(precision, int | float) and not isinstance(precision, bool)
-    if precision is not None and not (is_number and 0 < precision <= 1):
-        raise ConfigError(f"precision={config.precision} must be a share above 0 and at most 1, such as 0.95")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from pipeline.cli.errors import FAILURE, ConfigError
 from pipeline.cli.run import fast_imports, run_verb
 from pipeline.cli.secrets import mask_address
 from pipeline.cli.verb import Verb
+from pipeline.export.settings import MIN_OPSET, ONNX, Form, read_forms
 
 if TYPE_CHECKING:
     from pipeline.export.files import Checks, Exported
-    from pipeline.export.settings import Form
     from pipeline.runs.restore import RestoredRun
     from pipeline.runs.trained import TrainedModel
     from pipeline.tracking.mlflow_tracker import MLflowTracker
@@ -33,13 +33,13 @@ VERB = Verb(
         "run=runs/NAME format=onnx register=NAME": "a version in MLflow's registry",
     },
     text_keys=("run", "out", "runs", "input", "register", "alias", "names"),
+    minimums={"compare_images": 1, "val_images": 1, "batch_size": 1, "image_size": 1, "opset": MIN_OPSET},
+    check_values=read_forms,
 )
 
 
 def main(config: DictConfig) -> None:
     """Write the files, compare each with the network, and register the ONNX file; failures exit with code 2."""
-    from pipeline.export.settings import ONNX, read_forms
-
     forms = read_forms(config)
     with fast_imports():
         from pipeline.export.files import DifferentAnswersError, export_files
@@ -60,13 +60,6 @@ def main(config: DictConfig) -> None:
         if registry is not None:
             file = folder / next(form.file_name for form in forms if form.format == ONNX)
             _register(config, model, file=file, tracker=registry, checks=checks)
-
-
-def check_values(config: DictConfig) -> None:
-    """Raise ConfigError for values that no export can have, whichever run it is of."""
-    from pipeline.export.settings import read_forms
-
-    read_forms(config)
 
 
 def _default_folder(run: RestoredRun) -> Path:

@@ -32,7 +32,6 @@ class Form:
 
 def read_forms(config: DictConfig) -> list[Form]:
     """Return the files to write. Raises: ConfigError for values that cannot be."""
-    _check_numbers(config)
     chosen = _words(config.format)
     formats = _known("format", FORMATS if chosen == ["all"] else chosen, known=FORMATS, also=("all",))
     precisions = _known("precision", _words(config.precision), known=PRECISIONS)
@@ -47,14 +46,6 @@ def read_forms(config: DictConfig) -> list[Form]:
     names = None if config.names is None else str(config.names)
     forms = [(one, precision, names if one == TENSORS else None) for one in formats for precision in precisions]
     return [Form(*form) for form in forms]
-
-
-def _check_numbers(config: DictConfig) -> None:
-    minimum = {"compare_images": 1, "val_images": 1, "batch_size": 1, "image_size": 1, "opset": MIN_OPSET}
-    for name, least in minimum.items():
-        value = config[name]
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ConfigError(f"{name}={value} must be an integer of at least {least}")
 
 
 def _words(value: object) -> list[str]:

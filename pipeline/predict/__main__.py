@@ -17,6 +17,16 @@ from pipeline.cli.verb import Verb
 if TYPE_CHECKING:
     from pipeline.runs.trained import TrainedModel
 
+MAX_BATCH_SIZE = 65_536  # images of a batch, classes of a row
+
+
+def check_values(config: DictConfig) -> None:
+    """Raise ConfigError for numbers that no prediction can have, whichever run it is of."""
+    for name in ("top", "batch_size"):
+        if not isinstance(config[name], int) or not 1 <= config[name] <= MAX_BATCH_SIZE:
+            raise ConfigError(f"{name}={config[name]} must be an integer from 1 to {MAX_BATCH_SIZE:,}")
+
+
 VERB = Verb(
     "predict",
     "Classify images with a trained run.",
@@ -26,15 +36,12 @@ VERB = Verb(
         "run=latest input=-": "paths on standard input",
     },
     text_keys=("run", "input", "out", "runs", "device"),
+    check_values=check_values,
 )
-MAX_BATCH_SIZE = 65_536  # images of a batch, classes of a row
 
 
 def main(config: DictConfig) -> None:
     """Write a row for each image; exit with code 2 if some could not be read."""
-    for name in ("top", "batch_size"):
-        if not isinstance(config[name], int) or not 1 <= config[name] <= MAX_BATCH_SIZE:
-            raise ConfigError(f"{name}={config[name]} must be an integer from 1 to {MAX_BATCH_SIZE:,}")
     with fast_imports():
         from rich.console import Console
         from rich.progress import track

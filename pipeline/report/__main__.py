@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from pipeline.cli.errors import ConfigError
 from pipeline.cli.run import fast_imports, run_verb
@@ -15,6 +15,25 @@ from pipeline.cli.verb import Verb
 if TYPE_CHECKING:
     from models.analysis.report import Report
     from pipeline.report.target import Target
+
+LAYER_CHOICES = ("some", "all", "none")
+
+
+def check_values(config: DictConfig) -> None:
+    """Raise ConfigError for values that no report can have, whichever network it is of."""
+    if config.layers not in LAYER_CHOICES:
+        raise ConfigError(f"layers={config.layers} is not one of {', '.join(LAYER_CHOICES)}")
+    subjects = ("model" in config, config.net is not None, config.run is not None, bool(config.models))
+    if sum(subjects) != 1:
+        raise ConfigError("a report needs exactly one of +model=NAME, net=FUNCTION, run=FOLDER, models=[NAME,...]")
+    if config.models and (config.check or config.weights.file is not None):
+        word = "check=true" if config.check else f"weights={config.weights.file}"
+        raise ConfigError(f"{word} is for the report of one network: leave it out with models=")
+    if config.weights.file is not None and not config.effective_images:
+        raise ConfigError(
+            f"weights={config.weights.file} is for the effective field, which effective_images=0 leaves out"
+        )
+
 
 VERB = Verb(
     "report",
@@ -30,37 +49,17 @@ VERB = Verb(
     alternatives=("models", "run", "net"),
     aliases={"weights": "weights.file"},
     text_keys=("weights.file", "run", "runs", "out", "photographs"),
+    minimums={"batch_size": 1, "effective_images": 0, "data.image_size": 1},
+    check_values=check_values,
 )
-LAYER_CHOICES = ("some", "all", "none")
 
 
 def main(config: DictConfig) -> None:
     """Print the report of one network or a comparison of several, and write it as a page and as tables."""
-    check_values(config)
     if config.models:
         _compare(config)
     else:
         report_one(config)
-
-
-def check_values(config: DictConfig) -> None:
-    """Raise ConfigError for values that no report can have, whichever network it is of."""
-    if config.layers not in LAYER_CHOICES:
-        raise ConfigError(f"layers={config.layers} is not one of {', '.join(LAYER_CHOICES)}")
-    for name, minimum in (("batch_size", 1), ("effective_images", 0), ("data.image_size", 1)):
-        value = OmegaConf.select(config, name)
-        if value is not None and (not isinstance(value, int) or value < minimum):
-            raise ConfigError(f"{name}={value} must be an integer, at least {minimum}")
-    subjects = ("model" in config, config.net is not None, config.run is not None, bool(config.models))
-    if sum(subjects) != 1:
-        raise ConfigError("a report needs exactly one of +model=NAME, net=FUNCTION, run=FOLDER, models=[NAME,...]")
-    if config.models and (config.check or config.weights.file is not None):
-        word = "check=true" if config.check else f"weights={config.weights.file}"
-        raise ConfigError(f"{word} is for the report of one network: leave it out with models=")
-    if config.weights.file is not None and not config.effective_images:
-        raise ConfigError(
-            f"weights={config.weights.file} is for the effective field, which effective_images=0 leaves out"
-        )
 
 
 def report_one(config: DictConfig) -> None:

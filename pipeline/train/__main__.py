@@ -19,6 +19,7 @@ VERB = Verb(
     implied={"data.root": (("data", "experiment"), "data=shards")},
     aliases={"weights": "weights.file"},
     text_keys=("weights.file", "weights.sha256", "name", "runs", "out", "data.root", "data.index", "data.cache"),
+    minimums={"recipe.epochs": 1, "recipe.accumulate": 1, "data.batch_size": 1, "data.image_size": 1, "log_every": 1},
 )
 
 

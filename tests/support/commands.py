@@ -74,7 +74,7 @@ def call_verb(verb: Verb, main: Callable[[DictConfig], None], words: list[str]) 
     """Run a verb in this process, which has loaded torch."""
     arguments = check_command_line(verb, words)
     config = compose(verb.name, arguments)
-    check_config(config, arguments)
+    check_config(config, arguments, verb=verb)
     main(config)
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.processes import interruptible
 
 HEAD = """
 import ctypes, signal, sys, threading, time
@@ -65,17 +66,13 @@ STOPS = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
 @contextmanager
 def running(script: str) -> Iterator[subprocess.Popen[str]]:
     """Start a script, and wait until it is ready."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # else a background job would ignore it
     command = [sys.executable, "-c", HEAD + script]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    try:
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            yield process
-            process.kill()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with interruptible(), subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
 
 
 @pytest.mark.parametrize(("number", "code"), STOPS)

@@ -31,6 +31,7 @@ from pipeline.engines.kubernetes.node import STOP_SECONDS
 from tests.support.commands import run_module
 from tests.support.kubectl import FakeCluster, pod, write_cluster
 from tests.support.paths import ROOT
+from tests.support.processes import interruptible
 
 SETTINGS = Settings("team/convoy:1", "shared", Path("/data"), Path("/data/work"), nodes=2, gpus=8, secret="mlflow")
 COMMAND = ("pipeline.train", "+model=resnet", "out=studies/a/runs/ResNet_50", "trainer.x=$(HOSTNAME)")
@@ -297,13 +298,12 @@ def test_a_signal_deletes_the_job(cluster: FakeCluster, number: signal.Signals, 
     cluster.play("Created")
     command = [sys.executable, "-m", "pipeline.engines.kubernetes", *WORDS]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=cluster.folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    folder, pipe = cluster.folder, subprocess.PIPE
+    with interruptible(), subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, text=True) as process:
         assert process.stdout is not None
         (written,) = re.findall(r"^wrote (manifests/train-\w+.yaml)$", process.stdout.readline().strip())
         assert process.stdout.readline().endswith("is in the cluster\n")
-        assert yaml.safe_load((cluster.folder / written).read_text()) == json.loads(
-            (cluster.folder / "applied.json").read_text()
-        )
+        assert yaml.safe_load((folder / written).read_text()) == json.loads((folder / "applied.json").read_text())
         process.send_signal(number)
         assert process.wait(20) == code
         assert process.stdout.read().endswith("is being deleted: its pods save and end\n")

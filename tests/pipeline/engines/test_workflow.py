@@ -259,6 +259,14 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(
             "error: train/good: there is no recipe.epoch",
         ),
         (
+            ["study.train.overrides=[+model=lenet,recipe.epochs=-1]"],
+            "error: train/good: recipe.epochs=-1 must be an integer of at least 1",
+        ),
+        (
+            ["study.data.digits.pack=[source=digits,val_fraction=2]"],
+            "error: pack/digits: val_fraction=2 must be at least 0 and less than 1",
+        ),
+        (
             ["study.data.digits.pack=[source=folder,source.root=none]"],
             "error: pack/digits: source.root=none does not exist",
         ),

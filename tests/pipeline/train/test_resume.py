@@ -20,6 +20,7 @@ from pipeline.runs.status import State, write_status
 from tests.support.commands import MINE, Typed, journal
 from tests.support.damage import flip_bit
 from tests.support.paths import ROOT
+from tests.support.processes import interruptible
 from tests.support.resume import differences, results
 
 
@@ -27,9 +28,8 @@ def stop_at(line: str, root: Path, words: tuple[str, ...], *, by: signal.Signals
     """Start a run and send it a signal as soon as it prints `line`; return the exit code and the rest of its output."""
     command = [sys.executable, "-m", "pipeline.train", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # Background jobs of a shell ignore SIGINT and pass that on to children; a Python handler is not inherited.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with interruptible(), subprocess.Popen(command, cwd=root, env=environment, stdout=pipe, text=True) as process:
         assert process.stdout is not None
         assert any(line in printed for printed in process.stdout), "it ended before it could be stopped"
         process.send_signal(by)
