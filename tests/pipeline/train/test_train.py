@@ -133,7 +133,7 @@ def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Pat
         (["seed=-1"], "seed=-1 must be at least 0 and less than 2^32"),
         (["+optimizer=adamw"], "+optimizer=adamw needs no plus: optimizer=adamw"),
         (["data=shards", "data.root=fotos ä=1"], "data.root=fotos ä=1 is not a folder"),
-        (["data.image_size=0"], "data.image_size=0 must be at least 1"),
+        (["data.image_size=0"], "data.image_size=0 must be an integer of at least 1"),
         (["recipe.loss.label_smoothing=2.0"], "recipe.loss.label_smoothing=2.0 must be at least 0"),
         (
             ["choose_by=f2"],
