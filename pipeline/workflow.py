@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.cli.errors import FAILURE, USER_ERROR, ConfigError
-from pipeline.cli.run import check_config, run_verb
+from pipeline.cli.run import run_verb
 from pipeline.cli.verb import Verb
 
 if TYPE_CHECKING:
-    from pipeline.cli.check import Composed
     from pipeline.engines.snakemake import Profile
     from pipeline.engines.study import Step
 
@@ -42,6 +41,7 @@ def main(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from pipeline.engines import snakemake
+    from pipeline.engines.checks import check_commands, check_tars
     from pipeline.engines.study import build_steps
 
     name = str(config.name or HydraConfig.get().runtime.choices["study"])
@@ -53,9 +53,7 @@ def main(config: DictConfig) -> None:
     steps = build_steps({str(key): value for key, value in study.items()}, folder)
     if config.trust:
         steps = [step.trusted() for step in steps]
-    composed: Composed = {}
-    for step in drop_equal_commands(steps):
-        check_step(step, composed=composed)
+    check_commands(steps)
     profile, is_shown = build_profile(config), config.dry_run or config.graph is not None
     if not is_shown:
         check_tars(steps)
@@ -98,54 +96,6 @@ def build_profile(config: DictConfig) -> Profile:
         for verb, named in values["resources"].items()
     }
     return Profile(values["scheduler"], values["executor"], jobs, prefix, resources, values["arguments"])
-
-
-def drop_equal_commands(steps: Sequence[Step]) -> list[Step]:
-    """Return one step of those that differ only in the folders of runs, which composing does not read."""
-    folders = ("run=", "runs=", "out=")
-    found: dict[tuple[str, ...], Step] = {}
-    for step in steps:
-        found.setdefault((step.verb, *(word for word in step.overrides if not word.startswith(folders))), step)
-    return list(found.values())
-
-
-def check_step(step: Step, *, composed: Composed) -> None:
-    """Compose and check the command of a step. Raises: ConfigError, with the step's name."""
-    from importlib import import_module
-
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from pipeline.cli.check import check_command_line
-    from pipeline.cli.compose import compose
-    from pipeline.cli.errors import one_line
-
-    package = step.verb in ("train", "evaluate", "report", "export", "predict")
-    module = import_module(f"pipeline.{step.verb}{'.__main__' if package else ''}")
-    try:
-        complete = check_command_line(module.VERB, step.overrides, composed=composed)
-        config = compose(step.verb, complete)
-        check_config(config, complete, verb=module.VERB)
-        source = OmegaConf.select(config, "source.root") if step.verb == "pack" else None
-        if source is not None and not Path(str(source)).exists() and not step.result.exists():
-            raise ConfigError(f"source.root={source} does not exist")
-    except (ConfigError, HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{step.identity}: {one_line(error)}") from None
-
-
-def check_tars(steps: Sequence[Step]) -> None:
-    """Look for the tars that are to be indexed. Raises: ConfigError, with the step's name, where there are none."""
-    from data.shards.indexing import find_tars
-    from data.storage.location import parse_root
-    from pipeline.cli.errors import one_line
-
-    for step in steps:
-        if step.verb == "index" and "@" not in step.name and not step.result.exists():
-            words = dict(word.split("=", 1) for word in step.overrides)
-            try:
-                find_tars(parse_root(words["root"]), Path(words["out"]))
-            except (ValueError, OSError) as error:
-                raise ConfigError(f"{step.identity}: {one_line(error)}") from None
 
 
 def print_plan(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> None:
