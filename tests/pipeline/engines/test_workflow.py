@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -217,6 +218,29 @@ def test_a_study_cannot_change_the_commands_of_a_profile(project: Path) -> None:
     assert answer.returncode == 1
     assert answer.stderr.startswith("error: the study changes the profile, which does not count")
     assert not (project / "work" / "ran").exists()
+
+
+def test_an_engine_that_is_signalled_at_any_moment_ends(project: Path) -> None:
+    """Snakemake's own handler waits for a lock that the interrupted code may hold."""
+    command = [sys.executable, "-m", "pipeline.workflow", "+study=two", "name=signalled", "~study.train.runs.bad"]
+    environment = {**os.environ, "PYTHONPATH": str(project)}
+    folder, end = project / "work" / "studies" / "signalled", time.monotonic() + 60
+    with subprocess.Popen(command, cwd=project / "work", env=environment) as process:
+        while not (folder / "logs" / "train" / "good.log").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        (engine,) = psutil.Process(process.pid).children()
+        end = time.monotonic() + 60
+        with suppress(psutil.NoSuchProcess):
+            while time.monotonic() < end:  # also while it registers the end of the training
+                engine.terminate()
+                time.sleep(0.0002)
+        process.wait(1)
+    log = (folder / "snakemake.log").read_text()
+    assert "Will exit after finishing currently running jobs" in log
+    assert "RecursionError" not in log, "handlers that wait for each other"
+    assert (folder / "done" / "train" / "good").exists()
+    assert not (folder / "done" / "evaluate").exists(), "no step began after the signals"
+    assert workflow(project, "name=signalled", "~study.train.runs.bad").returncode == 0
 
 
 @pytest.mark.parametrize(("to", "number", "code"), [("the command", 15, 143), ("the engine", 9, 2)])
