@@ -54,9 +54,9 @@ def main(config: DictConfig) -> None:
     if config.trust:
         steps = [step.trusted() for step in steps]
     check_commands(steps)
+    check_tars(steps)
     profile, is_shown = build_profile(config), config.dry_run or config.graph is not None
     if not is_shown:
-        check_tars(steps)
         snakemake.check_scheduler(profile.scheduler)
     program = snakemake.build_environment()
     arguments = [*(["--keep-going"] if config.keep_going else []), *ENGINE_ARGUMENTS]

@@ -69,7 +69,7 @@ def build_steps(study: Tree, folder: Path) -> list[Step]:
     _check_keys(study, STUDY_KEYS, place="study")
     data = _group(study, "data", place="study")
     if not data:
-        raise ConfigError("study.data is empty: name a data set, as in study.data.digits.pack=[source=digits]")
+        raise ConfigError("study.data is empty: name a data set, as in +study.data.digits.pack=[source=digits]")
     trainings = _trainings(_group(study, "train", place="study"), data=list(data))
     steps = [step for name, one in data.items() for step in _data_steps(name, one, folder=folder)]
     known = {step.name: step for step in steps}
@@ -140,7 +140,7 @@ def _trainings(train: Tree, *, data: Sequence[str]) -> list[Training]:
                 weights = "-".join([weights, *(_short(key, value) for key, value in point.items())])
             found[full] = training._replace(name=full, overrides=words, weights=weights)
     if not found:
-        raise ConfigError("study.train.runs is empty: name a run, as in study.train.runs.resnet=[+model=resnet]")
+        raise ConfigError("study.train.runs is empty: name a run, as in +study.train.runs.resnet=[+model=resnet]")
     for one in found.values():
         if one.weights is not None and one.weights not in found:
             raise ConfigError(
@@ -153,6 +153,8 @@ def _training(name: str, found: object, *, data: Sequence[str]) -> Training:
     place = f"study.train.runs.{name}"
     if isinstance(found, list):
         found = {"overrides": found}
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{place}={found} must be a list of overrides, as in [+model=resnet], or a group of keys")
     one = _mapping(found, place=place)
     _check_keys(one, RUN_KEYS, place=place)
     which, weights = one.get("data", data[0]), one.get("weights")

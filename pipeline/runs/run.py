@@ -27,6 +27,7 @@ from pipeline.runs.fingerprint import (
 from pipeline.runs.journal import Journal
 from pipeline.runs.status import read_process
 
+NONFINITE = "nonfinite.json"  # in the folder: all samples of the step that diverged
 NEW = "name=NAME or another out=FOLDER"
 LOCK_SECONDS = 2.0  # other commands take the lock for a moment, to find out whether a process trains the run
 
@@ -103,6 +104,7 @@ class Run:
     def begin(self, fingerprint: Fingerprint, config: str) -> None:
         """Create the folder; write the fingerprint and the composed config, a YAML text."""
         self.checkpoints.path.mkdir(parents=True, exist_ok=True)
+        (self.folder / NONFINITE).unlink(missing_ok=True)  # of a step that is taken again
         write_atomically(self.fingerprint_file, json.dumps(fingerprint, indent=1).encode() + b"\n")
         write_atomically(self.config_file, with_digest(config).encode())
 

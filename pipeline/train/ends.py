@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from pipeline.cli.errors import FailureError, exit_code, is_failure, one_line
 from pipeline.cli.signals import EXIT_CODES, stop_signals
+from pipeline.runs.run import NONFINITE
 from pipeline.runs.status import State
-
-NONFINITE = "nonfinite.json"  # in the run's folder: all samples of the step
 
 
 class Ending(NamedTuple):

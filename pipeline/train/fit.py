@@ -28,6 +28,7 @@ from pipeline.cli.signals import EXIT_CODES, stop_signals
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.runs.checkpoints import Checkpoint
 from pipeline.runs.fingerprint import Fingerprint, fingerprint
+from pipeline.runs.run import NONFINITE
 from pipeline.runs.status import State, write_status
 from pipeline.train.callbacks.compiling import CompileNetwork
 from pipeline.train.callbacks.divergence import GuardFinite
@@ -37,7 +38,7 @@ from pipeline.train.callbacks.ranks import RankWatch
 from pipeline.train.callbacks.saving import SaveCheckpoints
 from pipeline.train.callbacks.seeding import SeedEachBatch
 from pipeline.train.callbacks.stopping import StopTogether
-from pipeline.train.ends import NONFINITE, DivergedError, Ending, RanksDifferError, Stopped, ending_of
+from pipeline.train.ends import DivergedError, Ending, RanksDifferError, Stopped, ending_of
 from pipeline.train.job import Job
 from pipeline.train.summary import outcome, print_missing, run_header, run_result, saving_of
 from pipeline.train.weights import load_initial_weights

@@ -127,7 +127,7 @@ def test_a_data_set_that_is_packed_needs_no_step_and_foreign_tars_an_index(tmp_p
         ({"data": {"a/b": {"root": "x"}}}, "study.data.a/b: a/b cannot name a folder"),
         ({"data": {"pets": {"root": "x", "parts": 0}}}, "study.data.pets.parts=0 must be an integer of at least 1"),
         ({"train": {"runs": {}}}, "study.train.runs is empty: name a run"),
-        ({"train": {"runs": {"a": "+model=x"}}}, r"study.train.runs.a=\+model=x must be a group of keys"),
+        ({"train": {"runs": {"a": "+model=x"}}}, r"study.train.runs.a=\+model=x must be a list of over"),
         ({"train": {"runs": {"a": ["model"]}}}, "study.train.runs.a.overrides=.* must be a list of overrides"),
         ({"train": {"runs": {"a": {"data": "petz"}}}}, "study.train.runs.a.data=petz is not one of pets: did you mean"),
         ({"train": {"runs": {"a": {"weights": "b"}}}}, "study.train.runs.a.weights=b is not one of its runs"),

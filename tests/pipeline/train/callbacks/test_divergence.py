@@ -137,3 +137,16 @@ def test_no_checkpoint_holds_a_value_that_is_not_finite(part: str) -> None:
     (weights["net.weight"] if part == "state_dict" else moments[0]["state"][0]["momentum_buffer"])[1] = torch.inf
     with pytest.raises(NonFiniteStateError, match=r"step 7 left NaN or infinite values in .*(weight|momentum_buffer)"):
         check_finite(state)
+
+
+def test_a_run_that_is_sound_again_names_no_samples(
+    train: Typed, with_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = with_digits / "runs" / "mine" / "nonfinite.json"
+    monkeypatch.setenv("FAIL", "0,0,nan")
+    with pytest.raises(DivergedError):
+        train(*WORDS)
+    assert file.is_file()
+    monkeypatch.setenv("FAIL", "0,-1,none")
+    train(*WORDS, "recipe.optimizer.lr=0.01")
+    assert not file.exists()
