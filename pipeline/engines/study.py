@@ -153,9 +153,7 @@ def _training(name: str, found: object, *, data: Sequence[str]) -> Training:
     place = f"study.train.runs.{name}"
     if isinstance(found, list):
         found = {"overrides": found}
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{place}={found} must be a list of overrides, as in [+model=resnet], or a group of keys")
-    one = _mapping(found, place=place)
+    one = _mapping(found, place=place, rule="must be a list of overrides, as in [+model=resnet], or a group of keys")
     _check_keys(one, RUN_KEYS, place=place)
     which, weights = one.get("data", data[0]), one.get("weights")
     if which not in data:
@@ -220,9 +218,9 @@ def _flatten(tree: Tree) -> Iterator[tuple[str, object]]:
             yield key, value
 
 
-def _mapping(found: object, *, place: str) -> Tree:
+def _mapping(found: object, *, place: str, rule: str = "must be a group of keys") -> Tree:
     if not isinstance(found, Mapping):
-        raise ConfigError(f"{place}={found} must be a group of keys")
+        raise ConfigError(f"{place}={found} {rule}")
     return {str(key): value for key, value in found.items()}
 
 

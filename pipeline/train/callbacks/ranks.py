@@ -189,7 +189,7 @@ class RankWatch(pl.Callback):
     def _look_for_dead(self) -> None:
         """Find a rank of this machine whose process has ended without giving a cause."""
         for local, child in enumerate(self._children, start=1):
-            status = child.poll()  # alone: a process is a zombie before its last thread has ended and it has a status
+            status = child.poll()  # for a while, a process whose threads are still ending is a zombie without one
             if status in EXIT_CODES.values():  # alone: the ranks that stop together wait for this one
                 self._end_stopped(signal.SIGINT if status == EXIT_CODES[signal.SIGINT] else signal.SIGTERM)
             elif status is not None:
