@@ -234,7 +234,7 @@ def test_an_engine_that_is_signalled_at_any_moment_ends(project: Path) -> None:
             while time.monotonic() < end:  # also while it registers the end of the training
                 engine.terminate()
                 time.sleep(0.0002)
-        process.wait(1)
+        process.wait(20)
     log = (folder / "snakemake.log").read_text()
     assert "Will exit after finishing currently running jobs" in log
     assert "RecursionError" not in log, "handlers that wait for each other"
