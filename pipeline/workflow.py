@@ -41,7 +41,7 @@ def main(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from pipeline.engines import snakemake
-    from pipeline.engines.checks import check_commands, check_tars
+    from pipeline.engines.checks import check_commands, check_prefixes, check_tars
     from pipeline.engines.study import build_steps
 
     name = str(config.name or HydraConfig.get().runtime.choices["study"])
@@ -53,9 +53,10 @@ def main(config: DictConfig) -> None:
     steps = build_steps({str(key): value for key, value in study.items()}, folder)
     if config.trust:
         steps = [step.trusted() for step in steps]
+    profile, is_shown = build_profile(config), config.dry_run or config.graph is not None
+    check_prefixes(profile)
     check_commands(steps)
     check_tars(steps)
-    profile, is_shown = build_profile(config), config.dry_run or config.graph is not None
     if not is_shown:
         snakemake.check_scheduler(profile.scheduler)
     program = snakemake.build_environment()

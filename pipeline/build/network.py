@@ -1,20 +1,26 @@
-"""From a config to a network and its Lightning module, and whether they fit the data."""
+"""From a config to a network and its Lightning module, and whether they fit the crops and the data."""
 
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from data.loading.crops import CropPolicy
 from models.analysis.trace import FORWARD_ERRORS, TraceError, dtype_of, trace
 from models.learning.recipe import Recipe
 from pipeline.build.objects import build_object
 
+# Options in `conf/trainer/`, and `num_nodes`.
+OWN_OPTIONS = {"_target_", "accelerator", "devices", "num_nodes", "strategy", "compile", "precision"}
+
 if TYPE_CHECKING:  # reports load neither Lightning nor DALI
-    from data.loading.datamodule import ShardData
     from data.shards.dataset import Dataset
     from models.learning.classifier import Classifier
 
@@ -65,9 +71,36 @@ def network_name(config: DictConfig) -> str:
     return str(config.model.get("variant", config.model._target_))
 
 
-def check_image_size(config: DictConfig, net: nn.Module, *, data: ShardData) -> None:
-    """Raise ValueError unless the network accepts the images of both crops."""
-    for size in sorted({data.training_crop.image_size, data.evaluation_crop.image_size}):
+def build_crops(config: DictConfig) -> list[CropPolicy]:
+    """Build the crops of training and evaluation. Raises: ValueError."""
+    return [build_object(config, f"augment.{name}", kind=CropPolicy) for name in ("training", "evaluation")]
+
+
+def check_training(config: DictConfig) -> None:
+    """Build the parts of a training that need no data set, and check that the network accepts its crops.
+
+    Raises: ValueError, as the training would.
+    """
+    build_recipe(config)
+    sizes = [crop.image_size for crop in build_crops(config)]
+    model = OmegaConf.to_container(config.model, resolve=True)
+    _check_network(json.dumps({"model": model, "trust": config.trust}), tuple(sizes))
+    if not OWN_OPTIONS.issuperset(config.trainer):
+        from pipeline.build.trainer import check_options  # Lightning takes seconds
+
+        check_options(config.trainer)
+
+
+@lru_cache
+def _check_network(described: str, sizes: tuple[int, ...]) -> None:
+    """Check a network that JSON describes, once in a process: trainings of a study differ in other values."""
+    config = OmegaConf.create(json.loads(described))
+    check_image_sizes(config, build_network(config), sizes=sizes)
+
+
+def check_image_sizes(config: DictConfig, net: nn.Module, *, sizes: Sequence[int]) -> None:
+    """Raise ValueError unless the network accepts square images of all these sides in pixels."""
+    for size in sorted({*sizes}):
         try:
             check_forward(net, size)
         except ValueError as error:

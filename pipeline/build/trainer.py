@@ -50,7 +50,7 @@ def build_trainer(
     Raises: ValueError for unknown or reserved options, devices that the machine does not have, or a sweep over several
     processes.
     """
-    _check_options(config.trainer)
+    check_options(config.trainer)
     # `compile` is ours: Lightning's Trainer has no such option.
     plain = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(plain, dict)
@@ -167,7 +167,8 @@ def no_gpu_reason() -> str:
     return ""
 
 
-def _check_options(options: DictConfig) -> None:
+def check_options(options: DictConfig) -> None:
+    """Raise ValueError for an option that Lightning's Trainer does not have, or that another key sets."""
     known = inspect.signature(pl.Trainer).parameters
     for name in map(str, options):
         if name in ("_target_", "compile"):

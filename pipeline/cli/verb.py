@@ -18,7 +18,8 @@ class Verb:
     `implied` maps a key to the groups that set it and the choice to add when none of them was chosen. `aliases` are
     short keys; `text_keys` are always strings. A word without a key sets `positional`. `open_group` takes new keys with
     a plus, which the verb checks itself. `minimums` are those of integers. `check_values` raises ConfigError for other
-    values that no command of the verb can have; it imports nothing heavy.
+    values that no command of the verb can have; it imports nothing heavy. `check_objects` raises ValueError for objects
+    that cannot be built; a study calls it before anything runs.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Verb:
     open_group: str | None = None
     minimums: Mapping[str, int] = field(default_factory=dict)
     check_values: Callable[[DictConfig], object] | None = None
+    check_objects: Callable[[DictConfig], object] | None = None
 
     @property
     def groups(self) -> set[str]:

@@ -1,11 +1,15 @@
 """Checks of a study's commands, before any of them runs."""
 
+import re
+import shlex
+import shutil
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import dropwhile
 from pathlib import Path
 
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.shards.indexing import find_tars
@@ -14,9 +18,13 @@ from data.storage.location import parse_root
 from pipeline.cli.check import Composed, check_command_line
 from pipeline.cli.compose import compose
 from pipeline.cli.errors import ConfigError, one_line
-from pipeline.cli.run import check_config
+from pipeline.cli.run import check_config, fast_imports
+from pipeline.engines.kubernetes.options import read_options
+from pipeline.engines.snakemake import Profile
 from pipeline.engines.study import Step
 
+KUBERNETES = "pipeline.engines.kubernetes"
+ASSIGNMENT = re.compile(r"\w+=")  # of an environment variable, before a program
 STEPS_OF_A_TASK = 20  # which take as long as the start of a process
 
 
@@ -26,6 +34,20 @@ def check_commands(steps: Sequence[Step]) -> None:
     tasks = [different[start : start + STEPS_OF_A_TASK] for start in range(0, len(different), STEPS_OF_A_TASK)]
     sizes = [len(task) for task in tasks]
     map_tasks(_check_steps, tasks, sizes=sizes, workers=available_cores(), label="checking", unit="commands")
+
+
+def check_prefixes(profile: Profile) -> None:
+    """Check the words before `python`: programs of this machine, options of Kubernetes. Raises: ConfigError."""
+    for verb, prefix in profile.prefix.items():
+        words = list(dropwhile(ASSIGNMENT.match, shlex.split(prefix)))
+        if words and profile.executor == "local" and shutil.which(words[0]) is None:
+            raise ConfigError(f"profile.prefix.{verb}={prefix}: there is no program {words[0]}")
+        if KUBERNETES in words:
+            options = words[words.index(KUBERNETES) + 1 :]
+            try:
+                read_options(options[: options.index("--")] if "--" in options else options, folder=Path.cwd())
+            except ConfigError as error:
+                raise ConfigError(f"profile: {error}") from None
 
 
 def check_tars(steps: Sequence[Step]) -> None:
@@ -58,11 +80,23 @@ def _check_steps(steps: Sequence[Step]) -> None:
 
 
 def _check_step(step: Step, *, composed: Composed) -> None:
-    package = step.verb in ("train", "evaluate", "report", "export", "predict")
-    verb = import_module(f"pipeline.{step.verb}{'.__main__' if package else ''}").VERB
-    complete = check_command_line(verb, step.overrides, composed=composed)
-    config = compose(step.verb, complete)
-    check_config(config, complete, verb=verb)
+    config = check_command(step.verb, step.overrides, composed=composed)
     source = OmegaConf.select(config, "source.root") if step.verb == "pack" else None
     if source is not None and not Path(str(source)).exists() and not step.result.exists():
         raise ConfigError(f"source.root={source} does not exist")
+
+
+def check_command(name: str, overrides: Sequence[str], *, composed: Composed | None = None) -> DictConfig:
+    """Compose and check the command of a verb, as far as that needs neither data nor a run; return its config.
+
+    Raises: ConfigError, ValueError, errors of Hydra.
+    """
+    package = name in ("train", "evaluate", "report", "export", "predict")
+    verb = import_module(f"pipeline.{name}{'.__main__' if package else ''}").VERB
+    complete = check_command_line(verb, overrides, composed=composed)
+    config = compose(name, complete)
+    check_config(config, complete, verb=verb)
+    if verb.check_objects is not None:
+        with fast_imports():
+            verb.check_objects(config)
+    return config

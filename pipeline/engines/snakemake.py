@@ -21,7 +21,7 @@ from typing import IO, NamedTuple
 from data.children import end_with_me
 from data.locks import NO_FLOCK
 from data.shards.dataset import write_atomically
-from pipeline.cli.errors import FailureError, one_line
+from pipeline.cli.errors import ConfigError, FailureError, one_line
 from pipeline.cli.signals import stop_signals
 from pipeline.engines.study import Step
 
@@ -73,7 +73,7 @@ def build_environment() -> Path:
 
 
 def check_scheduler(scheduler: str | None) -> None:
-    """Raise OSError unless this scheduler answers."""
+    """Raise unless this scheduler answers: ConfigError where its program is missing, else FailureError."""
     if scheduler is None:
         return
     words = SCHEDULERS[scheduler]
@@ -83,9 +83,11 @@ def check_scheduler(scheduler: str | None) -> None:
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"exit code {error.returncode}"
+    except FileNotFoundError:
+        raise ConfigError(f"profile={scheduler}: there is no program {words[0]}: profile=local needs none") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = one_line(error)
-    raise OSError(f"profile={scheduler}: {words[0]} fails ({reason}): profile=local runs the steps on this machine")
+    raise FailureError(f"profile={scheduler} does not answer: {words[0]}: {reason}")
 
 
 def write_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> None:

@@ -5,6 +5,14 @@ from omegaconf import DictConfig
 from pipeline.cli.run import fast_imports, run_verb
 from pipeline.cli.verb import Verb
 
+
+def check_objects(config: DictConfig) -> None:
+    """Raise ValueError for a network, recipe, crop or option of the Trainer that cannot be built."""
+    from pipeline.build.network import check_training
+
+    check_training(config)
+
+
 VERB = Verb(
     "train",
     "Train a convolutional network on JPEGs in tar shards.",
@@ -20,6 +28,7 @@ VERB = Verb(
     aliases={"weights": "weights.file"},
     text_keys=("weights.file", "weights.sha256", "name", "runs", "out", "data.root", "data.index", "data.cache"),
     minimums={"recipe.epochs": 1, "recipe.accumulate": 1, "data.batch_size": 1, "data.image_size": 1, "log_every": 1},
+    check_objects=check_objects,
 )
 
 
@@ -40,7 +49,8 @@ def main(config: DictConfig) -> None:
     net = network.build_network(config, num_classes=num_classes)
     module = network.build_module(config, net, num_classes=num_classes, recipe=recipe)
     job = build_job(config, module, data=loaders, num_classes=num_classes)
-    network.check_image_size(config, net, data=loaders)
+    sizes = (loaders.training_crop.image_size, loaders.evaluation_crop.image_size)
+    network.check_image_sizes(config, net, sizes=sizes)
     callbacks, plugins = [*fit.own_callbacks(job), *trainer.build_callbacks(config)], fit.own_plugins(job)
     lightning = trainer.build_trainer(config, recipe, callbacks=callbacks, plugins=plugins, folder=job.run.folder)
     fit.train(job, lightning, norm_eps=config.model.get("norm_eps"))

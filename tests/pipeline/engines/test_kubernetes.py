@@ -23,11 +23,12 @@ from kubeflow_trainer_api import models
 from pipeline.cli.compose import compose
 from pipeline.cli.errors import FailureError
 from pipeline.cli.signals import SAVE_SECONDS
-from pipeline.engines.kubernetes.__main__ import build_parser, build_settings, verb_in
+from pipeline.engines.kubernetes.__main__ import verb_in
 from pipeline.engines.kubernetes.job import Limits, run
 from pipeline.engines.kubernetes.kubectl import RESOURCES, Kubectl
 from pipeline.engines.kubernetes.manifest import Manifest, Settings, build_manifest
 from pipeline.engines.kubernetes.node import STOP_SECONDS
+from pipeline.engines.kubernetes.options import read_options
 from tests.support.commands import run_module
 from tests.support.kubectl import FakeCluster, pod, write_cluster
 from tests.support.paths import ROOT
@@ -166,7 +167,7 @@ def test_the_profile_gives_options_that_the_program_has() -> None:
     for verb in ("train", "evaluate"):
         python, *words, dashes = profile.prefix[verb].split()
         assert (python, words[:2], dashes) == ("{python}", ["-m", "pipeline.engines.kubernetes"], "--")
-        found[verb] = build_settings(build_parser().parse_args(words[2:]), folder=Path("/data"))
+        _, found[verb] = read_options(words[2:], folder=Path("/data"))
     expected = Settings("a/b:1", "c", Path("/data"), Path("/data"), nodes=4)
     assert found == {"train": expected, "evaluate": expected._replace(nodes=1)}
     assert verb_in(["/usr/bin/python", "-m", "pipeline.train", "seed=1"]) == ["pipeline.train", "seed=1"]
@@ -274,23 +275,15 @@ def test_a_cluster_that_stays_silent_while_a_job_runs_is_a_failure(cluster: Fake
     assert len(cluster.calls()) > 7
 
 
-WORDS = ("--image=a/b:1", "--claim=c", "--poll-seconds=0.05", "--", "python", "-m", "pipeline.train", "seed=1")
-
-
-def test_mistakes_and_a_missing_kubectl_are_one_sentence(tmp_path: Path) -> None:
-    answers = {1: ("--image=a/b:1", "--", "python", "-m", "pipeline.train"), 2: WORDS}
-    for code, words in answers.items():
-        answer = run_module(tmp_path, "pipeline.engines.kubernetes", *words, PATH=str(tmp_path))
-        assert answer.returncode == code, answer.stderr
-        assert re.fullmatch(r"wrote manifests/\S+\n" if code == 2 else "", answer.stdout)
-        assert answer.stderr.startswith("error: ")
-        assert answer.stderr.count("\n") == 1
+OPTIONS = ("--image=a/b:1", "--claim=c", "--poll-seconds=0.05")
+TRAIN = ("pipeline.train", "+model=lenet", "seed=1")
+WORDS = (*OPTIONS, "--", "python", "-m", *TRAIN)
 
 
 def test_print_writes_the_manifest(tmp_path: Path) -> None:
     answer = run_module(tmp_path, "pipeline.engines.kubernetes", "--print", *WORDS)
     settings = Settings("a/b:1", "c", tmp_path.resolve(), tmp_path.resolve())
-    assert yaml.safe_load(answer.stdout) == build_manifest(settings, ("pipeline.train", "seed=1")).content
+    assert yaml.safe_load(answer.stdout) == build_manifest(settings, TRAIN).content
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

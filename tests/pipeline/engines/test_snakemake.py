@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli.errors import FailureError
+from pipeline.cli.errors import ConfigError, FailureError
 from pipeline.engines import snakemake
 from pipeline.engines.study import Step
 from pipeline.engines.table import describe_end
@@ -19,21 +19,22 @@ from pipeline.engines.table import describe_end
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        (None, "No such file or directory"),
         ("echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1", "Unable to contact slurm"),
         ("exec sleep 60", r"timed out after 1\.0 seconds"),
     ],
 )
 def test_a_scheduler_that_does_not_answer_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, scheduler: str, program: str, script: str | None, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, scheduler: str, program: str, script: str, reason: str
 ) -> None:
-    if script is not None:
-        (tmp_path / program).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / program).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin" if script else str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    missing = rf"^profile={scheduler}: there is no program {program}: profile=local needs none"
+    with pytest.raises(ConfigError, match=missing):
+        snakemake.check_scheduler(scheduler)
+    (tmp_path / program).write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(snakemake, "SCHEDULER_SECONDS", 1.0)
-    sentence = rf"^profile={scheduler}: {program} fails \(.*{reason}.*\): profile=local runs the steps on"
-    with pytest.raises(OSError, match=sentence):
+    with pytest.raises(FailureError, match=rf"^profile={scheduler} does not answer: {program}: .*{reason}"):
         snakemake.check_scheduler(scheduler)
 
 

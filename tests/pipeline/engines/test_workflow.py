@@ -294,6 +294,26 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(
             ["study.data.digits.pack=[source=folder,source.root=none]"],
             "error: pack/digits: source.root=none does not exist",
         ),
+        (
+            ["study.train.overrides=[+model=lenet,data.image_size=31]"],
+            "error: train/good: model.image_size=31 must be 28 or 32 pixels for LeNet-5",
+        ),
+        (
+            ["study.train.overrides=[+model=lenet,recipe.optimizer.lr=-3]"],
+            "error: train/good: recipe.optimizer=SGD: Invalid learning rate: -3",
+        ),
+        (
+            ["study.train.overrides=[+model=lenet,+trainer.limit_train_batchs=1]"],
+            "error: train/good: there is no trainer.limit_train_batchs: did you mean limit_train_batches?",
+        ),
+        (
+            ["profile.prefix.train=torchrn --nproc-per-node=2"],
+            "error: profile.prefix.train=torchrn --nproc-per-node=2: there is no program torchrn",
+        ),
+        (
+            ["profile=kubernetes", "profile.image=a", "profile.claim=c", "profile.nodes=0", "dry_run=true"],
+            "error: profile: --nodes=0 must be at least 1",
+        ),
         (["study.evaluate.val=[split=tset]"], "error: evaluate/good/val: split=tset is not one of train, val, test"),
         (["study.export.weights=[format=onx]"], "error: export/good/weights: format=onx is not one of onnx, "),
         (["+study.report.all=[layers=every]"], "error: report/good/all: layers=every is not one of some, all, none"),
