@@ -35,15 +35,18 @@ def main(config: DictConfig) -> None:
     with fast_imports():
         from pipeline.cli.console import main_console, print_line, table_console
         from pipeline.comparison.runs import choose_split, compare_neighbours, rank_runs, read_run
-        from pipeline.comparison.terminal import build_table
+        from pipeline.comparison.terminal import build_table, describe_difference
         from pipeline.comparison.write import write_comparison
         from pipeline.runs.restore import RestoredRun
 
     runs = [RestoredRun(run.folder, trust=bool(config.trust)) for run in find_runs(config)]
     split = choose_split(runs, None if config.split is None else str(config.split))
     found = rank_runs([read_run(run, split=split) for run in runs])
-    files = write_comparison(found, compare_neighbours(found), split=split, folder=output_folder(config))
+    pairs = compare_neighbours(found)
+    files = write_comparison(found, pairs, split=split, folder=output_folder(config))
     table_console().print(build_table(found, split=split))
+    for pair in pairs:
+        print_line(main_console(), describe_difference(pair))
     images = dict.fromkeys(run.training_images for run in found)
     if len(images) > 1:
         groups = [[run.name for run in found if run.training_images == one] for one in images]

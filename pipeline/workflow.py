@@ -71,6 +71,7 @@ def main(config: DictConfig) -> None:
         with snakemake.study_as_written(steps, folder, profile=profile):
             if config.graph is not None:
                 snakemake.draw(words, Path(str(config.graph)))
+                print(f"wrote {config.graph}")
             else:
                 print_plan(words, steps, folder=folder)
 

@@ -47,6 +47,9 @@ def check_command_line(verb: Verb, arguments: Sequence[str], *, composed: Compos
     Raises: ConfigError.
     """
     typed = overrides_in(arguments)
+    bare = [word for word in typed if "=" not in word and not word.startswith("~")]
+    if verb.positional is not None and len(bare) > 1:
+        raise ConfigError(f"{verb.name} takes one {verb.positional}, not {' and '.join(bare)}")
     words = [_expand_alias(verb, word, sweeps=bool({*SWEEP} & {*arguments})) for word in typed]
     complete = [*(word for word in arguments if word not in typed), *words]  # Hydra takes flags only before overrides
     if any(flag in complete for flag in HELP):
@@ -87,7 +90,7 @@ def _expand_alias(verb: Verb, word: str, *, sweeps: bool) -> str:
     if verb.positional is not None and "=" not in word and not word.startswith("~"):
         word = f"{verb.positional}={word}"
     key, equals, value = word.partition("=")
-    if verb.open_group is not None and key.lstrip("+").startswith(f"{verb.open_group}.") and value[:1] == "[":
+    if _is_open(verb, key.lstrip("+")) and value[:1] in ("[", "{"):
         return f"{key}={_quote_overrides(value)}"
     if not equals or key not in (*verb.aliases, *verb.text_keys) or value[:1] in ("{", "["):
         return word
@@ -97,16 +100,26 @@ def _expand_alias(verb: Verb, word: str, *, sweeps: bool) -> str:
 
 
 def _quote_overrides(text: str) -> str:
-    """Quote the elements of a list that are overrides: Hydra's grammar has no `=` in a list."""
+    """Quote the overrides in lists and in groups of them: Hydra's grammar has no `=` there."""
+    text = text.strip()
+    if text[:1] == "[" and text[-1:] == "]":
+        return f"[{','.join(map(_quote_overrides, _split(text[1:-1])))}]"
+    if text[:1] == "{" and text[-1:] == "}":
+        pairs = (part.partition(":") for part in _split(text[1:-1]))
+        return f"{{{','.join(f'{key}{colon}{_quote_overrides(value)}' for key, colon, value in pairs)}}}"
+    return text if "=" not in text or text[0] in "'\"" else quote(text)
+
+
+def _split(text: str) -> list[str]:
+    """Split a text at its commas, except for those in brackets."""
     parts, depth = [""], 0
-    for letter in text[1:-1]:
+    for letter in text:
         depth += (letter in "[{(") - (letter in "]})")
         if letter == "," and depth == 0:
             parts.append("")
         else:
             parts[-1] += letter
-    quoted = (part if "=" not in part or part[0] in "'\"{[" else f"'{part.strip()}'" for part in parts)
-    return f"[{','.join(quoted)}]"
+    return parts
 
 
 def _check_choice(verb: Verb, override: Override) -> None:
@@ -141,17 +154,30 @@ def _check_required(verb: Verb, base: DictConfig, *, overrides: list[Override]) 
 
 
 def _check_keys(verb: Verb, base: DictConfig, *, overrides: list[Override]) -> None:
-    known = known_keys(base)
+    known, deleted = known_keys(base), [override.key_or_group for override in overrides if override.is_delete()]
     for override in overrides:
         key = override.key_or_group
         if key in groups() or _is_hydras(override):
             continue
-        is_open = verb.open_group is not None and key.startswith(f"{verb.open_group}.")
-        adds = override.is_add() or override.is_force_add()
+        is_open, adds = _is_open(verb, key), override.is_add() or override.is_force_add()
         if key not in known and not (adds and (is_open or _is_addable(key, base))):
-            raise ConfigError(f"there is no {key}{_hint(key, known, base=base)}")
+            hint = _open_hint(key, known) if is_open and not adds else _hint(key, known, base=base)
+            raise ConfigError(f"there is no {key}{hint}")
         if key in known and not override.is_delete() and not override.is_sweep_override():
-            _check_type(override, known[key])
+            if not is_open:  # otherwise the verb checks them
+                _check_type(override, known[key])
+            elif isinstance(known[key], list) and isinstance(override.value(), dict) and key not in deleted:
+                raise ConfigError(f"{key} is a list in the study: ~{key} +{key}=VALUE replaces it")
+
+
+def _is_open(verb: Verb, key: str) -> bool:
+    return verb.open_group is not None and key.startswith(f"{verb.open_group}.")
+
+
+def _open_hint(key: str, known: Mapping[str, object]) -> str:
+    """Return the nearest key, and how to add this one where its parent is a group of keys."""
+    likely = nearest(key, known)
+    return f"{likely or ':'} +{key}=VALUE adds it" if known.get(key.rpartition(".")[0]) == {} else likely
 
 
 def _hint(key: str, known: Mapping[str, object], *, base: DictConfig) -> str:
@@ -163,7 +189,9 @@ def _hint(key: str, known: Mapping[str, object], *, base: DictConfig) -> str:
     if same_ending:
         return nearest(key, same_ending, cutoff=0)
     if _is_addable(key, base):
-        return f" in this config: +{key}=VALUE passes it to {OmegaConf.select(base, key.rpartition('.')[0])._target_}"
+        parent = key.rpartition(".")[0]
+        likely = nearest(key, {name for name in known if name.rpartition(".")[0] == parent}, cutoff=0.9)
+        return f"{likely or ' in this config:'} +{key}=VALUE passes it to {known[f'{parent}._target_']}"
     return nearest(key, known)
 
 

@@ -20,6 +20,7 @@ from pipeline.cli.signals import stop_signals
 
 USER_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError)
 LOST = re.compile("gloo|NCCL|nccl|Connection closed by peer|Connection reset|Socket|Broken pipe|rendezvous|TCPStore")
+ERRNO = re.compile(r"\[Errno \d+\] ")
 DEVICE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 USER_ERROR, FAILURE = 1, 2  # exit codes; those after signals are in `signals.EXIT_CODES`
 
@@ -82,7 +83,7 @@ def one_line(error: BaseException) -> str:
         return "a config or a file is nested too deeply"
     cause = root_cause(error)
     text = str(cause if isinstance(error, HydraException) or isinstance(cause, ConfigError) else error)
-    return mask_address(" ".join(text.split()))
+    return mask_address(" ".join(ERRNO.sub("", text).split()))
 
 
 @contextmanager

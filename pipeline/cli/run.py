@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -62,6 +63,9 @@ def check_config(config: DictConfig, overrides: Sequence[str], *, verb: Verb) ->
         value = OmegaConf.select(config, key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
             raise ConfigError(f"{key}={value} must be an integer of at least {minimum}")
+    out = config.get("out")
+    if out is not None and verb.out_is_folder and (out == "" or Path(str(out)).is_file()):
+        raise ConfigError(f"out={out} {'is a file' if out else 'has no value'}: give a folder")
     if verb.check_values is not None:
         verb.check_values(config)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from pipeline.comparison.runs import ComparedRun
+from pipeline.comparison.runs import ComparedRun, Neighbours
 from pipeline.pages.wording import hours, integer, rate, share
 
 
@@ -26,3 +26,9 @@ def build_table(runs: Sequence[ComparedRun], *, split: str | None) -> Table:
             hours(run.hours),
         )
     return table
+
+
+def describe_difference(pair: Neighbours) -> str:
+    """Return a line about two runs: images on which only one is right, and the p-value of McNemar's exact test."""
+    only = f"{pair.better} alone is right on {pair.right_better_alone}, {pair.worse} on {pair.right_worse_alone}"
+    return f"{only}: McNemar's exact test, p {pair.mcnemar_p:.2g}"

@@ -162,6 +162,10 @@ def study_as_written(steps: Sequence[Step], folder: Path, *, profile: Profile) -
             elif file.read_bytes() != before[file][0]:
                 write_atomically(file, before[file][0])
                 os.utime(file, ns=(before[file][1],) * 2)
+        made = {inner for file in files for inner in file.parents if inner.is_relative_to(folder)}
+        for inner in sorted(made, reverse=True):  # deep ones first
+            with suppress(OSError):  # not empty
+                inner.rmdir()
 
 
 def render_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> dict[Path, bytes]:
@@ -209,15 +213,18 @@ def list_planned_steps(words: Sequence[str], *, folder: Path) -> Iterator[tuple[
         verb = block.split(maxsplit=2)[1].rstrip(":")
         fields = dict(re.findall(r"^    (\w+): (.*)$", block, re.MULTILINE))
         if "wildcards" in fields:
-            reasons = (_in_words(reason, folder) for reason in fields.get("reason", "").split("; "))
-            yield f"{verb}/{fields['wildcards'].removeprefix('name=')}", "; ".join(reasons)
+            identity = f"{verb}/{fields['wildcards'].removeprefix('name=')}"
+            reasons = [_in_words(reason, folder) for reason in fields.get("reason", "").split("; ")]
+            if not (folder / "done" / identity).exists():  # a new command is no reason then
+                reasons = ["not done yet", *(reason for reason in reasons if reason.startswith("after "))]
+            yield identity, "; ".join(reasons)
 
 
 def _in_words(reason: str, folder: Path) -> str:
     """Return one of Snakemake's reasons with names of steps instead of files."""
     text, _, files = reason.partition(": ")
-    if text == "Missing output files":
-        return "not done yet"
+    if text == "Forced execution":  # Snakemake's own, too, for a step whose job was killed
+        return "it has not ended, or is forced"
     commands, steps = f"{folder}/steps/", f"{folder}/done/"
     paths = files.split(", ")
     if text == "Updated input files" and any(path.startswith(commands) for path in paths):
@@ -237,6 +244,7 @@ def draw(words: Sequence[str], file: Path) -> None:
     answer = subprocess.run([*words, "--dag", "dot"], capture_output=True, text=True, check=False)
     if answer.returncode:
         raise OSError(_reason(answer.stderr))
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".dot":
         file.write_text(answer.stdout)
         return

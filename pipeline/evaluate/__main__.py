@@ -25,8 +25,6 @@ def check_values(config: DictConfig) -> None:
 
     if config.split is not None and config.split not in SPLITS:
         raise ConfigError(f"split={config.split} is not one of {', '.join(SPLITS)}{nearest(config.split, SPLITS)}")
-    if config.out is not None and Path(str(config.out)).is_file():
-        raise ConfigError(f"out={config.out} is a file: give a folder")
     if config.dataset == "":
         raise ConfigError("data= is empty: give the folder of a packed data set, or leave it out")
     precision = config.precision

@@ -36,6 +36,7 @@ VERB = Verb(
         "run=latest input=-": "paths on standard input",
     },
     text_keys=("run", "input", "out", "runs", "device"),
+    out_is_folder=False,
     check_values=check_values,
 )
 

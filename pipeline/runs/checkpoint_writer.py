@@ -121,7 +121,7 @@ def check_finite(state: dict[str, Any]) -> None:
     named = [(name, tensor) for name, tensor in _tensors(parts, "") if tensor.is_floating_point() and tensor.numel()]
     name = next((name for name, tensor in named if not _is_finite(tensor)), None)
     if name is not None:
-        advice = "the checkpoint before it is kept; lower recipe.optimizer.lr, which starts a new run"
+        advice = "the checkpoint before it is kept; lower recipe.optimizer.lr"
         raise NonFiniteStateError(f"step {state['global_step']} left NaN or infinite values in {name}: {advice}")
 
 

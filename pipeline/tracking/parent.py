@@ -21,14 +21,19 @@ def send_comparison(
 ) -> str | None:
     """Send a comparison's files and facts, and put the pages of its runs under it; return what is missing and why.
 
-    The same folder keeps its page, which is found by a tag.
+    The same folder keeps its page, which is found by a tag. Where no run has a page, the comparison gets none.
     """
+    nothing = f"no page, because none of these runs has one in {store.printed_address}"
+    if store.file is not None and not store.file.exists():
+        return nothing
     try:
         with redirect_stderr(StringIO()):
             missing = _send(store, name, runs=runs, files=files, facts=facts)
     except Exception as error:  # noqa: BLE001  # a backend may raise anything
         return store.failure(error)
-    return f"{', '.join(missing)} not under it: no page in {store.printed_address}" if missing else None
+    if len(missing) == len(runs):
+        return nothing
+    return f"no page of {', '.join(missing)} in {store.printed_address}" if missing else None
 
 
 def _send(
@@ -37,6 +42,15 @@ def _send(
     from mlflow.exceptions import MlflowException
 
     client, experiment_id = store.open()
+    tracked, missing = [], []
+    for run in runs:
+        try:
+            client.get_run(run.tracking_id)
+            tracked.append(run.tracking_id)
+        except MlflowException:  # trained with tracking=none, or into another store
+            missing.append(run.name)
+    if not tracked:
+        return missing
     place = hashlib.sha256(str(files[0].parent.absolute()).encode()).hexdigest()  # a path may have quotes
     found = client.search_runs([experiment_id], f"tags.`{COMPARISON_TAG}` = '{place}'")
     page = found[0] if found else client.create_run(experiment_id, run_name=name, tags={COMPARISON_TAG: place})
@@ -45,11 +59,7 @@ def _send(
         client.log_artifact(parent, str(file), ARTIFACTS)
     for key, value in facts.items():
         client.log_metric(parent, key, value, step=0)
-    missing = []
-    for run in runs:
-        try:
-            client.set_tag(run.tracking_id, PARENT_TAG, parent)
-        except MlflowException:  # trained with tracking=none, or into another store
-            missing.append(run.name)
+    for identity in tracked:
+        client.set_tag(identity, PARENT_TAG, parent)
     client.set_terminated(parent, FINISHED)
     return missing

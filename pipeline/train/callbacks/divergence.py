@@ -15,7 +15,7 @@ from pipeline.train.callbacks.ranks import gather
 from pipeline.train.ends import DivergedError
 
 CHOICES = ("stop", "skip")
-LOWER = "lower recipe.optimizer.lr, which starts a new run (give it another name if you gave one)"
+LOWER = "lower recipe.optimizer.lr"
 ADVICE = f"{LOWER}, or add on_nonfinite=skip to leave out such steps"
 MAX_LINES = 10  # about skipped steps
 

@@ -19,9 +19,11 @@ from pipeline.cli.compose import CONF, compose, flatten, known_keys
 from pipeline.cli.errors import ConfigError, config_keys_in_errors
 from pipeline.cli.run import fast_imports
 from pipeline.cli.targets import check_targets
+from pipeline.index import VERB as INDEX
 from pipeline.pack import VERB as PACK
 from pipeline.report.__main__ import VERB as REPORT
 from pipeline.train.__main__ import VERB as TRAIN
+from pipeline.workflow import VERB as WORKFLOW
 from tests.support.commands import Run
 
 NAMES = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
@@ -43,6 +45,10 @@ GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
         (["+modle=resnet"], "there is no modle: did you mean model?"),
         (["+model=resnet", "trainer=gpuu"], "did you mean gpu?"),
         (["+model=resnet", "recipe.epoch=3"], "there is no recipe.epoch: did you mean recipe.epochs?"),
+        (
+            ["+model=resnet", "recipe.optimizer.lrr=3"],
+            "did you mean recipe.optimizer.lr? +recipe.optimizer.lrr=VALUE passes it to torch.optim.SGD",
+        ),
         (["+model=resnet", "+optim.lrr=1"], "there is no optim.lrr: did you mean recipe.optimizer.lr?"),
         (["+model=resnet", "recipe.epochs=many"], "recipe.epochs=many is not an integer (default 6)"),
         (["+model=resnet", "recipe.epochs=1.5"], "is not an integer"),
@@ -116,6 +122,39 @@ def test_a_root_alone_implies_data_shards() -> None:
     words = ["+model=resnet", "data.root='somewhere'"]
     assert check_command_line(TRAIN, words) == [*words, "data=shards"]
     assert compose("train", [*words, "data=shards"]).data.image_size == 224
+
+
+STUDY = ("+study=digits", "study.train.runs.lenet=")
+OTHER = "{overrides: [+model=lenet, +recipe.schedule.milestones=[0.1,0.2]], weights: vgg}"
+
+
+def test_the_lists_and_groups_of_a_study_take_overrides() -> None:
+    listed = check_command_line(WORKFLOW, [*STUDY[:1], "study.train.runs.lenet=[+model=vgg, data.root=a b]"])
+    assert compose("workflow", listed).study.train.runs.lenet == ["+model=vgg", "data.root=a b"]
+    replaced = check_command_line(WORKFLOW, [STUDY[0], "~study.train.runs.lenet", f"+{STUDY[1]}{OTHER}"])
+    assert compose("workflow", replaced).study.train.runs.lenet == {
+        "overrides": ["+model=lenet", "+recipe.schedule.milestones=[0.1,0.2]"],
+        "weights": "vgg",
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        (f"{STUDY[1]}{OTHER}", "study.train.runs.lenet is a list in the study: ~study.train.runs.lenet +study.train"),
+        ("study.data.digits.parts=2", "+study.data.digits.parts=VALUE adds it"),
+        ("study.train.runs.vgg2=[]", "did you mean study.train.runs.vgg? +study.train.runs.vgg2=VALUE adds it"),
+        ("study.data.digit.pack=[]", "there is no study.data.digit.pack: did you mean study.data.digits.pack?"),
+    ],
+)
+def test_a_key_that_a_study_does_not_have_is_answered_with_the_way_to_add_it(word: str, answer: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(answer)):
+        check_command_line(WORKFLOW, [STUDY[0], word])
+
+
+def test_a_second_word_without_a_key_is_refused() -> None:
+    with pytest.raises(ConfigError, match="index takes one root, not one and other"):
+        check_command_line(INDEX, ["one", "other"])
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -69,6 +69,8 @@ def test_a_comparison_has_the_numbers_of_the_runs_files(compare: Typed, evaluate
     both = [[int((right["other"] == a)[right["mine"] == b].sum()) for b in (True, False)] for a in (True, False)]
     assert (pair["right_better_alone"], pair["right_worse_alone"]) == (both[0][1], both[1][0])
     assert pair["mcnemar_p"] == pytest.approx(mcnemar(both, exact=True).pvalue)
+    only = f"other alone is right on {both[0][1]}, mine on {both[1][0]}: McNemar's exact test, p "
+    assert f"{only}{pair['mcnemar_p']:.2g}\n" in printed
     table = pq.read_table(evaluated / "comparison" / "comparison.parquet")
     assert table.to_pylist() == numbers["runs"]
     page = (evaluated / "comparison" / "index.html").read_text()
@@ -89,7 +91,10 @@ def test_without_an_evaluation_of_all_runs_top1_is_that_of_the_training(compare:
 def test_a_comparison_is_the_parent_of_its_runs_in_mlflow(compare: Typed, evaluated: Path) -> None:
     for _ in range(2):
         printed = compare("runs=[mine,other,fresh]", "out=parent")
-    assert "in MLflow: fresh not under it: no page in sqlite:///" in printed
+    assert "in MLflow: no page of fresh in sqlite:///" in printed
+    assert "in MLflow: no page, because none of these runs has one in sqlite:///" in compare(
+        "runs=[fresh]", "out=alone"
+    )
     client = MlflowClient(f"sqlite:///{evaluated / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("convoy")
     assert experiment is not None

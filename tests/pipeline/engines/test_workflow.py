@@ -69,7 +69,7 @@ GOOD = "study.train.runs.bad=[recipe.optimizer.lr=0.01]"
 def test_a_failure_stops_only_what_needs_it_and_the_same_command_does_what_is_missing(project: Path) -> None:
     folder = project / "work" / "studies" / "two"
     assert set(planned(project).values()) >= {"not done yet", "not done yet; after train/good"}
-    assert not (folder / "runs").exists()
+    assert [path.name for path in folder.iterdir()] == [".lock"]
     answer = workflow(project)
     assert answer.returncode == 2, answer.stdout + answer.stderr
     assert ran_steps(answer) == ["evaluate/good/val", "export/good/weights", "pack/digits", "train/bad!", "train/good"]
@@ -114,6 +114,9 @@ def test_a_plain_snakemake_does_the_same(project: Path) -> None:
     assert not planned(project, GOOD), "the study of the first test"
     words = [str(ROOT / ".workflow/bin/snakemake"), "-s", str(project / "pipeline/engines/Snakefile")]
     words += ["--configfile", file, "--cores", "1"]
+    answer = subprocess.run([*words[:3], "--cores", "1"], capture_output=True, text=True, check=False)
+    assert answer.returncode == 1
+    assert "no study: add --configfile studies/NAME/study.yaml" in answer.stderr
     answer = subprocess.run([*words, "--dry-run"], cwd=project / "work", capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert "Nothing to be done" in answer.stdout + answer.stderr
