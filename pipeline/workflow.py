@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from pipeline.cli.run import run_verb
 from pipeline.cli.verb import Verb
 
 if TYPE_CHECKING:
-    from pipeline.engines.snakemake import Profile
+    from pipeline.engines.profile import Profile
     from pipeline.engines.study import Step
 
 VERB = Verb(
@@ -30,8 +29,8 @@ VERB = Verb(
         "+study=NAME -- --forcerun train": "arguments of Snakemake after --",
     },
     required_group="study",
-    open_group="study",
-    text_keys=("name", "studies", "graph"),
+    open_groups=("study", "profile.resources"),
+    text_keys=("name", "studies", "graph", "profile.prefix.train", "profile.prefix.evaluate"),
 )
 ENGINE_ARGUMENTS: list[str] = []  # those after `--`
 
@@ -40,8 +39,10 @@ def main(config: DictConfig) -> None:
     """Check every command of the study, write it down, and hand it to the engine; exit with code 2 where one failed."""
     from hydra.core.hydra_config import HydraConfig
 
+    from pipeline.cli.console import main_console, print_line
     from pipeline.engines import snakemake
-    from pipeline.engines.checks import check_commands, check_prefixes, check_tars
+    from pipeline.engines.checks import check_commands, check_tars
+    from pipeline.engines.profile import check_scheduler
     from pipeline.engines.study import build_steps
 
     name = str(config.name or HydraConfig.get().runtime.choices["study"])
@@ -54,11 +55,10 @@ def main(config: DictConfig) -> None:
     if config.trust:
         steps = [step.trusted() for step in steps]
     profile, is_shown = build_profile(config), config.dry_run or config.graph is not None
-    check_prefixes(profile)
     check_commands(steps)
     check_tars(steps)
     if not is_shown:
-        snakemake.check_scheduler(profile.scheduler)
+        check_scheduler(profile.scheduler)
     program = snakemake.build_environment()
     arguments = [*(["--keep-going"] if config.keep_going else []), *ENGINE_ARGUMENTS]
     words = snakemake.build_command_line(program, folder, profile=profile, arguments=arguments)
@@ -71,7 +71,7 @@ def main(config: DictConfig) -> None:
         with snakemake.study_as_written(steps, folder, profile=profile):
             if config.graph is not None:
                 snakemake.draw(words, Path(str(config.graph)))
-                print(f"wrote {config.graph}")
+                print_line(main_console(), f"wrote {config.graph}")
             else:
                 print_plan(words, steps, folder=folder)
 
@@ -81,23 +81,14 @@ def build_profile(config: DictConfig) -> Profile:
     from hydra.core.hydra_config import HydraConfig
 
     from pipeline.cli.compose import compose
-    from pipeline.engines.snakemake import Profile
+    from pipeline.engines.profile import read_profile
 
     typed = [word for word in HydraConfig.get().overrides.task if word.lstrip("+~").startswith(("profile", "jobs="))]
     if config.profile != compose("workflow", typed).profile:
         raise ConfigError("the study changes the profile, which does not count: profile= is for the command line")
     values = OmegaConf.to_container(config.profile, resolve=True)
     assert isinstance(values, dict)
-    jobs = values["jobs"] if config.jobs is None else config.jobs
-    if not isinstance(jobs, int) or jobs < 1:
-        raise ConfigError(f"jobs={jobs} must be an integer of at least 1")
-    python = shlex.quote(sys.executable)
-    prefix = {verb: words.replace("{python}", python) for verb, words in values["prefix"].items() if words is not None}
-    resources = {
-        verb: {name: value for name, value in named.items() if value is not None}
-        for verb, named in values["resources"].items()
-    }
-    return Profile(values["scheduler"], values["executor"], jobs, prefix, resources, values["arguments"])
+    return read_profile({str(key): value for key, value in values.items()}, jobs=config.jobs)
 
 
 def print_plan(words: Sequence[str], steps: Sequence[Step], *, folder: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from data.loading.crops import CropPolicy
 from data.loading.datamodule import LoaderSettings, ShardData
 from data.shards.dataset import Dataset
 from data.shards.remote_index import load_versions
@@ -13,7 +14,6 @@ from data.storage.location import Root, local_folder, parse_root
 from data.storage.open import CACHE_GIGABYTES, StorageSettings, open_storage
 from data.storage.remote import INFLIGHT
 from pipeline.build.first_rank import open_on_first_rank
-from pipeline.build.network import build_crops
 from pipeline.build.objects import build_object
 from pipeline.build.source import open_tars, pack_once
 from pipeline.cli.errors import config_keys_in_errors
@@ -90,7 +90,8 @@ def build_data(config: DictConfig, *, accumulate: int) -> ShardData:
     Raises: FileNotFoundError, ValueError.
     """
     data = build_object(config, "data", kind=DataConfig)
-    training, evaluation = build_crops(config)
+    names = ("training", "evaluation")
+    training, evaluation = (build_object(config, f"augment.{name}", kind=CropPolicy) for name in names)
     with config_keys_in_errors(LOADER_KEYS):
         own = {name: getattr(data, name) for name in LOADER_OPTIONS}
         settings = LoaderSettings(seed=config.seed, accumulate=accumulate, **own)

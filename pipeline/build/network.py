@@ -1,24 +1,18 @@
-"""From a config to a network and its Lightning module, and whether they fit the crops and the data."""
+"""From a config to a network and its Lightning module, and whether they fit the data."""
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
-from data.loading.crops import CropPolicy
 from models.analysis.trace import FORWARD_ERRORS, TraceError, dtype_of, trace
 from models.learning.recipe import Recipe
 from pipeline.build.objects import build_object
-
-# Options in `conf/trainer/`, and `num_nodes`.
-OWN_OPTIONS = {"_target_", "accelerator", "devices", "num_nodes", "strategy", "compile", "precision"}
 
 if TYPE_CHECKING:  # reports load neither Lightning nor DALI
     from data.shards.dataset import Dataset
@@ -32,6 +26,15 @@ def build_network(config: DictConfig, *, num_classes: int | None = None) -> nn.M
     """
     given = {} if num_classes is None else {"num_classes": num_classes}
     return build_object(config, "model", kind=nn.Module, **given)
+
+
+def build_without_values(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a network on torch's `meta` device, without memory for its weights, where its code allows that."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, ValueError):  # it computes with values while it is built
+        return build()
 
 
 def build_recipe(config: DictConfig) -> Recipe:
@@ -69,33 +72,6 @@ def count_classes(config: DictConfig, dataset: Dataset) -> int:
 def network_name(config: DictConfig) -> str:
     """Return the network's variant, or the function that builds it."""
     return str(config.model.get("variant", config.model._target_))
-
-
-def build_crops(config: DictConfig) -> list[CropPolicy]:
-    """Build the crops of training and evaluation. Raises: ValueError."""
-    return [build_object(config, f"augment.{name}", kind=CropPolicy) for name in ("training", "evaluation")]
-
-
-def check_training(config: DictConfig) -> None:
-    """Build the parts of a training that need no data set, and check that the network accepts its crops.
-
-    Raises: ValueError, as the training would.
-    """
-    build_recipe(config)
-    sizes = [crop.image_size for crop in build_crops(config)]
-    model = OmegaConf.to_container(config.model, resolve=True)
-    _check_network(json.dumps({"model": model, "trust": config.trust}), tuple(sizes))
-    if not OWN_OPTIONS.issuperset(config.trainer):
-        from pipeline.build.trainer import check_options  # Lightning takes seconds
-
-        check_options(config.trainer)
-
-
-@lru_cache
-def _check_network(described: str, sizes: tuple[int, ...]) -> None:
-    """Check a network that JSON describes, once in a process: trainings of a study differ in other values."""
-    config = OmegaConf.create(json.loads(described))
-    check_image_sizes(config, build_network(config), sizes=sizes)
 
 
 def check_image_sizes(config: DictConfig, net: nn.Module, *, sizes: Sequence[int]) -> None:

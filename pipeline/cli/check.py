@@ -111,11 +111,13 @@ def _quote_overrides(text: str) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Split a text at its commas, except for those in brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
+    """Split a text at its commas, except for those in brackets and in quotes."""
+    parts, depth, mark = [""], 0, ""
+    for before, letter in zip(f" {text}", text, strict=False):
+        if letter in "'\"" and before != "\\" and mark in ("", letter):
+            mark = "" if mark else letter
+        depth += 0 if mark else (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0 and not mark:
             parts.append("")
         else:
             parts[-1] += letter
@@ -164,14 +166,14 @@ def _check_keys(verb: Verb, base: DictConfig, *, overrides: list[Override]) -> N
             hint = _open_hint(key, known) if is_open and not adds else _hint(key, known, base=base)
             raise ConfigError(f"there is no {key}{hint}")
         if key in known and not override.is_delete() and not override.is_sweep_override():
-            if not is_open:  # otherwise the verb checks them
+            if is_open and isinstance(known[key], list) and isinstance(override.value(), dict) and key not in deleted:
+                raise ConfigError(f"{key} is a list: to replace it, write ~{key} +{key}=VALUE")
+            if key not in deleted:
                 _check_type(override, known[key])
-            elif isinstance(known[key], list) and isinstance(override.value(), dict) and key not in deleted:
-                raise ConfigError(f"{key} is a list in the study: ~{key} +{key}=VALUE replaces it")
 
 
 def _is_open(verb: Verb, key: str) -> bool:
-    return verb.open_group is not None and key.startswith(f"{verb.open_group}.")
+    return key.startswith(tuple(f"{group}." for group in verb.open_groups))
 
 
 def _open_hint(key: str, known: Mapping[str, object]) -> str:
@@ -190,7 +192,8 @@ def _hint(key: str, known: Mapping[str, object], *, base: DictConfig) -> str:
         return nearest(key, same_ending, cutoff=0)
     if _is_addable(key, base):
         parent = key.rpartition(".")[0]
-        likely = nearest(key, {name for name in known if name.rpartition(".")[0] == parent}, cutoff=0.9)
+        siblings = [name.removeprefix(f"{parent}.") for name in known if name.startswith(f"{parent}.")]
+        likely = nearest(last, siblings, cutoff=0.75).replace("mean ", f"mean {parent}.")
         return f"{likely or ' in this config:'} +{key}=VALUE passes it to {known[f'{parent}._target_']}"
     return nearest(key, known)
 

@@ -20,7 +20,7 @@ from pipeline.cli.signals import stop_signals
 
 USER_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError)
 LOST = re.compile("gloo|NCCL|nccl|Connection closed by peer|Connection reset|Socket|Broken pipe|rendezvous|TCPStore")
-ERRNO = re.compile(r"\[Errno \d+\] ")
+ERRNO = re.compile(r"\[Errno -?\d+\] ")
 DEVICE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 USER_ERROR, FAILURE = 1, 2  # exit codes; those after signals are in `signals.EXIT_CODES`
 

@@ -16,8 +16,9 @@ class Verb:
 
     `examples` maps arguments to what they do. `required_group` needs a choice unless one of `alternatives` is given.
     `implied` maps a key to the groups that set it and the choice to add when none of them was chosen. `aliases` are
-    short keys; `text_keys` are always strings. A word without a key sets `positional`. `open_group` takes new keys with
-    a plus, which the verb checks itself. `out_is_folder` is for the key `out`, `minimums` are those of integers.
+    short keys; `text_keys` are always strings. A word without a key sets `positional`. `open_groups` take new keys with
+    a plus, which the verb checks itself. `out_is_folder` is false where `out` names a file. `minimums` has the least
+    values of integers.
     `check_values` raises ConfigError for other values that no command of the verb can have; it imports nothing heavy.
     `check_objects` raises ValueError for objects that cannot be built; a study calls it before anything runs.
     """
@@ -31,7 +32,7 @@ class Verb:
     aliases: Mapping[str, str] = field(default_factory=dict)
     text_keys: tuple[str, ...] = ()
     positional: str | None = None
-    open_group: str | None = None
+    open_groups: tuple[str, ...] = ()
     out_is_folder: bool = True
     minimums: Mapping[str, int] = field(default_factory=dict)
     check_values: Callable[[DictConfig], object] | None = None

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import torch
 
 from models.analysis.summary import summarize
 from models.learning.evaluation import TOP1
+from pipeline.build.network import build_without_values
 from pipeline.evaluate.calibration import mcnemar_p
 from pipeline.runs.restore import RestoredRun
 from pipeline.runs.run import Run
@@ -95,8 +95,8 @@ def read_run(restored: RestoredRun, *, split: str | None) -> ComparedRun:
     run, size = restored.run, restored.image_size
     if not run.is_finished:
         raise ValueError(f"{run.folder} has not finished: train it to its end, or leave it out")
-    with torch.device("meta"):
-        summary = summarize(restored.build_network(), (restored.in_channels, size, size))
+    net = build_without_values(restored.build_network)
+    summary = summarize(net, (restored.in_channels, size, size))
     last = summary.last_local_layer
     top1, interval, images, answers = run.result().get(TOP1.key), None, None, Answers()
     if split is not None:

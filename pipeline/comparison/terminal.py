@@ -30,5 +30,6 @@ def build_table(runs: Sequence[ComparedRun], *, split: str | None) -> Table:
 
 def describe_difference(pair: Neighbours) -> str:
     """Return a line about two runs: images on which only one is right, and the p-value of McNemar's exact test."""
-    only = f"{pair.better} alone is right on {pair.right_better_alone}, {pair.worse} on {pair.right_worse_alone}"
-    return f"{only}: McNemar's exact test, p {pair.mcnemar_p:.2g}"
+    better, worse = pair.right_better_alone, pair.right_worse_alone
+    only = f"{pair.better} alone is right on {better} images, {pair.worse} alone on {worse}"
+    return f"{only} (McNemar's exact test, p = {pair.mcnemar_p:.2g})"

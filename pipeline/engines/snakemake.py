@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -21,8 +21,9 @@ from typing import IO, NamedTuple
 from data.children import end_with_me
 from data.locks import NO_FLOCK
 from data.shards.dataset import write_atomically
-from pipeline.cli.errors import ConfigError, FailureError, one_line
+from pipeline.cli.errors import FailureError
 from pipeline.cli.signals import stop_signals
+from pipeline.engines.profile import Profile
 from pipeline.engines.study import Step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,23 +35,6 @@ LOCKED = "CONVOY_LOCKED"  # environment variable of an engine whose study is loc
 LOCK_SECONDS = 10.0  # limit for an engine that a signal has stopped
 NAMED = 3  # steps in a reason
 NO_EXIT_CODE = "At least one job did not complete"  # Snakemake's error, where no step has one either
-# A command for each that succeeds where the scheduler answers.
-SCHEDULERS = {"slurm": ("sinfo", "--noheader"), "kubernetes": ("kubectl", "get", "--raw=/readyz")}
-SCHEDULER_SECONDS = 30.0
-
-
-class Profile(NamedTuple):
-    """Where steps run: the scheduler, one of SCHEDULERS or None for this machine, and Snakemake's executor.
-
-    Then the number of steps at a time, and by verb the words before `python` and resources.
-    """
-
-    scheduler: str | None
-    executor: str
-    jobs: int
-    prefix: Mapping[str, str]
-    resources: Mapping[str, Mapping[str, object]]
-    arguments: Sequence[str] = ()
 
 
 class Ended(NamedTuple):
@@ -70,24 +54,6 @@ def build_environment() -> Path:
         if made.returncode:
             raise OSError("Snakemake could not be installed: make workflow says why")
     return program
-
-
-def check_scheduler(scheduler: str | None) -> None:
-    """Raise unless this scheduler answers: ConfigError where its program is missing, else FailureError."""
-    if scheduler is None:
-        return
-    words = SCHEDULERS[scheduler]
-    try:
-        subprocess.run(words, capture_output=True, text=True, timeout=SCHEDULER_SECONDS, check=True)
-        return
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines()
-        reason = lines[-1] if lines else f"exit code {error.returncode}"
-    except FileNotFoundError:
-        raise ConfigError(f"profile={scheduler}: there is no program {words[0]}: profile=local needs none") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        reason = one_line(error)
-    raise FailureError(f"profile={scheduler} does not answer: {words[0]}: {reason}")
 
 
 def write_study(steps: Sequence[Step], folder: Path, *, profile: Profile) -> None:
@@ -224,7 +190,7 @@ def _in_words(reason: str, folder: Path) -> str:
     """Return one of Snakemake's reasons with names of steps instead of files."""
     text, _, files = reason.partition(": ")
     if text == "Forced execution":  # Snakemake's own, too, for a step whose job was killed
-        return "it has not ended, or is forced"
+        return "interrupted, or forced"
     commands, steps = f"{folder}/steps/", f"{folder}/done/"
     paths = files.split(", ")
     if text == "Updated input files" and any(path.startswith(commands) for path in paths):
@@ -252,7 +218,9 @@ def draw(words: Sequence[str], file: Path) -> None:
     if program is None:
         raise OSError(f"graph={file} needs Graphviz: install it, or write {file.with_suffix('.dot')}")
     drawing = [program, f"-T{file.suffix[1:]}", "-o", str(file)]
-    subprocess.run(drawing, input=answer.stdout, text=True, check=True)
+    drawn = subprocess.run(drawing, input=answer.stdout, capture_output=True, text=True, check=False)
+    if drawn.returncode:
+        raise OSError(f"graph={file}: {drawn.stderr.strip() or program}")
 
 
 def run(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock: int) -> Iterator[Ended]:

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from pipeline.build.network import build_module, build_network, build_recipe, network_name
+from pipeline.build.network import build_module, build_network, build_recipe, build_without_values, network_name
 from pipeline.build.objects import build_object
 from pipeline.build.weights import WeightsFile
 from pipeline.cli.compose import choices, compose, flatten
@@ -73,7 +73,7 @@ def output_folder(config: DictConfig, name: str) -> Path:
 
 def _target_of_model(config: DictConfig) -> Target:
     weights = build_object(config, "weights", kind=WeightsFile)
-    skeleton = _without_values(lambda: build_network(config))
+    skeleton = build_without_values(lambda: build_network(config))
     channels, published = int(config.model.get("in_channels", 3)), getattr(skeleton, "image_size", None)
     timm_config = getattr(skeleton, "default_cfg", None)
     if published is None and isinstance(timm_config, dict):
@@ -116,13 +116,5 @@ def _target_of_run(config: DictConfig) -> Target:
 
     optimizer, image_shape = run.build_recipe().optimizer, (run.in_channels, size, size)
     training = TrainingSettings(config.batch_size or run.batch_size, config.precision or run.precision, optimizer)
-    skeleton = _without_values(run.build_network)
+    skeleton = build_without_values(run.build_network)
     return Target(run.network, skeleton, image_shape, training, weights.description, load)
-
-
-def _without_values(build: Callable[[], nn.Module]) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return build()
-    except (RuntimeError, ValueError):  # it computes with values while it is built
-        return build()

@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.runs.run import Run
 from pipeline.tracking.contents import FINISHED
 from pipeline.tracking.store import Store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 COMPARISON_TAG, PARENT_TAG = "convoy.comparison", "mlflow.parentRunId"
 ARTIFACTS = "comparison"
@@ -23,7 +27,7 @@ def send_comparison(
 
     The same folder keeps its page, which is found by a tag. Where no run has a page, the comparison gets none.
     """
-    nothing = f"no page, because none of these runs has one in {store.printed_address}"
+    nothing = f"none of these runs is in {store.printed_address}"
     if store.file is not None and not store.file.exists():
         return nothing
     try:
@@ -33,21 +37,31 @@ def send_comparison(
         return store.failure(error)
     if len(missing) == len(runs):
         return nothing
-    return f"no page of {', '.join(missing)} in {store.printed_address}" if missing else None
+    verb = "is" if len(missing) == 1 else "are"
+    return f"{', '.join(missing)} {verb} not in {store.printed_address}" if missing else None
+
+
+def _is_there(client: MlflowClient, identity: str) -> bool:
+    """Whether a run has a page that was not deleted: it may be trained with tracking=none, or into another store."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return identity != "" and client.get_run(identity).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
 
 
 def _send(
     store: Store, name: str, *, runs: Sequence[Run], files: Sequence[Path], facts: Mapping[str, float]
 ) -> list[str]:
-    from mlflow.exceptions import MlflowException
-
     client, experiment_id = store.open()
     tracked, missing = [], []
     for run in runs:
-        try:
-            client.get_run(run.tracking_id)
+        if _is_there(client, run.tracking_id):
             tracked.append(run.tracking_id)
-        except MlflowException:  # trained with tracking=none, or into another store
+        else:
             missing.append(run.name)
     if not tracked:
         return missing

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from data.locks import file_lock
 from pipeline.cli.environment import is_server
+from pipeline.cli.errors import ERRNO
 from pipeline.cli.secrets import mask_address
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 LOCAL_SERVER = "http://127.0.0.1:5000"  # of `make ui`
 MESSAGE_LENGTH = 160  # characters of an error's first line
-ERRNO = re.compile(r"\[Errno -?\d+\] (\w[\w ]+)")
+CAUSE = re.compile(rf"{ERRNO.pattern}(\w[\w ]+)")
 LOCK_SECONDS = 30.0  # for which processes that create one SQLite store wait for each other
 # With MLflow's defaults one call to a dead server takes four minutes. A single try that times out after 10 s is enough,
 # because the mirror tries again. Variables that are set win.
@@ -93,7 +94,7 @@ class Store:
 
     def reason(self, error: BaseException) -> str:
         """Return the first line of an error, shortened, with the printed address; of a connection, its cause."""
-        if self.is_server and (cause := ERRNO.search(str(error))):
+        if self.is_server and (cause := CAUSE.search(str(error))):
             return cause[1]
         line = " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
         line = mask_address(line.replace(self.uri, self.printed_address))

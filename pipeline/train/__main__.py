@@ -8,10 +8,16 @@ from pipeline.cli.verb import Verb
 
 def check_objects(config: DictConfig) -> None:
     """Raise ValueError for a network, recipe, crop or option of the Trainer that cannot be built."""
-    from pipeline.build.network import check_training
+    from pipeline.train.check import check_training
 
     check_training(config)
 
+
+COUNTS = (
+    *("recipe.epochs", "recipe.accumulate", "log_every", "checkpoint.every_steps"),
+    *("data.batch_size", "data.image_size", "data.shuffle_window"),
+    *("data.threads", "data.io_threads", "data.prefetch", "data.readahead", "data.inflight"),
+)
 
 VERB = Verb(
     "train",
@@ -27,7 +33,7 @@ VERB = Verb(
     implied={"data.root": (("data", "experiment"), "data=shards")},
     aliases={"weights": "weights.file"},
     text_keys=("weights.file", "weights.sha256", "name", "runs", "out", "data.root", "data.index", "data.cache"),
-    minimums={"recipe.epochs": 1, "recipe.accumulate": 1, "data.batch_size": 1, "data.image_size": 1, "log_every": 1},
+    minimums={"seed": 0} | dict.fromkeys(COUNTS, 1),
     check_objects=check_objects,
 )
 

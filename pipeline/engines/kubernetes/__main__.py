@@ -11,7 +11,7 @@ from data.shards.dataset import write_atomically
 from pipeline.cli.compose import verbs
 from pipeline.cli.errors import ConfigError, one_line_errors
 from pipeline.cli.signals import stop_signals
-from pipeline.engines.checks import check_command
+from pipeline.engines.commands import check_command, find_verb
 from pipeline.engines.kubernetes.job import Limits, run
 from pipeline.engines.kubernetes.kubectl import Kubectl
 from pipeline.engines.kubernetes.manifest import build_manifest
@@ -33,7 +33,8 @@ def main() -> None:
     place = words.index("--") if "--" in words else len(words)
     options, settings = read_options(words[:place], folder=Path.cwd())
     module, *overrides = verb_in(words[place + 1 :])
-    check_command(module.removeprefix("pipeline."), overrides)
+    if not any(word.startswith("-") for word in overrides):  # flags of Hydra change what a command does
+        check_command(find_verb(module.removeprefix("pipeline.")), overrides)
     manifest = build_manifest(settings, [module, *overrides])
     text = yaml.safe_dump(manifest.content, sort_keys=False)
     if options.print:

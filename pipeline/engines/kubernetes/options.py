@@ -1,6 +1,7 @@
-"""The options of `python -m pipeline.engines.kubernetes`, and which values the objects of a cluster can have."""
+"""The options of `python -m pipeline.engines.kubernetes`, checked by the rules of Kubernetes."""
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,14 @@ from pipeline.engines.kubernetes.job import Limits
 from pipeline.engines.kubernetes.manifest import RANGES, Settings
 
 DEFAULTS = Settings._field_defaults
-QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(\w*)")
-UNITS = {"": 1.0} | {letter: 1000.0**power for power, letter in enumerate("kMGTPE", start=1)}  # of Kubernetes, in bytes
+QUANTITY = re.compile(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)(\w*)")
+UNITS = {"": 1.0, "m": 1e-3} | {
+    letter: 1000.0**power for power, letter in enumerate("kMGTPE", start=1)
+}  # of Kubernetes, in bytes
 UNITS |= {f"{letter}i": 1024.0**power for power, letter in enumerate("KMGTPE", start=1)}
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # RFC 1123, as Kubernetes takes it for a namespace
 DOTTED_NAME = re.compile(rf"{NAME.pattern}(\.{NAME.pattern})*")
+RULE = "lower-case letters and digits, with dashes between"
 NAMES = {"claim": DOTTED_NAME, "secret": DOTTED_NAME, "namespace": NAME}
 
 
@@ -71,10 +75,13 @@ def read_options(words: Sequence[str], *, folder: Path) -> tuple[argparse.Namesp
     for name, rule in NAMES.items():
         value = getattr(options, name)
         if value and not rule.fullmatch(value):
-            raise ConfigError(f"--{name}={value} must be lower-case letters, digits and dashes, as Kubernetes requires")
+            raise ConfigError(f"--{name}={value} must be {RULE}{', with dots between' * (rule is DOTTED_NAME)}")
     for name in ("image", "claim"):
         if not re.fullmatch(r"\S+", getattr(options, name)):
-            raise ConfigError(f"--{name}={getattr(options, name)} must be a name")
+            raise ConfigError(f"--{name}={getattr(options, name)} is empty or has spaces")
+    for name in ("poll_seconds", "silent_seconds"):
+        if not 0 < vars(options)[name] < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')}={vars(options)[name]} must be a number above 0")
     memory, shared = (_bytes_of(name, vars(options)[name]) for name in ("memory", "shared_memory"))
     if shared > memory:
         raise ConfigError(f"--shared-memory={options.shared_memory} is more than --memory={options.memory}")

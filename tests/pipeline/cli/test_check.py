@@ -129,8 +129,15 @@ OTHER = "{overrides: [+model=lenet, +recipe.schedule.milestones=[0.1,0.2]], weig
 
 
 def test_the_lists_and_groups_of_a_study_take_overrides() -> None:
-    listed = check_command_line(WORKFLOW, [*STUDY[:1], "study.train.runs.lenet=[+model=vgg, data.root=a b]"])
-    assert compose("workflow", listed).study.train.runs.lenet == ["+model=vgg", "data.root=a b"]
+    for typed in (
+        "[+model=vgg, data.root=a b]",
+        "[+model=vgg,'data.root=a, b']",
+        '["+model=vgg", "data.root=[x, it\'s"]',
+    ):
+        listed = check_command_line(WORKFLOW, [STUDY[0], f"{STUDY[1]}{typed}"])
+        found = compose("workflow", listed).study.train.runs.lenet
+        assert found[0] == "+model=vgg"
+        assert found[1] in typed
     replaced = check_command_line(WORKFLOW, [STUDY[0], "~study.train.runs.lenet", f"+{STUDY[1]}{OTHER}"])
     assert compose("workflow", replaced).study.train.runs.lenet == {
         "overrides": ["+model=lenet", "+recipe.schedule.milestones=[0.1,0.2]"],
@@ -141,7 +148,7 @@ def test_the_lists_and_groups_of_a_study_take_overrides() -> None:
 @pytest.mark.parametrize(
     ("word", "answer"),
     [
-        (f"{STUDY[1]}{OTHER}", "study.train.runs.lenet is a list in the study: ~study.train.runs.lenet +study.train"),
+        (f"{STUDY[1]}{OTHER}", "study.train.runs.lenet is a list: to replace it, write ~study.train.runs.lenet +study"),
         ("study.data.digits.parts=2", "+study.data.digits.parts=VALUE adds it"),
         ("study.train.runs.vgg2=[]", "did you mean study.train.runs.vgg? +study.train.runs.vgg2=VALUE adds it"),
         ("study.data.digit.pack=[]", "there is no study.data.digit.pack: did you mean study.data.digits.pack?"),
@@ -150,6 +157,13 @@ def test_the_lists_and_groups_of_a_study_take_overrides() -> None:
 def test_a_key_that_a_study_does_not_have_is_answered_with_the_way_to_add_it(word: str, answer: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(answer)):
         check_command_line(WORKFLOW, [STUDY[0], word])
+
+
+def test_resources_of_a_profile_take_new_keys() -> None:
+    words = ["+study=digits", "profile=slurm", "profile.resources.train.mem_mb=8000"]
+    words += ["+profile.resources.train.slurm_partition=gpu", "+profile.resources.train.gres=gpu:8"]
+    resources = compose("workflow", check_command_line(WORKFLOW, words)).profile.resources.train
+    assert (resources.mem_mb, resources.slurm_partition, resources.gres) == (8000, "gpu", "gpu:8")
 
 
 def test_a_second_word_without_a_key_is_refused() -> None:

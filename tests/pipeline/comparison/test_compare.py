@@ -69,8 +69,8 @@ def test_a_comparison_has_the_numbers_of_the_runs_files(compare: Typed, evaluate
     both = [[int((right["other"] == a)[right["mine"] == b].sum()) for b in (True, False)] for a in (True, False)]
     assert (pair["right_better_alone"], pair["right_worse_alone"]) == (both[0][1], both[1][0])
     assert pair["mcnemar_p"] == pytest.approx(mcnemar(both, exact=True).pvalue)
-    only = f"other alone is right on {both[0][1]}, mine on {both[1][0]}: McNemar's exact test, p "
-    assert f"{only}{pair['mcnemar_p']:.2g}\n" in printed
+    only = f"other alone is right on {both[0][1]} images, mine alone on {both[1][0]}"
+    assert f"{only} (McNemar's exact test, p = {pair['mcnemar_p']:.2g})\n" in printed
     table = pq.read_table(evaluated / "comparison" / "comparison.parquet")
     assert table.to_pylist() == numbers["runs"]
     page = (evaluated / "comparison" / "index.html").read_text()
@@ -91,10 +91,8 @@ def test_without_an_evaluation_of_all_runs_top1_is_that_of_the_training(compare:
 def test_a_comparison_is_the_parent_of_its_runs_in_mlflow(compare: Typed, evaluated: Path) -> None:
     for _ in range(2):
         printed = compare("runs=[mine,other,fresh]", "out=parent")
-    assert "in MLflow: no page of fresh in sqlite:///" in printed
-    assert "in MLflow: no page, because none of these runs has one in sqlite:///" in compare(
-        "runs=[fresh]", "out=alone"
-    )
+    assert "in MLflow: fresh is not in sqlite:///" in printed
+    assert "in MLflow: none of these runs is in sqlite:///" in compare("runs=[fresh]", "out=alone")
     client = MlflowClient(f"sqlite:///{evaluated / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("convoy")
     assert experiment is not None
@@ -105,6 +103,9 @@ def test_a_comparison_is_the_parent_of_its_runs_in_mlflow(compare: Typed, evalua
     assert {pages[name].data.tags["mlflow.parentRunId"] for name in ("mine", "other")} == {parent.info.run_id}
     artifacts = [artifact.path for artifact in client.list_artifacts(parent.info.run_id, "comparison")]
     assert artifacts == [f"comparison/{name}" for name in ("comparison.json", "comparison.parquet", "index.html")]
+    client.delete_run(pages["mine"].info.run_id)
+    assert "in MLflow: mine, fresh are not in sqlite:///" in compare("runs=[mine,other,fresh]", "out=parent")
+    client.restore_run(pages["mine"].info.run_id)
     best = max(run["top1"] for run in json.loads((evaluated / "parent" / "comparison.json").read_text())["runs"])
     assert parent.data.metrics == {"best/top1": best}
 

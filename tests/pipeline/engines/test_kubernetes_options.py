@@ -29,6 +29,7 @@ WORDS = (*OPTIONS, "--", "python", "-m", *TRAIN)
             "after -- must follow python -m pipeline.VERB, not python -m",
         ),
         ((*OPTIONS, "--", "python", "-m", "pipeline.train", "+model=lent"), "model=lent is not one of alexnet, "),
+        ((*WORDS, "seed=0,1", "-m"), "kubectl is not installed: --print shows the manifest"),
         (WORDS, "kubectl is not installed: --print shows the manifest"),
     ],
 )
@@ -49,10 +50,13 @@ def test_a_mistake_is_one_sentence_before_anything_is_written(
         ("--memory=0Gi", "must be a size such as 64Gi"),
         ("--shared-memory=65Gi", "is more than --memory=64Gi"),
         ("--shared-memory=69G", "is more than --memory=64Gi"),
-        ("--claim=Bad_Claim", "must be lower-case letters, digits and dashes"),
-        ("--claim=", "must be a name"),
-        ("--namespace=a.b", "must be lower-case letters, digits and dashes"),
-        ("--secret=-a", "must be lower-case letters, digits and dashes"),
+        ("--claim=Bad_Claim", "must be lower-case letters and digits, with dashes between, with dots between"),
+        ("--claim=a..b", "must be lower-case letters and digits"),
+        ("--claim=", "is empty or has spaces"),
+        ("--namespace=a.b", "must be lower-case letters and digits, with dashes between"),
+        ("--secret=-a", "must be lower-case letters and digits"),
+        ("--poll-seconds=nan", "must be a number above 0"),
+        ("--silent-seconds=-5.0", "must be a number above 0"),
         ("--gpus=-2", "must be at least 0"),
         ("--mount=/elsewhere", "does not hold the working directory /data"),
     ],
@@ -60,5 +64,11 @@ def test_a_mistake_is_one_sentence_before_anything_is_written(
 def test_values_that_no_object_of_kubernetes_can_have_are_refused(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"{word} {message}")):
         read_options([*OPTIONS, word], folder=Path("/data"))
-    accepted = ("--memory=64.5G", "--shared-memory=60Gi", "--claim=a.b-c", "--namespace=team-1")
-    assert read_options([*OPTIONS, *accepted], folder=Path("/data"))[1].memory == "64.5G"
+
+
+def test_values_of_kubernetes_are_accepted() -> None:
+    given = {"memory": "64.5G", "shared_memory": "6e10", "claim": "a.b-c", "namespace": "team-1", "secret": "s3"}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    options, settings = read_options([*OPTIONS, *words], folder=Path("/data"))
+    assert {name: getattr(options, name) for name in given} == given
+    assert (settings.memory, settings.claim, settings.folder) == ("64.5G", "a.b-c", Path("/data"))

@@ -8,9 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from pipeline.cli.compose import compose
 from pipeline.cli.errors import ConfigError, FailureError
-from pipeline.engines import snakemake
+from pipeline.engines import profile, snakemake
 from pipeline.engines.study import Step
 from pipeline.engines.table import describe_end
 
@@ -26,16 +28,37 @@ from pipeline.engines.table import describe_end
 def test_a_scheduler_that_does_not_answer_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, scheduler: str, program: str, script: str, reason: str
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    missing = rf"^profile={scheduler}: there is no program {program}: profile=local needs none"
-    with pytest.raises(ConfigError, match=missing):
-        snakemake.check_scheduler(scheduler)
     (tmp_path / program).write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / program).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(snakemake, "SCHEDULER_SECONDS", 1.0)
-    with pytest.raises(FailureError, match=rf"^profile={scheduler} does not answer: {program}: .*{reason}"):
-        snakemake.check_scheduler(scheduler)
+    monkeypatch.setattr(profile, "SCHEDULER_SECONDS", 1.0)
+    with pytest.raises(FailureError, match=rf"^{scheduler} does not answer: {program}: .*{reason}"):
+        profile.check_scheduler(scheduler)
+
+
+def test_a_scheduler_that_is_not_installed_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^sinfo is not installed: profile=local runs the steps on this machine"):
+        profile.check_scheduler("slurm")
+
+
+def profile_with(**changes: object) -> profile.Profile:
+    values = OmegaConf.to_container(compose("workflow", ["+study=digits"]).profile)
+    assert isinstance(values, dict)
+    return profile.read_profile({**values, **changes}, jobs=None)
+
+
+@pytest.mark.parametrize(
+    "words", ["module load cuda && srun", "OMP_NUM_THREADS=2 nice", "$HOME/launch", "source a.sh;"]
+)
+def test_words_before_a_command_may_be_code_for_bash(words: str) -> None:
+    assert profile_with(prefix={"train": words}).prefix == {"train": words}
+
+
+def test_a_program_before_a_command_must_be_on_this_machine_that_runs_it() -> None:
+    with pytest.raises(ConfigError, match=r"^profile\.prefix\.train=torchrn --nnodes=2: there is no program torchrn"):
+        profile_with(prefix={"train": "torchrn --nnodes=2"})
+    assert profile_with(prefix={"train": "torchrn"}, executor="slurm").prefix == {"train": "torchrn"}
 
 
 def test_a_study_is_run_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,4 +138,4 @@ def test_the_cause_of_a_killed_step_is_the_signal(tmp_path: Path) -> None:
 
 def test_steps_on_this_machine_need_no_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    snakemake.check_scheduler(None)
+    profile.check_scheduler(None)

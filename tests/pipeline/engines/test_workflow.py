@@ -114,7 +114,8 @@ def test_a_plain_snakemake_does_the_same(project: Path) -> None:
     assert not planned(project, GOOD), "the study of the first test"
     words = [str(ROOT / ".workflow/bin/snakemake"), "-s", str(project / "pipeline/engines/Snakefile")]
     words += ["--configfile", file, "--cores", "1"]
-    answer = subprocess.run([*words[:3], "--cores", "1"], capture_output=True, text=True, check=False)
+    bare = [*words[:3], "--cores", "1"]
+    answer = subprocess.run(bare, cwd=project / "work", capture_output=True, text=True, check=False)
     assert answer.returncode == 1
     assert "no study: add --configfile studies/NAME/study.yaml" in answer.stderr
     answer = subprocess.run([*words, "--dry-run"], cwd=project / "work", capture_output=True, text=True, check=False)
@@ -299,7 +300,7 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(
         ),
         (
             ["study.train.overrides=[+model=lenet,data.image_size=31]"],
-            "error: train/good: model.image_size=31 must be 28 or 32 pixels for LeNet-5",
+            "error: train/good: data.image_size=31 must be 28 or 32 pixels for LeNet-5",
         ),
         (
             ["study.train.overrides=[+model=lenet,recipe.optimizer.lr=-3]"],
@@ -315,7 +316,20 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(
         ),
         (
             ["profile=kubernetes", "profile.image=a", "profile.claim=c", "profile.nodes=0", "dry_run=true"],
-            "error: profile: --nodes=0 must be at least 1",
+            "error: profile.nodes=0 must be at least 1",
+        ),
+        (["profile.prefix.train=[srun]"], "error: profile.prefix.train=['srun'] must be a text"),
+        (
+            ["profile.scheduler=slrum"],
+            "error: profile.scheduler=slrum is not one of slurm, kubernetes: did you mean ",
+        ),
+        (
+            ["study.train.overrides=[+model=lenet,weights=missing.pt]"],
+            "error: train/good: weights.file=missing.pt does not exist",
+        ),
+        (
+            ["study.train.overrides=[+model=lenet,choose_by=val/top2]"],
+            "error: train/good: choose_by=val/top2 ",
         ),
         (["study.evaluate.val=[split=tset]"], "error: evaluate/good/val: split=tset is not one of train, val, test"),
         (["study.export.weights=[format=onx]"], "error: export/good/weights: format=onx is not one of onnx, "),
@@ -331,4 +345,4 @@ def test_a_mistake_is_one_sentence_before_anything_runs(project: Path, words: li
     assert answer.returncode == 1
     assert answer.stderr.startswith(message)
     assert answer.stderr.count("\n") == 1
-    assert not (project / "work" / "studies" / "wrong" / "runs").exists()
+    assert not [path for path in (project / "work").glob("studies/wrong/*") if path.name != ".lock"]

@@ -1,0 +1,92 @@
+"""Where the steps of a study run: values of `conf/profile/`, checked."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.cli.errors import ConfigError, FailureError, nearest, one_line
+from pipeline.engines.kubernetes.options import read_options
+
+# A command for each that succeeds where the scheduler answers.
+SCHEDULERS = {"slurm": ("sinfo", "--noheader"), "kubernetes": ("kubectl", "get", "--raw=/readyz")}
+SCHEDULER_SECONDS = 30.0
+KUBERNETES = "-m pipeline.engines.kubernetes "
+OPTION = re.compile(r"--([a-z-]+)")  # of that program, from a key of the profile
+PLAIN = re.compile(r"[\w./:=,@%+ -]+")  # words, which bash takes as they are
+
+
+class Profile(NamedTuple):
+    """Where steps run: the scheduler, one of SCHEDULERS or None for this machine, and Snakemake's executor.
+
+    Then the number of steps at a time, and by verb the words before `python` and resources.
+    """
+
+    scheduler: str | None
+    executor: str
+    jobs: int
+    prefix: Mapping[str, str]
+    resources: Mapping[str, Mapping[str, object]]
+    arguments: Sequence[str] = ()
+
+
+def read_profile(values: Mapping[str, Any], *, jobs: object) -> Profile:
+    """Return the profile with these values; `jobs` replaces its number of steps, unless it is None.
+
+    Raises: ConfigError for a scheduler that is not known, a program that this machine does not have, and options of
+    Kubernetes that no job can have.
+    """
+    scheduler = values["scheduler"]
+    if scheduler not in (None, *SCHEDULERS):
+        known = f"{', '.join(SCHEDULERS)}{nearest(str(scheduler), SCHEDULERS)}"
+        raise ConfigError(f"profile.scheduler={scheduler} is not one of {known}")
+    at_once = values["jobs"] if jobs is None else jobs
+    if not isinstance(at_once, int) or at_once < 1:
+        raise ConfigError(f"jobs={at_once} must be an integer of at least 1")
+    prefix = {verb: words for verb, words in values["prefix"].items() if words is not None}
+    for verb, words in prefix.items():
+        if not isinstance(words, str):
+            raise ConfigError(f"profile.prefix.{verb}={words} must be a text")
+        prefix[verb] = words.replace("{python}", shlex.quote(sys.executable))
+        _check_prefix(prefix[verb], key=f"profile.prefix.{verb}", is_local=values["executor"] == "local")
+    resources = {
+        verb: {name: value for name, value in named.items() if value is not None}
+        for verb, named in values["resources"].items()
+    }
+    return Profile(scheduler, values["executor"], at_once, prefix, resources, values["arguments"])
+
+
+def _check_prefix(words: str, *, key: str, is_local: bool) -> None:
+    if is_local and PLAIN.fullmatch(words):  # others are code for bash
+        program = next((word for word in words.split() if "=" not in word), "true")
+        known = subprocess.run(["bash", "-c", 'type "$1"', "type", program], capture_output=True, check=False)
+        if known.returncode:
+            raise ConfigError(f"{key}={words}: there is no program {program}")
+    _, module, options = words.partition(KUBERNETES)
+    if module:
+        try:
+            read_options(shlex.split(options.removesuffix("--")), folder=Path.cwd())
+        except ValueError as error:
+            text = OPTION.sub(lambda found: f"profile.{found[1].replace('-', '_')}", str(error))
+            raise ConfigError(text) from None
+
+
+def check_scheduler(scheduler: str | None) -> None:
+    """Raise unless this scheduler answers: ConfigError where its program is missing, else FailureError."""
+    if scheduler is None:
+        return
+    words = SCHEDULERS[scheduler]
+    try:
+        subprocess.run(words, capture_output=True, text=True, timeout=SCHEDULER_SECONDS, check=True)
+        return
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines()
+        reason = lines[-1] if lines else f"exit code {error.returncode}"
+    except FileNotFoundError:
+        raise ConfigError(f"{words[0]} is not installed: profile=local runs the steps on this machine") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = one_line(error)
+    raise FailureError(f"{scheduler} does not answer: {words[0]}: {reason}")

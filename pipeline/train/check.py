@@ -1,0 +1,40 @@
+"""Which mistakes of a training are found without its data: in recipe, crops, network, weights and Trainer."""
+
+import json
+from functools import lru_cache
+
+from omegaconf import DictConfig, OmegaConf
+
+from data.loading.crops import CropPolicy
+from pipeline.build.choice import build_choice
+from pipeline.build.network import build_network, build_recipe, build_without_values, check_image_sizes
+from pipeline.build.objects import build_object
+from pipeline.build.weights import WeightsFile
+from pipeline.cli.compose import CONF
+
+_accepted: set[str] = set()  # networks with their image sizes; trainings of a study often share one
+
+
+def check_training(config: DictConfig) -> None:
+    """Build what needs no data, and run the network on the shapes of its crops.
+
+    Raises: ValueError, as the training would.
+    """
+    build_recipe(config)
+    build_choice(config)
+    build_object(config, "weights", kind=WeightsFile)
+    crops = [build_object(config, f"augment.{name}", kind=CropPolicy) for name in ("training", "evaluation")]
+    sizes = [crop.image_size for crop in crops]
+    network = json.dumps([OmegaConf.to_container(config.model, resolve=True), sizes])
+    if network not in _accepted:
+        check_image_sizes(config, build_without_values(lambda: build_network(config)), sizes=sizes)
+        _accepted.add(network)
+    if not _own_options().issuperset(config.trainer):
+        from pipeline.build.trainer import check_options  # Lightning takes seconds
+
+        check_options(config.trainer)
+
+
+@lru_cache
+def _own_options() -> frozenset[str]:
+    return frozenset({*map(str, OmegaConf.load(CONF / "trainer" / "auto.yaml")), "num_nodes"})
