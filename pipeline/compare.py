@@ -47,10 +47,13 @@ def main(config: DictConfig) -> None:
     table_console().print(build_table(found, split=split))
     for pair in pairs:
         print_line(main_console(), describe_difference(pair))
-    images = dict.fromkeys(run.training_images for run in found)
-    if len(images) > 1:
-        groups = [[run.name for run in found if run.training_images == one] for one in images]
-        print_line(main_console(), f"different training images: {'; '.join(map(', '.join, groups))}")
+    for used, digests in {
+        "evaluated on": [run.top1_images for run in found],
+        "trained on": [run.training_images for run in found],
+    }.items():
+        groups = [[run.name for run, one in zip(found, digests, strict=True) if one == digest] for digest in {*digests}]
+        if len(groups) > 1:
+            print_line(main_console(), f"{used} different images: {'; '.join(sorted(map(', '.join, groups)))}")
     print_line(main_console(), f"wrote {', '.join(map(str, files))}")
     problem = add_to_mlflow(config, [run.run for run in runs], best=found[0].top1, files=files)
     if problem is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.cli.errors import FAILURE, USER_ERROR, ConfigError
+from pipeline.cli.errors import FAILURE, USER_ERROR, ConfigError, nearest
 from pipeline.cli.run import run_verb
 from pipeline.cli.verb import Verb
 
@@ -43,11 +43,10 @@ def main(config: DictConfig) -> None:
     from pipeline.engines import snakemake
     from pipeline.engines.checks import check_commands, check_tars
     from pipeline.engines.profile import check_scheduler
-    from pipeline.engines.study import build_steps
+    from pipeline.engines.study import build_steps, check_name
 
     name = str(config.name or HydraConfig.get().runtime.choices["study"])
-    if name == ".." or Path(name).name != name:
-        raise ConfigError(f"name={name} is a path: studies=FOLDER sets the folder of all studies")
+    check_name(name, place="name")
     study = OmegaConf.to_container(config.study, resolve=True)
     assert isinstance(study, dict)
     folder = Path(str(config.studies)) / name
@@ -60,7 +59,10 @@ def main(config: DictConfig) -> None:
     if not is_shown:
         check_scheduler(profile.scheduler)
     program = snakemake.build_environment()
-    arguments = [*(["--keep-going"] if config.keep_going else []), *ENGINE_ARGUMENTS]
+    arguments = [
+        *(["--keep-going"] if config.keep_going else []),
+        *name_targets(ENGINE_ARGUMENTS, steps, folder=folder),
+    ]
     words = snakemake.build_command_line(program, folder, profile=profile, arguments=arguments)
     with snakemake.locked(folder) as lock:
         if not is_shown:
@@ -74,6 +76,19 @@ def main(config: DictConfig) -> None:
                 print_line(main_console(), f"wrote {config.graph}")
             else:
                 print_plan(words, steps, folder=folder)
+
+
+def name_targets(arguments: Sequence[str], steps: Sequence[Step], *, folder: Path) -> list[str]:
+    """Replace the names of steps by the files that Snakemake knows. Raises: ConfigError for one that does not exist."""
+    from pipeline.engines.profile import VERBS
+
+    known = {step.identity for step in steps}
+    wrong = next(
+        (word for word in arguments if word.startswith(tuple(f"{verb}/" for verb in VERBS)) and word not in known), None
+    )
+    if wrong is not None:
+        raise ConfigError(f"there is no step {wrong}{nearest(wrong, known)} dry_run=true lists all")
+    return [str(folder / "done" / word) if word in known else word for word in arguments]
 
 
 def build_profile(config: DictConfig) -> Profile:
@@ -125,9 +140,13 @@ def run_study(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock
         some = f"no step has run: {len(current)} of {len(steps)} steps are done"
         print_line(main_console(), nothing if len(current) == len(steps) else some)
     main_console().print(build_table(steps, current=current, failed=failed))
-    facts = {"runs": str(folder / "runs"), "logs": str(folder / "logs")}
+    facts = {
+        "done": f"{len(current)} of {len(steps)} steps",
+        "runs": str(folder / "runs"),
+        "logs": str(folder / "logs"),
+    }
     if failed:
-        facts["failed"] = f"{len(failed)} steps: the same command runs them again, and the steps that need them"
+        facts["failed"] = f"{', '.join(failed)}: the same command repeats this, and runs what needs it"
     elif "compare/all" in current:
         facts["comparison"] = str(folder / "comparison" / "index.html")
     print_facts(main_console(), facts)

@@ -12,6 +12,7 @@ from itertools import product
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pipeline.cli.compose import choices, compose, default_groups, groups, known_keys, quote, verbs
@@ -54,11 +55,10 @@ def check_command_line(verb: Verb, arguments: Sequence[str], *, composed: Compos
     complete = [*(word for word in arguments if word not in typed), *words]  # Hydra takes flags only before overrides
     if any(flag in complete for flag in HELP):
         return complete
-    parser = OverridesParser.create()
-    overrides: list[Override] = parser.parse_overrides(words)
+    overrides = [_parse(word) for word in words]
     for key, (setters, choice) in verb.implied.items():
         if _sets(overrides, key) and not _sets(overrides, *setters):
-            complete, overrides = [*complete, choice], [*overrides, *parser.parse_overrides([choice])]
+            complete, overrides = [*complete, choice], [*overrides, _parse(choice)]
     for override in overrides:
         if _is_group(override):
             _check_choice(verb, override)
@@ -90,13 +90,28 @@ def _expand_alias(verb: Verb, word: str, *, sweeps: bool) -> str:
     if verb.positional is not None and "=" not in word and not word.startswith("~"):
         word = f"{verb.positional}={word}"
     key, equals, value = word.partition("=")
-    if _is_open(verb, key.lstrip("+")) and value[:1] in ("[", "{"):
+    if equals and _is_open(verb, key.lstrip("+")):
         return f"{key}={_quote_overrides(value)}"
-    if not equals or key not in (*verb.aliases, *verb.text_keys) or value[:1] in ("{", "["):
+    is_group = value[:1] + value[-1:] in ("[]", "{}")
+    if not equals or key not in (*verb.aliases, *verb.text_keys) or is_group:
         return word
-    needs_no_quotes = value in ("", "null") or value[0] in "'\"" or (sweeps and "," in value)
+    is_quoted = value[:1] in ("'", '"') and value[-1:] == value[:1]
+    needs_no_quotes = value in ("", "null") or is_quoted or (sweeps and "," in value)
     quoted = value if needs_no_quotes else quote(value)
     return f"{verb.aliases.get(key, key)}={quoted}"
+
+
+def _parse(word: str) -> Override:
+    """Parse an override. Raises: ConfigError for what Hydra's grammar does not take."""
+    try:
+        override: Override = OverridesParser.create().parse_override(word)
+        return override
+    except HydraException:
+        name, equals, _ = word.partition("=")
+        if not equals and name.isprintable() and re.fullmatch(r"[\w./@]+", name):
+            raise ConfigError(f"{name} has no value: {name}=VALUE") from None
+        advice = "put quotes around a value with spaces or brackets, and the shell's around those: \"KEY='a b'\""
+        raise ConfigError(f"{word} is not KEY=VALUE in Hydra's grammar: {advice}") from None
 
 
 def _quote_overrides(text: str) -> str:
@@ -107,17 +122,20 @@ def _quote_overrides(text: str) -> str:
     if text[:1] == "{" and text[-1:] == "}":
         pairs = (part.partition(":") for part in _split(text[1:-1]))
         return f"{{{','.join(f'{key}{colon}{_quote_overrides(value)}' for key, colon, value in pairs)}}}"
-    return text if "=" not in text or text[0] in "'\"" else quote(text)
+    return text if "=" not in text or text[0] in "'\"" else quote(text.replace("\\,", ","))
 
 
 def _split(text: str) -> list[str]:
-    """Split a text at its commas, except for those in brackets and in quotes."""
-    parts, depth, mark = [""], 0, ""
-    for before, letter in zip(f" {text}", text, strict=False):
-        if letter in "'\"" and before != "\\" and mark in ("", letter):
-            mark = "" if mark else letter
+    """Split a text at its commas, except for those in brackets, in quotes, and after a backslash."""
+    parts, depth, mark, before = [""], 0, "", ""
+    for letter in text:
+        is_escaped, before = before == "\\", letter
+        if mark and letter == mark and not is_escaped:
+            mark = ""
+        elif not mark and letter in "'\"" and parts[-1].strip()[-1:] in ("", "[", "{", ",", ":"):
+            mark = letter
         depth += 0 if mark else (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0 and not mark:
+        if letter == "," and depth == 0 and not mark and not is_escaped:
             parts.append("")
         else:
             parts[-1] += letter
@@ -163,23 +181,42 @@ def _check_keys(verb: Verb, base: DictConfig, *, overrides: list[Override]) -> N
             continue
         is_open, adds = _is_open(verb, key), override.is_add() or override.is_force_add()
         if key not in known and not (adds and (is_open or _is_addable(key, base))):
-            hint = _open_hint(key, known) if is_open and not adds else _hint(key, known, base=base)
+            hint = _open_hint(key, known, adds=not override.is_delete()) if is_open else _hint(key, known, base=base)
             raise ConfigError(f"there is no {key}{hint}")
         if key in known and not override.is_delete() and not override.is_sweep_override():
-            if is_open and isinstance(known[key], list) and isinstance(override.value(), dict) and key not in deleted:
-                raise ConfigError(f"{key} is a list: to replace it, write ~{key} +{key}=VALUE")
+            if is_open and key not in deleted:
+                _check_shape(override, known)
             if key not in deleted:
                 _check_type(override, known[key])
+
+
+def _check_shape(override: Override, known: Mapping[str, object]) -> None:
+    """Refuse what Hydra does not merge: a list with a group of keys, and new keys of a group without a plus."""
+    key, value = override.key_or_group, override.value()
+    shapes = (dict, list)
+    if isinstance(value, shapes) and isinstance(known[key], shapes) and type(value) is not type(known[key]):
+        kind = "a list" if isinstance(known[key], list) else "a group of keys"
+        raise ConfigError(f"{key} is {kind}: to replace it, write ~{key} +{key}=VALUE")
+    new = [f"{key}.{name}" for name in value if f"{key}.{name}" not in known] if isinstance(value, dict) else []
+    if new and not override.is_add():
+        raise ConfigError(f"there is no {new[0]}: +{new[0]}=VALUE adds it")
 
 
 def _is_open(verb: Verb, key: str) -> bool:
     return key.startswith(tuple(f"{group}." for group in verb.open_groups))
 
 
-def _open_hint(key: str, known: Mapping[str, object]) -> str:
+def _open_hint(key: str, known: Mapping[str, object], *, adds: bool) -> str:
     """Return the nearest key, and how to add this one where its parent is a group of keys."""
-    likely = nearest(key, known)
-    return f"{likely or ':'} +{key}=VALUE adds it" if known.get(key.rpartition(".")[0]) == {} else likely
+    parent = key.rpartition(".")[0]
+    likely = _nearest_sibling(key, known) or ("" if known.get(parent) == {} else nearest(key, known))
+    return f"{likely or ':'} +{key}=VALUE adds it" if adds and known.get(parent) == {} else likely
+
+
+def _nearest_sibling(key: str, known: Mapping[str, object]) -> str:
+    parent, _, last = key.rpartition(".")
+    siblings = [name.removeprefix(f"{parent}.") for name in known if name.startswith(f"{parent}.")]
+    return nearest(last, siblings, cutoff=0.7).replace("mean ", f"mean {parent}.")
 
 
 def _hint(key: str, known: Mapping[str, object], *, base: DictConfig) -> str:
@@ -191,10 +228,8 @@ def _hint(key: str, known: Mapping[str, object], *, base: DictConfig) -> str:
     if same_ending:
         return nearest(key, same_ending, cutoff=0)
     if _is_addable(key, base):
-        parent = key.rpartition(".")[0]
-        siblings = [name.removeprefix(f"{parent}.") for name in known if name.startswith(f"{parent}.")]
-        likely = nearest(last, siblings, cutoff=0.75).replace("mean ", f"mean {parent}.")
-        return f"{likely or ' in this config:'} +{key}=VALUE passes it to {known[f'{parent}._target_']}"
+        target = known[f"{key.rpartition('.')[0]}._target_"]
+        return f"{_nearest_sibling(key, known) or ' in this config:'} +{key}=VALUE passes it to {target}"
     return nearest(key, known)
 
 

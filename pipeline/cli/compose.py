@@ -37,7 +37,8 @@ def compose(verb: str, overrides: Sequence[str], *, with_hydra: bool = False) ->
 
 def quote(text: str) -> str:
     """Return a text as a value that Hydra's grammar takes as it is."""
-    return "'{}'".format(text.replace("'", "\\'"))
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
+    return f"'{escaped}'"
 
 
 def check_trust(config: DictConfig, overrides: Sequence[str]) -> None:

@@ -32,9 +32,9 @@ Answers = dict[tuple[str, str], bool]  # whether an image was classified right, 
 class ComparedRun:
     """A run: what it has reached, on which images, and what its network and its training cost.
 
-    `training_images` is the digest of their rows in the index. `interval` covers 95 %; it and `answers` are empty for a
-    run that was not evaluated. `receptive_field` is in pixels, None where it is global from the start or unknown.
-    `hours` are those between points of the journal, without pauses.
+    `training_images` and `top1_images` are digests of their rows in the index. `interval` covers 95 %; it and `answers`
+    are empty for a run that was not evaluated. `receptive_field` is in pixels, None where it is global from the start
+    or unknown. `hours` are those between points of the journal, without pauses.
     """
 
     name: str
@@ -42,6 +42,7 @@ class ComparedRun:
     network: str
     dataset: str
     training_images: str
+    top1_images: str
     image_size: int
     top1: float | None
     interval: tuple[float, float] | None
@@ -107,7 +108,7 @@ def read_run(restored: RestoredRun, *, split: str | None) -> ComparedRun:
         answers = _answers(folder / PREDICTIONS)
     return ComparedRun(
         run.name, str(run.folder), restored.network, restored.dataset_facts().name,
-        restored.split_digest("train") or "", size, top1, interval, images,
+        restored.split_digest("train") or "", restored.split_digest(split or "val") or "", size, top1, interval, images,
         summary.num_parameters, summary.macs / 1e9,
         None if last is None or last.local_size is None else float(max(last.local_size)),
         _rate(run), restored.build_recipe().epochs, _hours(run), answers,
@@ -123,7 +124,8 @@ def compare_neighbours(runs: Sequence[ComparedRun]) -> list[Neighbours]:
     """Compare each ranked run with the next one, where both have answers to the same images."""
     found = []
     for better, worse in pairwise(runs):
-        if better.answers and better.answers.keys() == worse.answers.keys():
+        same = better.top1_images == worse.top1_images  # keys may be equal in other data sets
+        if better.answers and same and better.answers.keys() == worse.answers.keys():
             pairs = [(right, worse.answers[image]) for image, right in better.answers.items()]
             alone = sum(one and not other for one, other in pairs), sum(other and not one for one, other in pairs)
             found.append(Neighbours(better.name, worse.name, *alone, mcnemar_p(*alone)))

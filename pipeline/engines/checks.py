@@ -62,8 +62,8 @@ def _check_step(step: Step, *, composed: Composed) -> None:
     if verb.check_objects is not None:
         with fast_imports():
             verb.check_objects(config)
-    made = step.result.exists() or any(one.startswith("train/") for one in step.needs)  # the study makes its weights
+    is_made = any(one.startswith("train/") for one in step.needs)  # the weights, by this study
     for key in ("source.root", "weights.file"):
-        file = OmegaConf.select(config, key)
-        if file is not None and not made and not Path(str(file)).exists():
+        file, has_begun = OmegaConf.select(config, key), step.result.parent.exists()
+        if file is not None and not has_begun and not is_made and not Path(str(file)).exists():
             raise ConfigError(f"{key}={file} does not exist")

@@ -117,17 +117,19 @@ def _has_locked(file: IO[str]) -> bool:
 def study_as_written(steps: Sequence[Step], folder: Path, *, profile: Profile) -> Iterator[None]:
     """Write the study for this block only: looking at what would run must not change what will."""
     files = render_study(steps, folder, profile=profile)
-    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files if file.is_file()}
+    known = {*files, *folder.glob("done/**/*"), *folder.glob("steps/**/*.exit")}  # the engine removes some at its start
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in known if file.is_file()}
     write_study(steps, folder, profile=profile)
     try:
         yield
     finally:
-        for file in files:
-            if file not in before:
-                file.unlink()
-            elif file.read_bytes() != before[file][0]:
-                write_atomically(file, before[file][0])
-                os.utime(file, ns=(before[file][1],) * 2)
+        for file in files.keys() - before.keys():
+            file.unlink()
+        for file, (content, time_ns) in before.items():
+            if not file.is_file() or file.read_bytes() != content:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, content)
+                os.utime(file, ns=(time_ns, time_ns))
         made = {inner for file in files for inner in file.parents if inner.is_relative_to(folder)}
         for inner in sorted(made, reverse=True):  # deep ones first
             with suppress(OSError):  # not empty

@@ -89,7 +89,7 @@ def _data_steps(name: str, found: object, *, folder: Path) -> Iterator[Step]:
     """Yield the packing or indexing of a data set, its parts first; one that a verb has packed before needs neither."""
     place = f"study.data.{name}"
     one = _mapping(found, place=place)
-    _check_name(name, place=place)
+    check_name(name, place=place)
     _check_keys(one, DATA_KEYS, place=place)
     if ("pack" in one) == ("root" in one):
         raise ConfigError(f"{place} needs either pack=[source=...] or root=FOLDER")
@@ -124,7 +124,7 @@ def _trainings(train: Tree, *, data: Sequence[str]) -> list[Training]:
     runs, grid = _group(train, "runs", place="study.train"), dict(_flatten(_group(train, "grid", place="study.train")))
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"study.train.grid.{key}={values} must be a list of values")
+            raise ConfigError(f"study.train.grid.{key}={values} must be a list of at least one value")
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]  # type: ignore[call-overload]  # lists, as checked
     found: dict[str, Training] = {}
     for name, one in runs.items():
@@ -133,7 +133,7 @@ def _trainings(train: Tree, *, data: Sequence[str]) -> list[Training]:
             full = "-".join([name, *(_short(key, value) for key, value in point.items())])
             if full in found:
                 raise ConfigError(f"study.train has two runs of the name {full}: values of the grid must differ")
-            _check_name(full, place=f"study.train.runs.{name}")
+            check_name(full, place=f"study.train.runs.{name}")
             words = (*common, *training.overrides, *(f"{key}={_typed(value)}" for key, value in point.items()))
             weights = training.weights
             if weights is not None and weights in runs:  # of the same point of the grid
@@ -143,9 +143,8 @@ def _trainings(train: Tree, *, data: Sequence[str]) -> list[Training]:
         raise ConfigError("study.train.runs is empty: name a run, as in +study.train.runs.resnet=[+model=resnet]")
     for one in found.values():
         if one.weights is not None and one.weights not in found:
-            raise ConfigError(
-                f"study.train.runs.{one.name}.weights={one.weights} is not one of its runs{nearest(one.weights, found)}"
-            )
+            place = f"study.train.runs.{one.name}.weights={one.weights}"
+            raise ConfigError(f"{place} is not one of its runs{nearest(one.weights, {*runs, *found})}")
     return list(found.values())
 
 
@@ -159,6 +158,8 @@ def _training(name: str, found: object, *, data: Sequence[str]) -> Training:
     if which not in data:
         raise ConfigError(f"{place}.data={which} is not one of {', '.join(data)}{nearest(str(which), data)}")
     words = _words(one.get("overrides", []), place=f"{place}.overrides")
+    if weights is not None and any(word.lstrip("+").startswith(("weights=", "weights.file=")) for word in words):
+        raise ConfigError(f"{place} has two weights: those of the run {weights}, and a file")
     return Training(name, words, str(which), None if weights is None else str(weights))
 
 
@@ -191,7 +192,7 @@ def _train_step(one: Training, data: Tree, *, known: Mapping[str, Step], folder:
 
 
 def _result_step(verb: str, name: str, *, words: Sequence[str], run: str, folder: Path) -> Step:
-    _check_name(name, place=f"study.{verb}")
+    check_name(name, place=f"study.{verb}")
     out = folder / "runs" / run / FOLDERS[verb] / name
     overrides = (*words, f"run={folder / 'runs' / run}", f"out={out}")
     return Step(verb, f"{run}/{name}", overrides, (f"train/{run}",), out / RESULTS[verb])
@@ -242,14 +243,15 @@ def _check_keys(tree: Tree, known: Sequence[str], *, place: str) -> None:
             raise ConfigError(f"{place} has no {key}, it takes {', '.join(known)}{nearest(key, known)}")
 
 
-def _check_name(name: str, *, place: str) -> None:
+def check_name(name: str, *, place: str) -> None:
+    """Raise ConfigError for what cannot name a folder."""
     if not NAME.fullmatch(name):
         raise ConfigError(f"{place}: {name} cannot name a folder: letters, digits, . _ + and - can")
 
 
 def _short(key: str, value: object) -> str:
     """Return a value for a name: `resnet50`, or `lr0.1`, with the last part of the key for what is no word."""
-    text = _typed(value)
+    text = re.sub(r"[^\w.+-]+", "-", _typed(value)).strip("-") if isinstance(value, list) else _typed(value)
     return text if isinstance(value, str) and NAME.fullmatch(value) else f"{key.rpartition('.')[2]}{text}"
 
 

@@ -69,11 +69,24 @@ def _send(
     found = client.search_runs([experiment_id], f"tags.`{COMPARISON_TAG}` = '{place}'")
     page = found[0] if found else client.create_run(experiment_id, run_name=name, tags={COMPARISON_TAG: place})
     parent = page.info.run_id
-    for file in files:
-        client.log_artifact(parent, str(file), ARTIFACTS)
-    for key, value in facts.items():
-        client.log_metric(parent, key, value, step=0)
-    for identity in tracked:
-        client.set_tag(identity, PARENT_TAG, parent)
-    client.set_terminated(parent, FINISHED)
+    try:
+        for key, value in facts.items():
+            client.log_metric(parent, key, value, step=0)
+        _put_under(client, parent, experiment_id=experiment_id, tracked=tracked)
+        for file in files:
+            client.log_artifact(parent, str(file), ARTIFACTS)
+    finally:
+        client.set_terminated(parent, FINISHED)
     return missing
+
+
+def _put_under(client: MlflowClient, parent: str, *, experiment_id: str, tracked: Sequence[str]) -> None:
+    """Make runs the children of a comparison, and no others. Each has one parent, the latest comparison of it."""
+    for child in client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'"):
+        if child.info.run_id not in tracked:
+            client.delete_tag(child.info.run_id, PARENT_TAG)
+    for identity in tracked:
+        before = client.get_run(identity).data.tags.get(PARENT_TAG)
+        is_others = before is not None and COMPARISON_TAG not in client.get_run(before).data.tags
+        if not is_others:
+            client.set_tag(identity, PARENT_TAG, parent)

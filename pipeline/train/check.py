@@ -12,6 +12,8 @@ from pipeline.build.objects import build_object
 from pipeline.build.weights import WeightsFile
 from pipeline.cli.compose import CONF
 
+CLASSES = 10  # of a network whose data set has not been read
+
 _accepted: set[str] = set()  # networks with their image sizes; trainings of a study often share one
 
 
@@ -27,7 +29,9 @@ def check_training(config: DictConfig) -> None:
     sizes = [crop.image_size for crop in crops]
     network = json.dumps([OmegaConf.to_container(config.model, resolve=True), sizes])
     if network not in _accepted:
-        check_image_sizes(config, build_without_values(lambda: build_network(config)), sizes=sizes)
+        num_classes = config.model.get("num_classes") or CLASSES
+        net = build_without_values(lambda: build_network(config, num_classes=num_classes))
+        check_image_sizes(config, net, sizes=sizes)
         _accepted.add(network)
     if not _own_options().issuperset(config.trainer):
         from pipeline.build.trainer import check_options  # Lightning takes seconds

@@ -31,6 +31,10 @@ def main() -> None:
     """Print the manifest, or write it, run the job and exit with the code of its command."""
     words = sys.argv[1:]
     place = words.index("--") if "--" in words else len(words)
+    if "--" not in words and not {"-h", "--help"} & {*words}:
+        raise ConfigError(
+            "-- is missing before the command, as in --image=IMAGE --claim=CLAIM -- python -m pipeline.train"
+        )
     options, settings = read_options(words[:place], folder=Path.cwd())
     module, *overrides = verb_in(words[place + 1 :])
     if not any(word.startswith("-") for word in overrides):  # flags of Hydra change what a command does

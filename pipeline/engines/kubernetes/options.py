@@ -12,15 +12,17 @@ from pipeline.engines.kubernetes.job import Limits
 from pipeline.engines.kubernetes.manifest import RANGES, Settings
 
 DEFAULTS = Settings._field_defaults
-QUANTITY = re.compile(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)(\w*)")
-UNITS = {"": 1.0, "m": 1e-3} | {
+QUANTITY = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(\w*)")
+UNITS = {"": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9} | {
     letter: 1000.0**power for power, letter in enumerate("kMGTPE", start=1)
 }  # of Kubernetes, in bytes
 UNITS |= {f"{letter}i": 1024.0**power for power, letter in enumerate("KMGTPE", start=1)}
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # RFC 1123, as Kubernetes takes it for a namespace
 DOTTED_NAME = re.compile(rf"{NAME.pattern}(\.{NAME.pattern})*")
-RULE = "lower-case letters and digits, with dashes between"
 NAMES = {"claim": DOTTED_NAME, "secret": DOTTED_NAME, "namespace": NAME}
+
+
+ADVICE = ": see python -m pipeline.engines.kubernetes --help"
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
-        raise ConfigError(f"{message}: see python -m pipeline.engines.kubernetes --help")
+        raise ConfigError(f"{message}{ADVICE}")
 
 
 def build_parser() -> Parser:
@@ -73,9 +75,9 @@ def read_options(words: Sequence[str], *, folder: Path) -> tuple[argparse.Namesp
         if value < least:
             raise ConfigError(f"--{name}={value} must be at least {least}")
     for name, rule in NAMES.items():
-        value = getattr(options, name)
+        value, separators = getattr(options, name), "dashes and dots" if rule is DOTTED_NAME else "dashes"
         if value and not rule.fullmatch(value):
-            raise ConfigError(f"--{name}={value} must be {RULE}{', with dots between' * (rule is DOTTED_NAME)}")
+            raise ConfigError(f"--{name}={value} must be lower-case letters and digits, with {separators} between")
     for name in ("image", "claim"):
         if not re.fullmatch(r"\S+", getattr(options, name)):
             raise ConfigError(f"--{name}={getattr(options, name)} is empty or has spaces")

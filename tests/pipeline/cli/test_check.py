@@ -129,15 +129,17 @@ OTHER = "{overrides: [+model=lenet, +recipe.schedule.milestones=[0.1,0.2]], weig
 
 
 def test_the_lists_and_groups_of_a_study_take_overrides() -> None:
-    for typed in (
-        "[+model=vgg, data.root=a b]",
-        "[+model=vgg,'data.root=a, b']",
-        '["+model=vgg", "data.root=[x, it\'s"]',
-    ):
+    words = {
+        "[+model=vgg, data.root=a b]": "data.root=a b",
+        "[+model=vgg,'data.root=a, b']": "data.root=a, b",
+        '["+model=vgg", "data.root=[x, it\'s"]': "data.root=[x, it's",
+        "[+model=vgg,weights=it's.pth]": "weights=it's.pth",
+        r"[+model=vgg,weights=a\,b\c]": r"weights=a,b\c",
+        "[+model=vgg,augment.training.scale=[0.5,1]]": "augment.training.scale=[0.5,1]",
+    }
+    for typed, expected in words.items():
         listed = check_command_line(WORKFLOW, [STUDY[0], f"{STUDY[1]}{typed}"])
-        found = compose("workflow", listed).study.train.runs.lenet
-        assert found[0] == "+model=vgg"
-        assert found[1] in typed
+        assert compose("workflow", listed).study.train.runs.lenet == ["+model=vgg", expected], typed
     replaced = check_command_line(WORKFLOW, [STUDY[0], "~study.train.runs.lenet", f"+{STUDY[1]}{OTHER}"])
     assert compose("workflow", replaced).study.train.runs.lenet == {
         "overrides": ["+model=lenet", "+recipe.schedule.milestones=[0.1,0.2]"],
@@ -151,6 +153,11 @@ def test_the_lists_and_groups_of_a_study_take_overrides() -> None:
         (f"{STUDY[1]}{OTHER}", "study.train.runs.lenet is a list: to replace it, write ~study.train.runs.lenet +study"),
         ("study.data.digits.parts=2", "+study.data.digits.parts=VALUE adds it"),
         ("study.train.runs.vgg2=[]", "did you mean study.train.runs.vgg? +study.train.runs.vgg2=VALUE adds it"),
+        ("study.train.grid={seed: [0,1]}", "there is no study.train.grid.seed: +study.train.grid.seed=VALUE adds it"),
+        ("study.train.grid=[0,1]", "study.train.grid is a group of keys: to replace it, write ~study.train.grid +"),
+        ("~study.comparee", "there is no study.comparee: did you mean study.compare?"),
+        ("study", "study has no value: study=VALUE"),
+        ("jobs=[a, b", "jobs=[a, b is not KEY=VALUE in Hydra's grammar: put quotes around"),
         ("study.data.digit.pack=[]", "there is no study.data.digit.pack: did you mean study.data.digits.pack?"),
     ],
 )
@@ -162,8 +169,10 @@ def test_a_key_that_a_study_does_not_have_is_answered_with_the_way_to_add_it(wor
 def test_resources_of_a_profile_take_new_keys() -> None:
     words = ["+study=digits", "profile=slurm", "profile.resources.train.mem_mb=8000"]
     words += ["+profile.resources.train.slurm_partition=gpu", "+profile.resources.train.gres=gpu:8"]
+    words += ["+profile.resources.train.slurm_extra=--qos=high"]
     resources = compose("workflow", check_command_line(WORKFLOW, words)).profile.resources.train
     assert (resources.mem_mb, resources.slurm_partition, resources.gres) == (8000, "gpu", "gpu:8")
+    assert resources.slurm_extra == "--qos=high"
 
 
 def test_a_second_word_without_a_key_is_refused() -> None:

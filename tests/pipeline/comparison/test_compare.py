@@ -103,6 +103,13 @@ def test_a_comparison_is_the_parent_of_its_runs_in_mlflow(compare: Typed, evalua
     assert {pages[name].data.tags["mlflow.parentRunId"] for name in ("mine", "other")} == {parent.info.run_id}
     artifacts = [artifact.path for artifact in client.list_artifacts(parent.info.run_id, "comparison")]
     assert artifacts == [f"comparison/{name}" for name in ("comparison.json", "comparison.parquet", "index.html")]
+    compare("runs=[other]", "out=parent")
+    tags = [client.get_run(pages[name].info.run_id).data.tags for name in ("mine", "other")]
+    assert ["mlflow.parentRunId" in one for one in tags] == [False, True], "a comparison has only its own runs"
+    client.set_tag(pages["mine"].info.run_id, "mlflow.parentRunId", pages["other"].info.run_id)
+    compare("runs=[mine,other]", "out=parent")
+    kept = client.get_run(pages["mine"].info.run_id).data.tags["mlflow.parentRunId"]
+    assert kept == pages["other"].info.run_id, "the parent that a user has set"
     client.delete_run(pages["mine"].info.run_id)
     assert "in MLflow: mine, fresh are not in sqlite:///" in compare("runs=[mine,other,fresh]", "out=parent")
     client.restore_run(pages["mine"].info.run_id)
@@ -133,13 +140,18 @@ def test_an_evaluation_of_other_weights_or_images_is_not_used(compare: Typed, ev
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: "0" * 64}))
     with pytest.raises(ValueError, match=f"runs/{stale.name} has no evaluation on it"):
         compare(f"runs=[mine,{stale.name}]", "split=val", "mlflow=false")
-    assert "differ" not in compare(f"runs=[mine,{stale.name}]", "mlflow=false", "out=stale")
+    assert "different images" not in compare(f"runs=[mine,{stale.name}]", "mlflow=false", "out=stale")
     assert json.loads((evaluated / "stale" / "comparison.json").read_text())["split"] is None
     prints = stale / "fingerprint.json"
-    prints.write_text(json.dumps(json.loads(prints.read_text()) | {"digest of train": "0" * 64}))
+    prints.write_text(
+        json.dumps(json.loads(prints.read_text()) | {"digest of train": "0" * 64, "digest of val": "1" * 64})
+    )
     printed = compare(f"runs=[mine,{stale.name}]", "mlflow=false", "out=stale")
-    assert f"different training images: {stale.name}; mine\n" in printed
-    assert "The training images of these runs differ." in (evaluated / "stale" / "index.html").read_text()
+    for used in ("evaluated", "trained"):
+        assert f"{used} on different images: mine; {stale.name}\n" in printed
+    page = (evaluated / "stale" / "index.html").read_text()
+    assert "The training images of these runs differ." in page
+    assert "Top-1 is on different images, so it does not rank these runs." in page
     shutil.rmtree(stale)
 
 
@@ -154,7 +166,9 @@ def test_an_unfinished_run_is_refused(compare: Typed, evaluated: Path) -> None:
 
 
 def run_of(name: str, top1: float | None, gmacs: float) -> ComparedRun:
-    return ComparedRun(name, name, "net", "data", "digest", 32, top1, None, None, 1, gmacs, None, None, 1, 0.0, {})
+    return ComparedRun(
+        name, name, "net", "data", "digest", "digest", 32, top1, None, None, 1, gmacs, None, None, 1, 0.0, {}
+    )
 
 
 @given(st.lists(st.tuples(st.sampled_from([None, 0.1, 0.5, 0.5, 0.9]), st.integers(1, 4)), min_size=1, max_size=8))

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -165,7 +166,7 @@ def test_the_profile_gives_options_that_the_program_has() -> None:
     ).profile
     found = {}
     for verb in ("train", "evaluate"):
-        python, *words, dashes = profile.prefix[verb].split()
+        python, *words, dashes = shlex.split(profile.prefix[verb])
         assert (python, words[:2], dashes) == ("{python}", ["-m", "pipeline.engines.kubernetes"], "--")
         _, found[verb] = read_options(words[2:], folder=Path("/data"))
     expected = Settings("a/b:1", "c", Path("/data"), Path("/data"), nodes=4)

@@ -30,6 +30,7 @@ WORDS = (*OPTIONS, "--", "python", "-m", *TRAIN)
         ),
         ((*OPTIONS, "--", "python", "-m", "pipeline.train", "+model=lent"), "model=lent is not one of alexnet, "),
         ((*WORDS, "seed=0,1", "-m"), "kubectl is not installed: --print shows the manifest"),
+        ((*OPTIONS, "python", "-m", *TRAIN), "-- is missing before the command, as in --image=IMAGE"),
         (WORDS, "kubectl is not installed: --print shows the manifest"),
     ],
 )
@@ -50,7 +51,7 @@ def test_a_mistake_is_one_sentence_before_anything_is_written(
         ("--memory=0Gi", "must be a size such as 64Gi"),
         ("--shared-memory=65Gi", "is more than --memory=64Gi"),
         ("--shared-memory=69G", "is more than --memory=64Gi"),
-        ("--claim=Bad_Claim", "must be lower-case letters and digits, with dashes between, with dots between"),
+        ("--claim=Bad_Claim", "must be lower-case letters and digits, with dashes and dots between"),
         ("--claim=a..b", "must be lower-case letters and digits"),
         ("--claim=", "is empty or has spaces"),
         ("--namespace=a.b", "must be lower-case letters and digits, with dashes between"),
@@ -67,7 +68,7 @@ def test_values_that_no_object_of_kubernetes_can_have_are_refused(word: str, mes
 
 
 def test_values_of_kubernetes_are_accepted() -> None:
-    given = {"memory": "64.5G", "shared_memory": "6e10", "claim": "a.b-c", "namespace": "team-1", "secret": "s3"}
+    given = {"memory": "64.5G", "shared_memory": ".5e11", "claim": "a.b-c", "namespace": "team-1", "secret": "s3"}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     options, settings = read_options([*OPTIONS, *words], folder=Path("/data"))
     assert {name: getattr(options, name) for name in given} == given

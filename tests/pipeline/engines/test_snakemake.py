@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -49,10 +50,31 @@ def profile_with(**changes: object) -> profile.Profile:
 
 
 @pytest.mark.parametrize(
-    "words", ["module load cuda && srun", "OMP_NUM_THREADS=2 nice", "$HOME/launch", "source a.sh;"]
+    "words", ["module load cuda && srun", "OMP_NUM_THREADS=2 nice", "$HOME/launch", "{ true; } &&"]
 )
 def test_words_before_a_command_may_be_code_for_bash(words: str) -> None:
     assert profile_with(prefix={"train": words}).prefix == {"train": words}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prefix": {"train": "env 'x"}}, "profile.prefix.train=env 'x is no command for bash: unexpected EOF while"),
+        ({"prefix": "srun"}, "profile.prefix=srun must be a group of keys"),
+        ({"jobs": True}, "jobs=True must be an integer of at least 1"),
+        ({"resources": {"trian": {}}}, "profile.resources.trian: a study has no steps of trian: did you mean train?"),
+        ({"resources": {"train": 5}}, "profile.resources.train=5 must be a group of keys"),
+        ({"resources": {"train": {"runtime": -5}}}, "profile.resources.train.runtime=-5 must be an integer of at"),
+        ({"resources": {"train": {"gres": ["gpu"]}}}, "profile.resources.train.gres=['gpu'] must be a number or a"),
+        ({"resources": {"train": {"nodes": 2, "tasks": 3}}}, "profile.resources.train.tasks=3 is not a multiple of"),
+    ],
+)
+def test_values_of_a_profile_that_no_study_can_use_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        profile_with(**changes)
+    assert (
+        profile_with(resources={"train": {"nodes": 2, "tasks": 16, "gres": "gpu:8"}}).resources["train"]["tasks"] == 16
+    )
 
 
 def test_a_program_before_a_command_must_be_on_this_machine_that_runs_it() -> None:

@@ -71,6 +71,12 @@ def test_a_grid_may_nest_its_keys() -> None:
     assert len(steps_of(train={"runs": runs, "grid": flat})) == 3
 
 
+def test_a_grid_names_runs_by_lists_too() -> None:
+    found = steps_of(train={"runs": {"a": ["+model=lenet"]}, "grid": {"augment.training.scale": [[0.5, 1], [0.6, 1]]}})
+    assert [name for name in found if name.startswith("train/")] == ["train/a-scale0.5-1", "train/a-scale0.6-1"]
+    assert "augment.training.scale=[0.5, 1]" in found["train/a-scale0.5-1"].overrides
+
+
 def test_a_grid_multiplies_every_run_and_names_what_differs() -> None:
     train = {
         "overrides": ["recipe.epochs=2"],
@@ -135,7 +141,14 @@ def test_a_data_set_that_is_packed_needs_no_step_and_foreign_tars_an_index(tmp_p
             {"train": {"runs": {"a": {"weights": "b"}, "b": {"weights": "a"}}}},
             "study.train: these runs start from each other's weights: [ab], [ab], [ab]",
         ),
-        ({"train": {"runs": {"a": []}, "grid": {"seed": []}}}, r"study.train.grid.seed=\[\] must be a list of values"),
+        (
+            {"train": {"runs": {"a": []}, "grid": {"seed": []}}},
+            r"study.train.grid.seed=\[\] must be a list of at least",
+        ),
+        (
+            {"train": {"runs": {"a": [], "b": {"weights": "a", "overrides": ["weights=file.pt"]}}}},
+            "study.train.runs.b has two weights: those of the run a, and a file",
+        ),
         ({"train": {"runs": {"a": []}, "grid": {"seed": [1, 1]}}}, "study.train has two runs of the name a-seed1"),
         ({"train": {"runs": {"a": [], "a-seed1": []}, "grid": {"seed": [1]}}}, None),
         ({"evaluate": {"../x": []}}, "study.evaluate: ../x cannot name a folder"),

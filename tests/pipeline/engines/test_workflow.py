@@ -77,7 +77,7 @@ def test_a_failure_stops_only_what_needs_it_and_the_same_command_does_what_is_mi
     assert f"({Path('studies/two/logs/train/bad.log')})" in answer.stdout
     assert re.search(r"bad +│ failed +│ +│\n", answer.stdout), "nothing of an evaluation"
     first = (folder / "runs" / "good" / "result.json").stat().st_mtime_ns
-    assert ran_steps(workflow(project)) == ["train/bad!"]
+    assert ran_steps(workflow(project, "--", "train/good", "train/bad")) == ["train/bad!"]
     answer = workflow(project, GOOD)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert ran_steps(answer) == ["compare/all", "evaluate/bad/val", "export/bad/weights", "train/bad"]
@@ -85,8 +85,12 @@ def test_a_failure_stops_only_what_needs_it_and_the_same_command_does_what_is_mi
     numbers = json.loads((folder / "comparison" / "comparison.json").read_text())
     assert {run["name"] for run in numbers["runs"]} == {"good", "bad"}
     assert numbers["split"] == "val"
-    for same in ((), ("profile.prefix.train=env",), ("jobs=2",)):
+    for same in ((), ("profile.prefix.train={ env; } &&",), ("jobs=2",)):
         assert planned(project, GOOD, *same) == {}, same
+    shutil.move(folder / "data", project / "hidden")
+    assert planned(project, GOOD)["pack/digits"] == "not done yet"
+    shutil.move(project / "hidden", folder / "data")
+    assert planned(project, GOOD) == {}, "a dry run has changed what is done"
 
 
 def test_mistakes_alone_are_exit_code_1_and_old_results_of_them_are_not_shown(project: Path) -> None:
@@ -318,6 +322,11 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(
             ["profile=kubernetes", "profile.image=a", "profile.claim=c", "profile.nodes=0", "dry_run=true"],
             "error: profile.nodes=0 must be at least 1",
         ),
+        (
+            ["profile=kubernetes", "profile.image=a", "profile.claim=c", "profile.kind=Job", "dry_run=true"],
+            "error: argument profile.kind: invalid choice: 'Job' (choose from 'trainjob', 'jobset')\n",
+        ),
+        (["--", "train/goood"], "error: there is no step train/goood: did you mean train/good?"),
         (["profile.prefix.train=[srun]"], "error: profile.prefix.train=['srun'] must be a text"),
         (
             ["profile.scheduler=slrum"],
@@ -340,8 +349,8 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_runs(project: Path, words: list[str], message: str) -> None:
-    given = words if words[0].startswith("+study=") else ["+study=two", *words]
-    answer = run_module(project / "work", "pipeline.workflow", *given, "name=wrong", root=project)
+    given = words if words[0].startswith("+study=") else ["+study=two", *words]  # before --
+    answer = run_module(project / "work", "pipeline.workflow", "name=wrong", *given, root=project)
     assert answer.returncode == 1
     assert answer.stderr.startswith(message)
     assert answer.stderr.count("\n") == 1
