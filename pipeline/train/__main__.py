@@ -14,8 +14,7 @@ def check_objects(config: DictConfig) -> None:
 
 
 COUNTS = (
-    *("recipe.epochs", "recipe.accumulate", "log_every", "checkpoint.every_steps"),
-    *("data.batch_size", "data.image_size", "data.shuffle_window"),
+    *("recipe.epochs", "recipe.accumulate", "log_every", "data.batch_size", "data.image_size", "data.shuffle_window"),
     *("data.threads", "data.io_threads", "data.prefetch", "data.readahead", "data.inflight"),
 )
 
@@ -33,7 +32,7 @@ VERB = Verb(
     implied={"data.root": (("data", "experiment"), "data=shards")},
     aliases={"weights": "weights.file"},
     text_keys=("weights.file", "weights.sha256", "name", "runs", "out", "data.root", "data.index", "data.cache"),
-    minimums={"seed": 0} | dict.fromkeys(COUNTS, 1),
+    minimums=dict.fromkeys(COUNTS, 1),
     check_objects=check_objects,
 )
 

@@ -61,6 +61,9 @@ def test_words_before_a_command_may_be_code_for_bash(words: str) -> None:
     [
         ({"prefix": {"train": "env 'x"}}, "profile.prefix.train=env 'x is no command for bash: unexpected EOF while"),
         ({"prefix": "srun"}, "profile.prefix=srun must be a group of keys"),
+        ({"prefix": {"train": ["srun"]}}, "profile.prefix.train=['srun'] must be a text"),
+        ({"scheduler": "slrum"}, "profile.scheduler=slrum is not one of slurm, kubernetes: did you mean slurm?"),
+        ({"jobs": 0}, "jobs=0 must be an integer of at least 1"),
         ({"jobs": True}, "jobs=True must be an integer of at least 1"),
         ({"resources": {"trian": {}}}, "profile.resources.trian: a study has no steps of trian: did you mean train?"),
         ({"resources": {"train": 5}}, "profile.resources.train=5 must be a group of keys"),
