@@ -81,7 +81,7 @@ def _read_resources(verb: str, named: object) -> dict[str, object]:
             raise ConfigError(f"{key}.{name}={value} must be an integer of at least 1")
         if not isinstance(value, int | float | str):
             raise ConfigError(f"{key}.{name}={value} must be a number or a text")
-    if found.get("tasks", 1) % found.get("nodes", 1):
+    if "tasks" in found and found["tasks"] % found.get("nodes", 1):
         raise ConfigError(f"{key}.tasks={found['tasks']} is not a multiple of its nodes={found['nodes']}")
     return found
 
