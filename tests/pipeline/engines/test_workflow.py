@@ -287,10 +287,6 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(
         (["+study=toy"], "error: study=toy is not one of digits, "),
         (["study.train.runs.bad=[+model=resnet18]"], "error: train/bad: model=resnet18 is not one of "),
         (
-            ["study.train.overrides=[+model=lenet,recipe.epoch=2]"],
-            "error: train/good: there is no recipe.epoch",
-        ),
-        (
             ["study.train.overrides=[+model=lenet,recipe.epochs=-1]"],
             "error: train/good: recipe.epochs=-1 must be an integer of at least 1",
         ),
@@ -327,7 +323,6 @@ def test_a_signal_stops_the_training_and_the_same_command_continues_it(
         (["study.export.weights=[format=onx]"], "error: export/good/weights: format=onx is not one of onnx, "),
         (["+study.report.all=[layers=every]"], "error: report/good/all: layers=every is not one of some, all, none"),
         (["graph=steps.pdf"], "error: graph=steps.pdf must end in one of .dot, .png, .svg"),
-        (["profile=lsf"], "error: profile=lsf is not one of kubernetes, local, slurm"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_runs(project: Path, words: list[str], message: str) -> None:
