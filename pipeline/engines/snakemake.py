@@ -33,6 +33,7 @@ STUDY, LOG = "study.yaml", "snakemake.log"
 POLL_SECONDS, END_SECONDS = 0.2, 6.0
 LOCKED = "CONVOY_LOCKED"  # environment variable of an engine whose study is locked
 LOCK_SECONDS = 10.0  # limit for an engine that a signal has stopped
+DRAWINGS = (".dot", ".png", ".svg")
 NAMED = 3  # steps in a reason
 NO_EXIT_CODE = "At least one job did not complete"  # Snakemake's error, where no step has one either
 
@@ -205,10 +206,7 @@ def _in_words(reason: str, folder: Path) -> str:
 
 
 def draw(words: Sequence[str], file: Path) -> None:
-    """Draw the graph of the steps into an .svg, .png or .dot. Raises: OSError, ValueError."""
-    kinds = (".dot", ".png", ".svg")
-    if file.suffix not in kinds:
-        raise ValueError(f"graph={file} must end in one of {', '.join(kinds)}")
+    """Draw the graph of the steps into a file with one of the endings DRAWINGS. Raises: OSError."""
     answer = subprocess.run([*words, "--dag", "dot"], capture_output=True, text=True, check=False)
     if answer.returncode:
         raise OSError(_reason(answer.stderr))
