@@ -54,15 +54,17 @@ def main(config: DictConfig) -> None:
     if config.trust:
         steps = [step.trusted() for step in steps]
     profile, is_shown = build_profile(config), config.dry_run or config.graph is not None
+    if config.graph is not None and Path(str(config.graph)).suffix not in snakemake.DRAWINGS:
+        raise ConfigError(f"graph={config.graph} must end in one of {', '.join(snakemake.DRAWINGS)}")
+    arguments = [
+        *(["--keep-going"] if config.keep_going else []),
+        *name_targets(ENGINE_ARGUMENTS, steps, folder=folder),
+    ]
     check_commands(steps)
     check_tars(steps)
     if not is_shown:
         check_scheduler(profile.scheduler)
     program = snakemake.build_environment()
-    arguments = [
-        *(["--keep-going"] if config.keep_going else []),
-        *name_targets(ENGINE_ARGUMENTS, steps, folder=folder),
-    ]
     words = snakemake.build_command_line(program, folder, profile=profile, arguments=arguments)
     with snakemake.locked(folder) as lock:
         if not is_shown:
