@@ -37,22 +37,12 @@ ENGINE_ARGUMENTS: list[str] = []  # those after `--`
 
 def main(config: DictConfig) -> None:
     """Check every command of the study, write it down, and hand it to the engine; exit with code 2 where one failed."""
-    from hydra.core.hydra_config import HydraConfig
-
     from pipeline.cli.console import main_console, print_line
     from pipeline.engines import snakemake
     from pipeline.engines.checks import check_commands, check_tars
     from pipeline.engines.profile import check_scheduler
-    from pipeline.engines.study import build_steps, check_name
 
-    name = str(config.name or HydraConfig.get().runtime.choices["study"])
-    check_name(name, place="name")
-    study = OmegaConf.to_container(config.study, resolve=True)
-    assert isinstance(study, dict)
-    folder = Path(str(config.studies)) / name
-    steps = build_steps({str(key): value for key, value in study.items()}, folder)
-    if config.trust:
-        steps = [step.trusted() for step in steps]
+    folder, steps = read_study(config)
     profile, is_shown = build_profile(config), config.dry_run or config.graph is not None
     if config.graph is not None and Path(str(config.graph)).suffix not in snakemake.DRAWINGS:
         raise ConfigError(f"graph={config.graph} must end in one of {', '.join(snakemake.DRAWINGS)}")
@@ -78,6 +68,21 @@ def main(config: DictConfig) -> None:
                 print_line(main_console(), f"wrote {config.graph}")
             else:
                 print_plan(words, steps, folder=folder)
+
+
+def read_study(config: DictConfig) -> tuple[Path, list[Step]]:
+    """Return the folder of the study and its steps. Raises: ConfigError."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from pipeline.engines.study import build_steps, check_name
+
+    name = str(config.name or HydraConfig.get().runtime.choices["study"])
+    check_name(name, place="name")
+    study = OmegaConf.to_container(config.study, resolve=True)
+    assert isinstance(study, dict)
+    folder = Path(str(config.studies)) / name
+    steps = build_steps({str(key): value for key, value in study.items()}, folder)
+    return folder, [step.trusted() for step in steps] if config.trust else steps
 
 
 def name_targets(arguments: Sequence[str], steps: Sequence[Step], *, folder: Path) -> list[str]:
