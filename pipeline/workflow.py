@@ -90,11 +90,10 @@ def name_targets(arguments: Sequence[str], steps: Sequence[Step], *, folder: Pat
     from pipeline.engines.profile import VERBS
 
     known = {step.identity for step in steps}
-    wrong = next(
-        (word for word in arguments if word.startswith(tuple(f"{verb}/" for verb in VERBS)) and word not in known), None
-    )
-    if wrong is not None:
-        raise ConfigError(f"there is no step {wrong}{nearest(wrong, known)} dry_run=true lists all")
+    verbs = tuple(f"{verb}/" for verb in VERBS)
+    for word in arguments:
+        if word.startswith(verbs) and word not in known:
+            raise ConfigError(f"there is no step {word}{nearest(word, known) or ':'} dry_run=true lists all")
     return [str(folder / "done" / word) if word in known else word for word in arguments]
 
 
@@ -153,7 +152,9 @@ def run_study(words: Sequence[str], steps: Sequence[Step], *, folder: Path, lock
         "logs": str(folder / "logs"),
     }
     if failed:
-        facts["failed"] = f"{', '.join(failed)}: the same command repeats this, and runs what needs it"
+        facts["failed"] = (
+            f"{len(failed)} of {len(steps)} steps: the same command repeats these, and runs what needs them"
+        )
     elif "compare/all" in current:
         facts["comparison"] = str(folder / "comparison" / "index.html")
     print_facts(main_console(), facts)

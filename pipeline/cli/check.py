@@ -108,7 +108,7 @@ def _parse(word: str) -> Override:
         return override
     except HydraException:
         name, equals, _ = word.partition("=")
-        if not equals and name.isprintable() and re.fullmatch(r"[\w./@]+", name):
+        if not equals and re.fullmatch(r"[\w./@]+", name):
             raise ConfigError(f"{name} has no value: {name}=VALUE") from None
         advice = "put quotes around a value with spaces or brackets, and the shell's around those: \"KEY='a b'\""
         raise ConfigError(f"{word} is not KEY=VALUE in Hydra's grammar: {advice}") from None
@@ -183,11 +183,10 @@ def _check_keys(verb: Verb, base: DictConfig, *, overrides: list[Override]) -> N
         if key not in known and not (adds and (is_open or _is_addable(key, base))):
             hint = _open_hint(key, known, adds=not override.is_delete()) if is_open else _hint(key, known, base=base)
             raise ConfigError(f"there is no {key}{hint}")
-        if key in known and not override.is_delete() and not override.is_sweep_override():
-            if is_open and key not in deleted:
+        if key in known and key not in deleted and not override.is_sweep_override():
+            if is_open:
                 _check_shape(override, known)
-            if key not in deleted:
-                _check_type(override, known[key])
+            _check_type(override, known[key])
 
 
 def _check_shape(override: Override, known: Mapping[str, object]) -> None:
@@ -216,7 +215,8 @@ def _open_hint(key: str, known: Mapping[str, object], *, adds: bool) -> str:
 def _nearest_sibling(key: str, known: Mapping[str, object]) -> str:
     parent, _, last = key.rpartition(".")
     siblings = [name.removeprefix(f"{parent}.") for name in known if name.startswith(f"{parent}.")]
-    return nearest(last, siblings, cutoff=0.7).replace("mean ", f"mean {parent}.")
+    similar = difflib.get_close_matches(last, siblings, n=1, cutoff=0.7)
+    return f": did you mean {parent}.{similar[0]}?" if similar else ""
 
 
 def _hint(key: str, known: Mapping[str, object], *, base: DictConfig) -> str:

@@ -42,7 +42,7 @@ def send_comparison(
 
 
 def _is_there(client: MlflowClient, identity: str) -> bool:
-    """Whether a run has a page that was not deleted: it may be trained with tracking=none, or into another store."""
+    """Return whether a page exists and was not deleted; a run trained with tracking=none has none."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -81,12 +81,12 @@ def _send(
 
 
 def _put_under(client: MlflowClient, parent: str, *, experiment_id: str, tracked: Sequence[str]) -> None:
-    """Make runs the children of a comparison, and no others. Each has one parent, the latest comparison of it."""
+    """Make these runs, and no others, the children of a comparison. One that a user has put elsewhere stays there."""
     for child in client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'"):
         if child.info.run_id not in tracked:
             client.delete_tag(child.info.run_id, PARENT_TAG)
     for identity in tracked:
-        before = client.get_run(identity).data.tags.get(PARENT_TAG)
-        is_others = before is not None and COMPARISON_TAG not in client.get_run(before).data.tags
+        before = client.get_run(identity).data.tags.get(PARENT_TAG, "")
+        is_others = _is_there(client, before) and COMPARISON_TAG not in client.get_run(before).data.tags
         if not is_others:
             client.set_tag(identity, PARENT_TAG, parent)

@@ -13,15 +13,12 @@ from pipeline.engines.kubernetes.manifest import RANGES, Settings
 
 DEFAULTS = Settings._field_defaults
 QUANTITY = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(\w*)")
-UNITS = {"": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9} | {
-    letter: 1000.0**power for power, letter in enumerate("kMGTPE", start=1)
-}  # of Kubernetes, in bytes
+UNITS = {"": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}  # of Kubernetes, in bytes
+UNITS |= {letter: 1000.0**power for power, letter in enumerate("kMGTPE", start=1)}
 UNITS |= {f"{letter}i": 1024.0**power for power, letter in enumerate("KMGTPE", start=1)}
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # RFC 1123, as Kubernetes takes it for a namespace
 DOTTED_NAME = re.compile(rf"{NAME.pattern}(\.{NAME.pattern})*")
 NAMES = {"claim": DOTTED_NAME, "secret": DOTTED_NAME, "namespace": NAME}
-
-
 ADVICE = ": see python -m pipeline.engines.kubernetes --help"
 
 

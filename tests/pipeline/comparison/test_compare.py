@@ -110,6 +110,10 @@ def test_a_comparison_is_the_parent_of_its_runs_in_mlflow(compare: Typed, evalua
     compare("runs=[mine,other]", "out=parent")
     kept = client.get_run(pages["mine"].info.run_id).data.tags["mlflow.parentRunId"]
     assert kept == pages["other"].info.run_id, "the parent that a user has set"
+    client.set_tag(pages["mine"].info.run_id, "mlflow.parentRunId", "0" * 32)
+    assert "in MLflow" not in compare("runs=[mine,other]", "out=parent")
+    tags = client.get_run(pages["mine"].info.run_id).data.tags
+    assert tags["mlflow.parentRunId"] == parent.info.run_id, "in place of a parent that is gone"
     client.delete_run(pages["mine"].info.run_id)
     assert "in MLflow: mine, fresh are not in sqlite:///" in compare("runs=[mine,other,fresh]", "out=parent")
     client.restore_run(pages["mine"].info.run_id)

@@ -75,9 +75,12 @@ def test_words_before_a_command_may_be_code_for_bash(words: str) -> None:
 def test_values_of_a_profile_that_no_study_can_use_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         profile_with(**changes)
-    assert (
-        profile_with(resources={"train": {"nodes": 2, "tasks": 16, "gres": "gpu:8"}}).resources["train"]["tasks"] == 16
-    )
+
+
+def test_resources_of_a_profile_are_accepted() -> None:
+    resources = {"train": {"nodes": 2, "tasks": 16, "gres": "gpu:8", "slurm_account": None}, "pack": {"nodes": 2}}
+    expected = {"train": {"nodes": 2, "tasks": 16, "gres": "gpu:8"}, "pack": {"nodes": 2}}
+    assert profile_with(resources=resources).resources == expected
 
 
 def test_a_program_before_a_command_must_be_on_this_machine_that_runs_it() -> None:
