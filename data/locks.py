@@ -3,11 +3,12 @@
 import errno
 import fcntl
 import os
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,15 +24,41 @@ NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def file_lock(path: Path, *, seconds: float) -> Iterator[None]:
     """Hold the lock `path`, whose folder must exist.
 
-    Where the file system has no flock it is a lease: the file names host and process, which renew it. One that has not
-    been renewed for LEASE_SECONDS is taken over, and a process that finds its own taken ends at once.
-    Raises: TimeoutError when others hold it for `seconds`, in which a lease may expire in addition; OSError.
+    Where the file system has no flock it is a lease, which its process renews, with a file beside it that names
+    process, machine and job. One that has not been renewed for LEASE_SECONDS is taken over, and a process that finds
+    its own taken ends at once.
+    Raises: TimeoutError, which names the holder of a lease, when others hold it for `seconds`, in which a lease may
+    expire in addition; OSError.
     """
-    lock, limit = _lock(path), seconds
-    if isinstance(lock, SoftFileLease):
-        limit += 1.5 * LEASE_SECONDS
-    with lock.acquire(timeout=limit):
+    lock = _lock(path)
+    is_lease, holder_file = isinstance(lock, SoftFileLease), _holder_file(path)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock.acquire(timeout=seconds + 1.5 * LEASE_SECONDS * is_lease))
+        except Timeout:
+            raise TimeoutError(f"{path} is locked by {lock_holder(path)}") from None
+        if is_lease:
+            holder_file.write_text(this_process())
+            stack.callback(holder_file.unlink, missing_ok=True)
         yield
+
+
+def this_process() -> str:
+    """Return process, machine and job of Slurm in words."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}" if job else "")
+
+
+def lock_holder(path: Path) -> str:
+    """Return the process that holds a lease in words, without its name for another lock."""
+    try:
+        return _holder_file(path).read_text()
+    except (OSError, UnicodeDecodeError):
+        return "another process"
+
+
+def _holder_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.holder")
 
 
 def is_file_locked(path: Path) -> bool:

@@ -30,7 +30,7 @@ VERB = Verb(
     },
     required_group="study",
     open_groups=("study", "profile.resources"),
-    text_keys=("name", "studies", "graph", "profile.prefix.train", "profile.prefix.evaluate"),
+    text_keys=("name", "studies", "out", "graph", "profile.prefix.train", "profile.prefix.evaluate"),
 )
 ENGINE_ARGUMENTS: list[str] = []  # those after `--`
 
@@ -80,7 +80,7 @@ def read_study(config: DictConfig) -> tuple[Path, list[Step]]:
     check_name(name, place="name")
     study = OmegaConf.to_container(config.study, resolve=True)
     assert isinstance(study, dict)
-    folder = Path(str(config.studies)) / name
+    folder = Path(str(config.out)) if config.out is not None else Path(str(config.studies)) / name
     steps = build_steps({str(key): value for key, value in study.items()}, folder)
     return folder, [step.trusted() for step in steps] if config.trust else steps
 

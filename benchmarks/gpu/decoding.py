@@ -25,7 +25,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as v2
 
 from benchmarks.gpu import samples
-from benchmarks.gpu.checks import ROOT, Answer, Check
+from benchmarks.gpu.checks import ROOT, Answer, Check, PrintedFigures
 from benchmarks.gpu.loaders import MEAN, STD, find_decoder, make_probe, training_loader
 from data.draws import Samples
 from data.loading import graph
@@ -44,6 +44,7 @@ PACKAGES = (
 Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
 TRIES_AT_ONCE = 4
+SOUND = "decodes all"
 MAX_AT_BORDER = 16.0  # levels: DALI's resize repeats the last pixel there
 FREE = 60 * 2**20  # bytes that are left on the GPU, less than a batch
 LOSSLESS = ("PNG", "WebP lossless")
@@ -93,15 +94,14 @@ def check_regions(device: torch.device) -> Answer:
         f"{size} of {mix}": list(itertools.islice(itertools.cycle(images), size))
         for (mix, images), size in itertools.product(mixes.items(), sizes)
     }
+    figures = PrintedFigures(nvJPEG=_version())
     with ThreadPoolExecutor(TRIES_AT_ONCE) as threads:
         failures = threads.map(lambda decoder: _failed_batches(decoder, batches, device=device), decoders)
-    sound, failed = [], {}
-    for decoder, found in zip(decoders, failures, strict=True):
-        name = "CPU" if decoder is None else f"{decoder}, fancy upsampling {decoder.fancy_upsampling}"
-        sound += [] if found else [name]
-        failed |= {name: found} if found else {}
-    holds = bool(sound) if device.type == "cuda" else None  # a CPU is compared with itself
-    return Answer(holds, {"sound": ", ".join(sound), "failed": failed or "none", "nvJPEG": _version()})
+        for decoder, found in zip(decoders, failures, strict=True):
+            name = "CPU" if decoder is None else f"{decoder}, fancy upsampling {decoder.fancy_upsampling}"
+            figures[name] = found or SOUND
+    holds = SOUND in figures.values() if device.type == "cuda" else None  # a CPU is compared with itself
+    return Answer(holds, figures)
 
 
 def _failed_batches(

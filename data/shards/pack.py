@@ -21,7 +21,7 @@ import webdataset as wds
 
 from data import draws
 from data.arguments import require
-from data.locks import file_lock
+from data.locks import file_lock, lock_holder
 from data.shards import images
 from data.shards.dataset import ROWS_FOLDER, SPLITS, Dataset, partial_folder, write_atomically
 from data.shards.index_writer import statistics_shares, write_dataset
@@ -131,11 +131,12 @@ class _Packing:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Be the only process that may complete the folder; remove what a complete one needs no more."""
+        lock = self.partial / ROWS_FOLDER / "lock"
         with ExitStack() as stack:
             try:
-                stack.enter_context(file_lock(self.partial / ROWS_FOLDER / "lock", seconds=0))
+                stack.enter_context(file_lock(lock, seconds=0))
             except TimeoutError:
-                raise FileExistsError(f"{self.folder} is being packed by another process") from None
+                raise FileExistsError(f"{self.folder} is being packed by {lock_holder(lock)}") from None
             self._check_folder()
             yield
         # After the lock, which is among them: many rows take longer to remove than a lease may stay without renewal.

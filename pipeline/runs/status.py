@@ -1,12 +1,11 @@
 """`status.json`: the state of a run for schedulers and other programs, since launchers hide exit codes."""
 
 import json
-import os
-import socket
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
+from data.locks import this_process
 from data.shards.dataset import write_atomically
 
 
@@ -21,9 +20,10 @@ class State(StrEnum):
 
 def write_status(file: Path, state: State, *, step: int, reason: str = "", exit_code: int | None = None) -> None:
     """Write the state, the last step, the reason and exit code of one that has ended, and this process."""
-    now, job = datetime.now(UTC).isoformat(timespec="seconds"), os.environ.get("SLURM_JOB_ID")
-    process = f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}" if job else "")
-    status = {"state": state, "step": step, "reason": reason, "exit_code": exit_code, "time": now, "process": process}
+    status = {
+        **{"state": state, "step": step, "reason": reason, "exit_code": exit_code},
+        **{"time": datetime.now(UTC).isoformat(timespec="seconds"), "process": this_process()},
+    }
     write_atomically(file, json.dumps(status).encode() + b"\n")
 
 

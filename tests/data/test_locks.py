@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -71,7 +73,7 @@ def test_twelve_starts_on_two_hosts_without_flock_make_one_index(tmp_path: Path,
         assert len(finished) == STARTS - is_killed
         assert sum("ends" in words for words in finished) == 1, "one of them has made the index"
         assert len({words[-1] for words in finished}) == 1
-        assert not (folder / ".lock").exists()
+        assert not list(folder.glob(".lock*"))
 
 
 def test_a_lease_that_another_process_has_taken_ends_this_one(tmp_path: Path) -> None:
@@ -99,6 +101,25 @@ print("not ended")
     )
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr == f"error: the lock {path} is lost (owner-changed)\n"
+
+
+def test_a_lease_names_process_machine_and_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*rest: object) -> None:
+        raise OSError(errno.ENOSYS, "no")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 0.3)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    path = tmp_path / "lock"
+    holder = f"process {os.getpid()} on {socket.gethostname()}, job 4711"
+    with locks.file_lock(path, seconds=1):
+        assert locks.lock_holder(path) == holder
+        with (
+            pytest.raises(TimeoutError, match=f"^{re.escape(f'{path} is locked by {holder}')}$"),
+            locks.file_lock(path, seconds=0),
+        ):
+            raise AssertionError("two processes hold one lease")
+    assert not list(tmp_path.iterdir()), "nothing stays of a lease that was given back"
 
 
 @pytest.mark.parametrize("reason", [None, errno.ENOSYS, errno.ENOLCK])

@@ -106,10 +106,11 @@ def test_mistakes_alone_are_exit_code_1_and_old_results_of_them_are_not_shown(pr
 
 
 def test_without_keep_going_the_first_failure_is_the_last_step(project: Path) -> None:
-    words = ("name=stops", "study.train.overrides=[+model=lenet,tracking=none,data.batch_size=100000]")
+    words = ("out=stops", "study.train.overrides=[+model=lenet,tracking=none,data.batch_size=100000]")
     first = workflow(project, *words, "keep_going=false")
     assert first.returncode == 1, first.stdout + first.stderr
     assert len(ran_steps(first)) == 2, "the packing and one training"
+    assert (project / "work" / "stops" / "study.yaml").is_file()
     assert ran_steps(workflow(project, *words)) == ["train/bad!", "train/good!"]
 
 
