@@ -29,7 +29,8 @@ from torch.nn import functional
 from data.loading.loader import Batch, TrainingLoader
 from data.loading.order import Position, TrainingPlan
 from models.learning.classifier import Classifier
-from models.learning.recipe import warmup_cosine
+from models.learning.recipe import Recipe
+from models.learning.schedules import cosine
 from models.residual import resnet
 from pipeline.build.network import build_recipe
 from pipeline.build.trainer import choose_precision
@@ -49,7 +50,7 @@ WARMUP_STEPS = 10
 # The recipe of `train`; `optimizer` and `schedule` are the same without configs.
 RECIPE = (
     *("+model=resnet", "loss=cross_entropy", "recipe.epochs=1"),
-    *("recipe.optimizer.lr=0.01", "recipe.schedule.warmup_epochs=0.1"),
+    *("recipe.optimizer.lr=0.01", "recipe.warmup_epochs=0.1"),
 )
 
 
@@ -143,7 +144,10 @@ def bare(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
     free = [parameter for parameter in net.parameters() if parameter.ndim <= 1]
     sgd = optimizer([{"params": decayed}, {"params": free, "weight_decay": 0.0}])
     steps = len(batches)
-    cosine = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: schedule(step, steps_per_epoch=steps, num_steps=steps))
+    recipe = Recipe(1, optimizer, cosine, warmup_epochs=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        sgd, partial(recipe.lr_factor, steps_per_epoch=steps, num_steps=steps)
+    )
     marks = []
     for step, (images, labels, _) in enumerate(batches, start=1):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
@@ -151,7 +155,7 @@ def bare(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
         sgd.zero_grad()
         loss.backward()
         sgd.step()
-        cosine.step()
+        scheduler.step()
         if step % batches.log_every == 0:
             loss.item()
         if step in (WARMUP_STEPS, steps):
@@ -162,11 +166,6 @@ def bare(net: nn.Module, batches: Batches, *, precision: str, accelerator: str) 
 def optimizer(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
     """SGD as in `RECIPE`."""
     return torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
-
-
-def schedule(step: int, *, steps_per_epoch: int, num_steps: int) -> float:
-    """The cosine of `RECIPE`."""
-    return warmup_cosine(step, steps_per_epoch=steps_per_epoch, num_steps=num_steps, warmup_epochs=0.1)
 
 
 def now() -> tuple[float, float]:

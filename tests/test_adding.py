@@ -133,16 +133,15 @@ lr: 1.0e-4
 from __future__ import annotations
 
 
-def triangle(step: int, *, steps_per_epoch: int, num_steps: int, warmup_epochs: float) -> float:
-    """Rise over `warmup_epochs`, fall until the end."""
-    peak = max(1.0, warmup_epochs * steps_per_epoch)
-    return min((step + 1) / peak, (num_steps - step) / num_steps)
+def triangle(progress: float, *, peak: float) -> float:
+    """Rise until `peak`, fall until the end."""
+    return min(progress / peak, (1 - progress) / (1 - peak))
 ''',
         "conf/schedule/triangle.yaml",
         """# @package recipe.schedule
 _target_: models.learning.triangle.triangle
 _partial_: true
-warmup_epochs: 1.0
+peak: 0.3
 """,
     ),
     "a callback": (

@@ -120,7 +120,7 @@ def check_bits(device: torch.device) -> Answer:
 def _trained(folder: Path, mode: str, name: str, *, device: torch.device, deterministic: bool) -> str:
     """Train two epochs of 20 steps, the run `cut` with a SIGKILL after the first; return a digest of the weights."""
     words = ["pipeline.train", "+model=resnet", "recipe.epochs=2", "+trainer.limit_train_batches=20", "tracking=none"]
-    words += [f"trainer={'cpu' if device.type == 'cpu' else 'gpu'}", "log_every=20", "recipe.schedule.warmup_epochs=1"]
+    words += [f"trainer={'cpu' if device.type == 'cpu' else 'gpu'}", "log_every=20", "recipe.warmup_epochs=1"]
     words += ["data=shards", "data.root=packed", "data.image_size=32", "data.batch_size=32"]
     words += [f"name={mode}-{name}", *(["+trainer.deterministic=true"] if deterministic else [])]
     last = folder / "runs" / f"{mode}-{name}" / "checkpoints" / "last.ckpt"

@@ -97,6 +97,10 @@ class ShardData(pl.LightningDataModule):
             limit=self.limit_batches,
         )
 
+    def images_per_step(self, world_size: int) -> int:
+        """Return the images of an optimizer step on all ranks."""
+        return self.training_plan(0, world_size).global_batch_size
+
     def checked_plan(self, world_size: int) -> TrainingPlan:
         """Return the first rank's plan. Raises: ValueError for too few images to train on or to evaluate."""
         if self.evaluation_split is not None:

@@ -44,6 +44,7 @@ class Classifier(pl.LightningModule):
         self.initialize()
         zero_last_norms(self.net)
         self.training_metrics = TrainingMetricAccumulator(self.top_k)
+        self.images_per_step: int | None = None  # of all ranks, which scales the learning rate
         self.evaluated_images = 0  # on all ranks, in the last evaluation
         self._num_evaluated = 0  # on this rank, so far
         # Its check for NaN would wait for the GPU at every batch; a mean with a NaN is NaN.
@@ -119,17 +120,16 @@ class Classifier(pl.LightningModule):
         """Return the recipe's optimizer over both groups, and its schedule by optimizer step."""
         decayed, free = self.weight_decay_groups()
         clips_mixed = self.recipe.clip_norm is not None and str(self.trainer.precision).endswith("mixed")
-        factory = self.recipe.optimizer if clips_mixed else fused_on(self.device, self.recipe.optimizer)
+        factory = self.recipe.optimizer_factory(self.images_per_step)
+        factory = factory if clips_mixed else fused_on(self.device, factory)
         optimizer = factory([{"params": decayed}, {"params": free, "weight_decay": 0.0}])
         # In mixed precision Lightning refuses to clip gradients for every optimizer that could unscale them itself.
         if clips_mixed:
             fits = not getattr(optimizer, "_step_supports_amp_scaling", False)
             require(fits, "does not go with a fused optimizer in mixed precision", clip_norm=self.recipe.clip_norm)
         num_steps = int(self.trainer.estimated_stepping_batches)
-        schedule, steps_per_epoch = self.recipe.schedule, num_steps // self.recipe.epochs
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: schedule(step, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-        )
+        lengths = {"steps_per_epoch": num_steps // self.recipe.epochs, "num_steps": num_steps}
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(self.recipe.lr_factor, **lengths))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _step(self, batch: tuple[Tensor, Tensor, Tensor], loss: Loss) -> tuple[Tensor, Tensor]:

@@ -1,28 +1,27 @@
-"""Recipes, and the schedules of the learning rate.
-
-Schedules depend on the completed fraction of the training, so that a recipe fits any number of epochs.
-"""
+"""Recipes: epochs, optimizer, learning rate, schedule and loss of a training."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from models.arguments import ArgumentError, Part, require
 from models.learning.losses import Loss, cross_entropy
+from models.learning.schedules import Schedule
 
-OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # takes parameter groups
+OptimizerFactory = Callable[..., torch.optim.Optimizer]  # takes parameter groups, and maybe `lr`
+POWERS = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}  # of the ratio of two batch sizes, by scaling of the learning rate
 
 
-class Schedule(Protocol):
-    """From the optimizer step to a factor on the learning rate. Each has a `warmup_epochs`, which configs may set."""
+class LearningRate(NamedTuple):
+    """The highest learning rate of a training, and how it came about."""
 
-    def __call__(self, step: int, *, steps_per_epoch: int, num_steps: int) -> float:
-        """The factor at `step`, counted from 0, of `num_steps`."""
+    value: float
+    origin: str
 
 
 def _check_shape(loss: Loss) -> None:
@@ -46,75 +45,105 @@ def _check(name: str, function: object, *, call: Callable[[], object]) -> None:
         raise ArgumentError((name, getattr(target, "__name__", target)), ": ", *reason) from None
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """Epochs, optimizer, schedule and loss. An optimizer step takes `accumulate` batches.
+    """Epochs, optimizer, learning rate, schedule and loss. An optimizer step takes `accumulate` batches.
 
-    `optimizer` takes parameter groups; one of them sets its own weight decay of 0. `clip_norm` is the maximum norm of
-    the gradient, None for no clipping. Raises: ValueError for impossible values.
+    `optimizer` takes parameter groups; one of them sets its own weight decay of 0. Unless it is a partial with an `lr`,
+    the learning rate is `base_lr`, which is made for `base_batch_size` images a step and scaled to another number by
+    their ratio (`lr_scaling` "linear", Goyal et al. 2017, section 2.1), its root ("sqrt", Malladi et al. 2022), or not
+    at all ("none"); without a `base_lr` it is the optimizer's default. It rises linearly (Goyal et al. 2017, section
+    2.2) over `warmup`, a fraction of the steps, or over `warmup_epochs` or `warmup_steps`; then `schedule` multiplies
+    it. `clip_norm` is the maximum norm of the gradient, None for no clipping.
+    Raises: ValueError for impossible values.
     """
 
     epochs: int
     optimizer: OptimizerFactory
     schedule: Schedule
+    base_lr: float | None = None
+    base_batch_size: int = 256
+    lr_scaling: str = "none"
+    warmup: float = 0.0
+    warmup_epochs: float | None = None
+    warmup_steps: int | None = None
     accumulate: int = 1
     clip_norm: float | None = None
     loss: Loss = cross_entropy
 
     def __post_init__(self) -> None:
-        _check("optimizer", self.optimizer, call=lambda: self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}]))
-        _check("schedule", self.schedule, call=lambda: self.schedule(0, steps_per_epoch=1, num_steps=1))
-        _check("loss", self.loss, call=lambda: _check_shape(self.loss))
         require(self.epochs >= 1, "must be at least 1", epochs=self.epochs)
-        is_valid = self.clip_norm is None or (isinstance(self.clip_norm, int | float) and self.clip_norm > 0)
-        require(is_valid, "must be a number above 0, or null for none", clip_norm=self.clip_norm)
+        self._check_learning_rate()
+        self._check_warmup()
+        _check("optimizer", self.optimizer, call=self._build_example)
+        _check("schedule", self.schedule, call=lambda: self.schedule(0.0))
+        _check("loss", self.loss, call=lambda: _check_shape(self.loss))
+        rule = "must be a number above 0, or null for none"
+        require(self.clip_norm is None or _is_positive(self.clip_norm), rule, clip_norm=self.clip_norm)
+
+    def _check_learning_rate(self) -> None:
+        given, rule = self._given_lr, "must be a number, or null for base_lr"
+        is_number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
+        require(given is None or is_number, rule, **{"optimizer.lr": given})
+        rule = "must be a number above 0, or null for the optimizer's default"
+        require(self.base_lr is None or _is_positive(self.base_lr), rule, base_lr=self.base_lr)
+        require(_is_positive(self.base_batch_size), "must be at least 1", base_batch_size=self.base_batch_size)
+        require(self.lr_scaling in POWERS, f"is not one of {', '.join(POWERS)}", lr_scaling=self.lr_scaling)
+
+    def _check_warmup(self) -> None:
+        require(0 <= self.warmup <= 1, "must be a fraction of the training, from 0 to 1", warmup=self.warmup)
+        lengths = {"warmup_epochs": self.warmup_epochs, "warmup_steps": self.warmup_steps}
+        for name, value in lengths.items():
+            require(value is None or value == 0 or _is_positive(value), "must be at least 0", **{name: value})
+        require(None in lengths.values(), "does not go with warmup_epochs: choose one", warmup_steps=self.warmup_steps)
+
+    def _build_example(self) -> torch.optim.Optimizer:
+        return self.optimizer_factory()([{"params": [nn.Parameter(torch.zeros(1))]}])
+
+    @property
+    def _given_lr(self) -> float | None:
+        return self.optimizer.keywords.get("lr") if isinstance(self.optimizer, partial) else None
+
+    def learning_rate(self, images_per_step: int | None = None) -> LearningRate | None:
+        """Return the rate for optimizer steps of so many images, None for `base_batch_size`; None: unknown here."""
+        given = self._given_lr
+        if given is not None:
+            return LearningRate(given, "as given")
+        if self.base_lr is None:
+            return None
+        images = self.base_batch_size if images_per_step is None else images_per_step
+        value = self.base_lr * (images / self.base_batch_size) ** POWERS[self.lr_scaling]
+        origin = f"{self.base_lr:g} for {self.base_batch_size:,} images a step"
+        if images != self.base_batch_size:
+            how = {"linear": "by their ratio", "sqrt": "by the root of their ratio"}.get(self.lr_scaling)
+            origin += f", not scaled to {images:,}" if how is None else f", scaled to {images:,} {how}"
+        return LearningRate(value, origin)
+
+    def optimizer_factory(self, images_per_step: int | None = None) -> OptimizerFactory:
+        """Return `optimizer` with the learning rate for steps of so many images."""
+        rate = self.learning_rate(images_per_step)
+        return self.optimizer if rate is None else partial(self.optimizer, lr=rate.value)
+
+    def lr_factor(self, step: int, *, steps_per_epoch: int, num_steps: int) -> float:
+        """Return the factor on the learning rate at `step`, counted from 0, of `num_steps`."""
+        rise = self._count_warmup_steps(steps_per_epoch, num_steps)
+        if step < rise:
+            return (step + 1) / rise * self.schedule(0.0)
+        return self.schedule(min((step - rise) / max(1, num_steps - rise), 1.0))
+
+    def _count_warmup_steps(self, steps_per_epoch: int, num_steps: int) -> int:
+        if self.warmup_steps is not None:
+            length = float(self.warmup_steps)
+        else:
+            epochs = self.warmup_epochs
+            length = self.warmup * num_steps if epochs is None else epochs * steps_per_epoch
+        return min(round(length), num_steps)
 
     def rises_until_end(self, steps_per_epoch: int, num_steps: int) -> bool:
         """Return whether the learning rate still rises at the last of `num_steps` steps."""
-        rate = partial(self.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-        return num_steps > 1 and rate(num_steps - 1) > rate(num_steps - 2)
-
-
-def _warm_up(step: int, warmup_steps: int, *, num_steps: int) -> tuple[float, float]:
-    """Return the factor of the warm-up and the completed fraction of the steps after it, both from 0 to 1."""
-    warmup_steps = min(warmup_steps, num_steps)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps, 0.0
-    return 1.0, min((step - warmup_steps) / max(1, num_steps - warmup_steps), 1.0)
-
-
-def warmup_cosine(
-    step: int, *, steps_per_epoch: int, num_steps: int, warmup_epochs: float = 5, final_fraction: float = 0.0
-) -> float:
-    """Rise linearly (Goyal et al. 2017, section 2.2), then fall by half a cosine (Loshchilov & Hutter 2017, eq. 5)."""
-    rise, progress = _warm_up(step, round(warmup_epochs * steps_per_epoch), num_steps=num_steps)
-    return rise * (final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * progress)) / 2)
-
-
-def warmup_exponential(
-    step: int, *, steps_per_epoch: int, num_steps: int, warmup_epochs: float = 5, final_fraction: float = 0.01
-) -> float:
-    """Rise linearly over `warmup_epochs`, then fall by a constant factor per step to `final_fraction` at the end.
-
-    Tan & Le 2019, section 5.2, multiply by 0.97 every 2.4 epochs: 0.0118 is left after 350.
-    """
-    rise, progress = _warm_up(step, round(warmup_epochs * steps_per_epoch), num_steps=num_steps)
-    return float(rise * final_fraction**progress)
-
-
-def warmup_milestones(
-    step: int,
-    *,
-    steps_per_epoch: int,
-    num_steps: int,
-    warmup_epochs: float = 0.0,
-    milestones: Sequence[float] = (1 / 3, 2 / 3),
-    factor: float = 0.1,
-) -> float:
-    """Rise linearly over `warmup_epochs`; multiply by `factor` at each of `milestones`, fractions of the training.
-
-    Krizhevsky et al. 2012, section 5, and He et al. 2016, section 3.4, divide by 10 when the error stops falling;
-    torchvision's references do so after 30 and 60 of 90 epochs.
-    """
-    rise, _ = _warm_up(step, round(warmup_epochs * steps_per_epoch), num_steps=num_steps)
-    return rise * float(factor ** sum(step >= round(milestone * num_steps) for milestone in milestones))
+        factor = partial(self.lr_factor, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+        return num_steps > 1 and factor(num_steps - 1) > factor(num_steps - 2)

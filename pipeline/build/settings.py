@@ -81,6 +81,7 @@ class RunSettings:
         require(self.out is None or self.name is None, "names the run's folder too: leave name out", out=config.out)
         require(config.again in (None, *Again), f"is not one of {', '.join(Again)}", again=config.again)
         self.again = None if config.again is None else Again(config.again)
+        self.norm_momentum: float | None = config.model.get("norm_momentum")
         self.seed: int = config.seed
         self.log_every: int = config.log_every
         self.every_steps: int | None = config.checkpoint.every_steps

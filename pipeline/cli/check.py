@@ -222,7 +222,8 @@ def _nearest_sibling(key: str, known: Mapping[str, object]) -> str:
 def _hint(key: str, known: Mapping[str, object], *, base: DictConfig) -> str:
     """Return the likely key: one with the same ending, a new one with a plus, or the nearest."""
     last = key.rpartition(".")[2]
-    same_ending = {name for name in known if name.endswith((f".{last}", f"_{last}"))}  # lr for recipe.optimizer.lr
+    same_ending = {name for name in known if name.endswith(f".{last}")}  # lr for recipe.optimizer.lr
+    same_ending = same_ending or {name for name in known if name.endswith(f"_{last}")}
     if "." not in key:
         return nearest(key, known.keys() | groups()) or nearest(key, same_ending, cutoff=0)
     if same_ending:

@@ -92,7 +92,7 @@ def _target_of_model(config: DictConfig) -> Target:
             build_module(config, net, num_classes=num_classes, recipe=build_recipe(config))
         return net
 
-    optimizer = build_recipe(config).optimizer
+    optimizer = build_recipe(config).optimizer_factory()
     training = TrainingSettings(config.batch_size or BATCH_SIZE, config.precision or PRECISION, optimizer)
     return Target(network_name(config), skeleton, (channels, size, size), training, weights.description, load)
 
@@ -114,7 +114,7 @@ def _target_of_run(config: DictConfig) -> Target:
         weights.load_into(net, norm_eps=run.norm_eps)
         return net
 
-    optimizer, image_shape = run.build_recipe().optimizer, (run.in_channels, size, size)
+    optimizer, image_shape = run.build_recipe().optimizer_factory(), (run.in_channels, size, size)
     training = TrainingSettings(config.batch_size or run.batch_size, config.precision or run.precision, optimizer)
     skeleton = build_without_values(run.build_network)
     return Target(run.network, skeleton, image_shape, training, weights.description, load)

@@ -18,6 +18,7 @@ from data.loading.datamodule import ShardData
 from data.shards.dataset import write_atomically
 from models.arguments import require
 from models.learning.evaluation import TOP5
+from models.learning.norms import shorten_windows
 from pipeline.build.choice import Choice
 from pipeline.build.memory import GPU_MEMORY, exhausted_memory
 from pipeline.build.settings import Again
@@ -99,6 +100,7 @@ def train(job: Job, trainer: pl.Trainer, *, norm_eps: float | None) -> None:
     """
     limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices)))
     limit_epoch(trainer, job.data, num_epochs=job.module.recipe.epochs)
+    job.module.images_per_step = job.data.images_per_step(trainer.world_size)
     check_choice(job, trainer)
     is_replaced = job.settings.again == Again.REPLACE and not job.run.is_of(fingerprint_of(job, trainer))
     is_resumed = job.run.last_checkpoint is not None and not is_replaced
@@ -109,8 +111,9 @@ def train(job: Job, trainer: pl.Trainer, *, norm_eps: float | None) -> None:
     with config_keys_in_errors({"decoder": "data.decoder"}):
         device, probes = trainer.strategy.root_device, is_main_process()
         decoder = job.data.choose_decoder(device, before=job.run.decoder, probes=probes)
+    norms = prepare_norms(job, trainer)
     with tracked(job, trainer) as resume:
-        print_facts(main_console(), run_header(job, trainer, decoder=decoder, resume=resume))
+        print_facts(main_console(), {**run_header(job, trainer, decoder=decoder, resume=resume), **norms})
         fit(job, trainer, resume=resume)
         result = outcome(job, trainer)
         with stop_signals.deferred():
@@ -138,6 +141,14 @@ def limit_epoch(trainer: pl.Trainer, data: ShardData, *, num_epochs: int) -> Non
     # The order needs the epoch's length too; Lightning would apply a fraction again to the shortened epoch.
     data.limit_batches = trainer.limit_train_batches = batches
     trainer.fit_loop.epoch_loop.max_steps = num_epochs * (batches // accumulate)
+
+
+def prepare_norms(job: Job, trainer: pl.Trainer) -> dict[str, str]:
+    """Fit the averages of batch norms to a short training unless the config sets their momentum; say so in words."""
+    if job.settings.norm_momentum is not None:
+        return {}
+    change = shorten_windows(job.module.net, trainer.max_steps * job.data.settings.accumulate)
+    return {} if change is None else {"norms": change}
 
 
 def check_choice(job: Job, trainer: pl.Trainer) -> None:
@@ -228,7 +239,7 @@ def fingerprint_of(job: Job, trainer: pl.Trainer) -> Fingerprint:
     return fingerprint(
         job.settings.in_fingerprint,
         job.data.dataset,
-        global_batch_size=job.data.training_plan(0, trainer.world_size).global_batch_size,
+        global_batch_size=job.data.images_per_step(trainer.world_size),
         precision=str(trainer.precision),
         decoder=job.data.gpu_decoder,
     )

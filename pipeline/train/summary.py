@@ -8,6 +8,7 @@ import torch
 
 from data.loading.datamodule import ShardData
 from data.loading.decoder import DecoderChoice
+from models.learning.classifier import Classifier
 from models.learning.evaluation import TOP1
 from pipeline.build.trainer import no_gpu_reason
 from pipeline.cli.console import main_console, print_line
@@ -38,6 +39,7 @@ def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice, resume:
         "decoding": f"{decoder}; {share.cores} threads a rank ({share.reason})",
         "precision": f"{trainer.precision}, channels_last",
         "steps": describe_steps(job, trainer),
+        **describe_learning_rate(job.module),
         "folder": f"{folder} (continues after step {resume.step})" if resume else str(folder),
         "dashboard": f"{link}{f' ({command})' if command else ''}" if link else "none",
     }
@@ -76,8 +78,14 @@ def describe_steps(job: Job, trainer: pl.Trainer) -> str:
     if dropped:
         text += f"; each epoch drops {dropped:,} images, different ones each time"
     if recipe.rises_until_end(steps_per_epoch=steps_per_epoch, num_steps=trainer.max_steps):
-        text += "; the learning rate still rises at the last step: lower recipe.schedule.warmup_epochs"
+        text += "; the learning rate still rises at the last step: shorten the warm-up"
     return text
+
+
+def describe_learning_rate(module: Classifier) -> dict[str, str]:
+    """Return the highest learning rate and how it came about, nothing where the optimizer chooses it."""
+    rate = module.recipe.learning_rate(module.images_per_step)
+    return {} if rate is None else {"rate": f"{rate.value:.4g} ({rate.origin})"}
 
 
 def saving_of(trainer: pl.Trainer) -> SaveCheckpoints:

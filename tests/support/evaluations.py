@@ -20,7 +20,8 @@ from data.loading.decoder import DecodeSettings
 from data.shards.dataset import Dataset, Split
 from data.storage.open import open_storage
 from models.learning.classifier import Classifier
-from models.learning.recipe import Recipe, warmup_cosine
+from models.learning.recipe import Recipe
+from models.learning.schedules import cosine
 from pipeline.evaluate.forward import answer_split
 from pipeline.evaluate.metrics import Answers, class_metrics, summarise
 from pipeline.evaluate.ranks import Ranks
@@ -123,7 +124,7 @@ def validate(
             os.environ.pop(name, None)
     settings = LoaderSettings(batch_size, threads=1, io_threads=1)
     data = ShardData(dataset, training_crop=TrainingCrop(SIDE), evaluation_crop=CROP, settings=settings)
-    recipe = Recipe(1, torch.optim.SGD, warmup_cosine)
+    recipe = Recipe(1, torch.optim.SGD, cosine)
     module = Classifier(net, num_classes=len(dataset.classes), recipe=recipe)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     strategy = "ddp" if world_size > 1 else "auto"

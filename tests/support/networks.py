@@ -10,7 +10,8 @@ from hydra.utils import get_method
 from torch import Tensor, nn
 
 from models.layers import ConvNet, PooledLinear, StochasticDepth
-from models.learning.recipe import Recipe, warmup_cosine
+from models.learning.recipe import Recipe
+from models.learning.schedules import cosine
 from models.options import Options, Settings, resolve_options
 from pipeline.cli.compose import compose
 from tests.support.published import Published
@@ -81,7 +82,7 @@ def make_recipe(**changes: object) -> Recipe:
     def optimizer(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
-    return Recipe(**{"epochs": 2, "optimizer": optimizer, "schedule": warmup_cosine, **changes})
+    return Recipe(**{"epochs": 2, "optimizer": optimizer, "schedule": cosine, **changes})
 
 
 def plain(variant: str = "plain", **options: Unpack[Options]) -> ConvNet:

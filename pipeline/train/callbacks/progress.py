@@ -110,7 +110,7 @@ class ProgressCallback(pl.Callback):
         assert isinstance(loader, TrainingLoader)
         now, waited = time.perf_counter(), loader.wait_seconds
         seconds, steps = now - self._since, step - self._step
-        images_per_step = self.data.training_plan(0, trainer.world_size).global_batch_size
+        images_per_step = self.data.images_per_step(trainer.world_size)
         values = {
             "train/loss": metrics.loss,
             "train/top1": metrics.top1,

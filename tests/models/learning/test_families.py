@@ -20,9 +20,10 @@ from models.learning.families import (
 )
 from models.options import Settings, apply_options
 from models.residual import resnet
+from pipeline.build import network
 from pipeline.cli.compose import CONF, compose
 from tests.support.networks import build, make_recipe
-from tests.support.published import PUBLISHED
+from tests.support.published import PUBLISHED, SMALLEST
 
 # The recipe of each family's networks.
 FAMILIES = {
@@ -85,6 +86,7 @@ def test_families_start_as_in_their_papers() -> None:
     vgg = build("vgg", "vgg16", num_classes=10, image_size=32)
     SequentialClassifier(vgg, num_classes=10, recipe=make_recipe())
     assert vgg.stages.stage4[2].weight.std().item() == pytest.approx(math.sqrt(2 / (512 * 9)), rel=0.01)
+    assert vgg.head.linear2.weight.std().item() == pytest.approx(math.sqrt(2 / 4096) / 4, rel=0.01)
     assert vgg.head.linear3.weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert vgg.stages.stage4[2].bias.abs().max() == 0
     mobile = build("mobilenet", "mobilenet_v2", num_classes=1000, image_size=32)
@@ -92,7 +94,9 @@ def test_families_start_as_in_their_papers() -> None:
     block = mobile.stages.stage5[-1]
     assert block.depthwise[0].weight.std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.02)
     assert block.expand[0].weight.std().item() == pytest.approx(math.sqrt(2 / 960), rel=0.01)
-    assert mobile.head[1].linear.weight.abs().max().item() == pytest.approx(1 / math.sqrt(1000), rel=0.01)
+    small = build("mobilenet", "mobilenet_v3_small", num_classes=10, image_size=32)
+    SeparableClassifier(small, num_classes=10, recipe=make_recipe())
+    assert small.head[1].hidden.weight.abs().max().item() == pytest.approx(1 / math.sqrt(1024), rel=0.01)
     for architecture, variant in (("convnext", "convnext_tiny"), ("coatnet", "coatnet_0")):
         net = build(architecture, variant, num_classes=10, image_size=32)
         AttentionClassifier(net, num_classes=10, recipe=make_recipe())
@@ -100,6 +104,19 @@ def test_families_start_as_in_their_papers() -> None:
         assert torch.cat([kernel.flatten() for kernel in kernels]).std().item() == pytest.approx(0.02, rel=0.01)
     table = net.stages.stage3[0].attention.bias.table
     assert table.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 1000])
+@pytest.mark.parametrize("architecture", SMALLEST)
+def test_the_first_loss_is_that_of_a_guess(architecture: str, num_classes: int) -> None:
+    torch.manual_seed(0)
+    config = compose("train", [f"+model={architecture}", f"model.variant={SMALLEST[architecture]}"])
+    net = network.build_network(config, num_classes=num_classes)
+    module = network.build_module(config, net, num_classes=num_classes, recipe=make_recipe())
+    with torch.no_grad():
+        logits = module.train()(torch.randn(8, 3, net.image_size, net.image_size))
+    loss = nn.functional.cross_entropy(logits, torch.arange(8) % num_classes)
+    assert loss.item() == pytest.approx(math.log(num_classes), rel=0.1)
 
 
 def test_a_deep_plain_network_keeps_its_signal() -> None:

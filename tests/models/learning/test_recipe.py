@@ -12,41 +12,51 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.learning.losses import cross_entropy
-from models.learning.recipe import warmup_cosine, warmup_exponential, warmup_milestones
+from models.learning.schedules import cosine, exponential, milestones
+from pipeline.build.network import build_recipe
 from pipeline.cli.compose import compose
 from tests.support.networks import make_recipe
 
 
-def test_the_cosine_schedule_rises_and_falls() -> None:
-    factors = [
-        warmup_cosine(step, steps_per_epoch=10, num_steps=60, warmup_epochs=2, final_fraction=0.1) for step in range(61)
-    ]
-    assert factors[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
-    assert factors[40] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
-    assert factors[60] == pytest.approx(0.1)
-    assert all(before >= after for before, after in itertools.pairwise(factors[20:]))
+def factors(num_steps: int, **changes: object) -> list[float]:
+    """The factors of a recipe at each step, 10 steps an epoch."""
+    recipe = make_recipe(**changes)
+    return [recipe.lr_factor(step, steps_per_epoch=10, num_steps=num_steps) for step in range(num_steps + 1)]
+
+
+@pytest.mark.parametrize("length", [{"warmup": 1 / 3}, {"warmup_epochs": 2}, {"warmup": 0.9, "warmup_steps": 20}])
+def test_the_cosine_schedule_rises_and_falls(length: dict[str, float]) -> None:
+    found = factors(60, schedule=partial(cosine, final_fraction=0.1), **length)
+    assert found[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
+    assert found[40] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
+    assert found[60] == pytest.approx(0.1)
+    assert all(before >= after for before, after in itertools.pairwise(found[20:]))
+
+
+def test_the_cosine_is_torchs() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30, eta_min=0.01)
+    for found in factors(30, schedule=partial(cosine, final_fraction=0.01)):
+        assert found == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
 
 
 def test_the_exponential_schedule_is_the_papers() -> None:
     """0.97 every 2.4 epochs (Tan & Le 2019), over 350 epochs of 10 steps."""
+    found = factors(3500, schedule=partial(exponential, final_fraction=0.97 ** (350 / 2.4)))
     for epoch in (5, 53, 197, 350):
-        factor = warmup_exponential(
-            epoch * 10, steps_per_epoch=10, num_steps=3500, warmup_epochs=0, final_fraction=0.97 ** (350 / 2.4)
-        )
-        assert factor == pytest.approx(0.97 ** (epoch / 2.4))
-    rising = [warmup_exponential(step, steps_per_epoch=10, num_steps=100, warmup_epochs=2) for step in range(20)]
-    assert rising == pytest.approx([(step + 1) / 20 for step in range(20)])
+        assert found[epoch * 10] == pytest.approx(0.97 ** (epoch / 2.4))
 
 
 def test_the_milestones_are_torchvisions() -> None:
-    """`StepLR(step_size=30, gamma=0.1)` over 90 epochs of 7 steps, which torchvision steps once per epoch."""
+    """`StepLR(step_size=30, gamma=0.1)` over 90 epochs of 10 steps, which torchvision steps once per epoch."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
-    third, two_thirds = compose("train", ["+model=vgg"]).recipe.schedule.milestones
+    configured = compose("train", ["+model=vgg"]).recipe.schedule.milestones
+    found = factors(900, schedule=partial(milestones, milestones=configured))
     for epoch in range(90):
-        for step in range(7 * epoch, 7 * epoch + 7):
-            factor = warmup_milestones(step, steps_per_epoch=7, num_steps=630, milestones=(third, two_thirds))
-            assert factor == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert found[10 * epoch : 10 * epoch + 10] == pytest.approx([optimizer.param_groups[0]["lr"]] * 10)
         optimizer.step()
         scheduler.step()
 
@@ -58,8 +68,45 @@ def test_the_milestones_are_torchvisions() -> None:
 def test_a_warm_up_as_long_as_the_training_rises_until_the_end(
     warmup_epochs: float, num_steps: int, rises: bool
 ) -> None:
-    recipe = make_recipe(schedule=partial(warmup_cosine, warmup_epochs=warmup_epochs))
+    recipe = make_recipe(schedule=cosine, warmup_epochs=warmup_epochs)
     assert recipe.rises_until_end(10, num_steps) is rises
+
+
+@pytest.mark.parametrize(
+    ("words", "images", "rate", "origin"),
+    [
+        ((), 256, 0.256, "0.256 for 256 images a step"),
+        ((), 64, 0.064, "0.256 for 256 images a step, scaled to 64 by their ratio"),
+        (
+            ("recipe.lr_scaling=sqrt",),
+            1024,
+            0.512,
+            "0.256 for 256 images a step, scaled to 1,024 by the root of their ratio",
+        ),
+        (("recipe.lr_scaling=none",), 64, 0.256, "0.256 for 256 images a step, not scaled to 64"),
+        (("recipe.optimizer.lr=0.3",), 64, 0.3, "as given"),
+        (
+            ("optimizer=adamw",),
+            1024,
+            0.002,
+            "0.004 for 4,096 images a step, scaled to 1,024 by the root of their ratio",
+        ),
+    ],
+)
+def test_the_learning_rate_follows_the_batch_unless_it_is_given(
+    words: tuple[str, ...], images: int, rate: float, origin: str
+) -> None:
+    recipe = build_recipe(compose("train", ["+model=resnet", *words]))
+    assert recipe.learning_rate(images) == (pytest.approx(rate), origin)
+    groups = [{"params": [nn.Parameter(torch.zeros(1))]}]
+    (group,) = recipe.optimizer_factory(images)(groups).param_groups
+    assert group["lr"] == pytest.approx(rate)
+
+
+def test_an_optimizer_without_a_rate_keeps_its_own() -> None:
+    recipe = make_recipe(optimizer=torch.optim.Adam)
+    assert recipe.learning_rate(64) is None
+    assert recipe.optimizer_factory(64)([nn.Parameter(torch.zeros(1))]).defaults["lr"] == 1e-3
 
 
 def test_the_default_loss_is_torchs_cross_entropy_per_image() -> None:
@@ -83,11 +130,23 @@ def total(logits: Tensor, labels: Tensor) -> float:
     ("wrong", "message"),
     [
         ({"epochs": 0}, "^epochs=0 must be at least 1"),
+        (
+            {"optimizer": partial(torch.optim.SGD, lr="fast")},
+            "^optimizer.lr=fast must be a number, or null for base_lr",
+        ),
+        ({"optimizer": partial(torch.optim.SGD, lr=math.nan)}, "^optimizer.lr=nan must be a number"),
+        ({"base_lr": 0.0}, "^base_lr=0.0 must be a number above 0, or null for the optimizer's default"),
+        ({"base_lr": math.nan}, "^base_lr=nan must be a number above 0"),
+        ({"base_batch_size": 0}, "^base_batch_size=0 must be at least 1"),
+        ({"lr_scaling": "root"}, "^lr_scaling=root is not one of linear, sqrt, none"),
+        ({"warmup": 5}, "^warmup=5 must be a fraction of the training, from 0 to 1"),
+        ({"warmup_epochs": -1}, "^warmup_epochs=-1 must be at least 0"),
+        ({"warmup_epochs": 1, "warmup_steps": 9}, "^warmup_steps=9 does not go with warmup_epochs"),
         ({"clip_norm": 0.0}, "^clip_norm=0.0 must be a number above 0, or null"),
         ({"optimizer": partial(torch.optim.SGD, rate=1)}, "^optimizer=SGD: .* unexpected keyword argument 'rate'"),
         (
-            {"schedule": partial(warmup_cosine, rise=1)},
-            "^schedule=warmup_cosine: .* unexpected keyword argument 'rise'",
+            {"schedule": partial(cosine, rise=1)},
+            "^schedule=cosine: .* unexpected keyword argument 'rise'",
         ),
         (
             {"loss": partial(cross_entropy, label_smoothing=1.0)},

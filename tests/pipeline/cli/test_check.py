@@ -54,7 +54,7 @@ GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
         (["+model=resnet", "recipe.epochs=1.5"], "is not an integer"),
         (["+model=resnet", "recipe.epochs=true"], "is not an integer"),
         (["+model=resnet", "data.batch_size=null"], "is not an integer"),
-        (["+model=resnet", "recipe.optimizer.lr=fast"], "is not a number (default 0.1)"),
+        (["+model=resnet", "recipe.base_lr=fast"], "is not a number (default 0.256)"),
         (["+model=resnet", "recipe.optimizer.nesterov=1"], "is not true or false"),
         (["+model=resnet", "augment.training.scale=1"], "is not a list"),
         (["+model=resnet", "data=shards"], "data.root has no default: add data.root=VALUE"),
@@ -202,7 +202,7 @@ def test_a_model_selects_its_recipe_and_the_command_line_wins() -> None:
     assert compose("train", ["+model=resnet"]).recipe.optimizer._target_ == "torch.optim.SGD"
     assert compose("train", ["+model=resnet", "recipe.optimizer.lr=0.5"]).recipe.optimizer.lr == 0.5
     lenet = compose("train", ["+model=lenet"]).recipe
-    assert (lenet.optimizer.lr, lenet.schedule.factor, lenet.loss.label_smoothing) == (0.01, 0.1, 0.0)
+    assert (lenet.base_lr, lenet.schedule.factor, lenet.loss.label_smoothing) == (0.1, 0.1, 0.0)
     changed = compose("train", ["+model=lenet", "optimizer=adamw", "loss=label_smoothing"]).recipe
     assert (changed.optimizer.betas, changed.loss.label_smoothing) == ([0.9, 0.999], 0.1)
 

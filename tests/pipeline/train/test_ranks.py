@@ -17,7 +17,8 @@ from data.loading.order import EvaluationPlan
 from data.shards.dataset import Dataset
 from data.storage.local import LocalShards
 from models.learning.classifier import Classifier
-from models.learning.recipe import Recipe, warmup_cosine
+from models.learning.recipe import Recipe
+from models.learning.schedules import cosine
 from models.residual import resnet
 from tests.support.commands import PLAIN, TWO_RANKS, Run, Typed, journal, run_module
 
@@ -88,4 +89,4 @@ def test_torchrun_evaluates_the_weights_of_the_checkpoint(with_digits: Path, dig
 
 
 def recipe() -> Recipe:
-    return Recipe(1, torch.optim.SGD, warmup_cosine)
+    return Recipe(1, torch.optim.SGD, cosine)

@@ -15,7 +15,7 @@ from rich.console import Console
 from data.loading.order import TrainingPlan
 from data.shards.dataset import Dataset
 from models.learning.classifier import Classifier
-from models.learning.recipe import warmup_cosine
+from models.learning.schedules import cosine
 from pipeline.cli.check import check_command_line
 from pipeline.runs.restore import RestoredRun
 from pipeline.train import fit
@@ -76,9 +76,9 @@ def test_logged_parameters_are_valid_overrides(main_job: FinishedRun) -> None:
 
 
 def test_a_point_has_the_learning_rate_of_its_step(main_job: FinishedRun) -> None:
-    # 5 steps per epoch, one epoch of warm-up; points count steps from 1, the schedule from 0.
+    # Of 10 steps, the warm-up takes one; points count steps from 1. 0.256 is for 256 images a step.
     assert [line["train/lr"] for line in journal(main_job.folder) if "train/lr" in line] == pytest.approx(
-        [0.1 * warmup_cosine(s - 1, steps_per_epoch=5, num_steps=10, warmup_epochs=1) for s in (2, 4, 6, 8, 10)]
+        [0.256 * 64 / 256 * cosine((step - 2) / 9) for step in (2, 4, 6, 8, 10)]
     )
 
 

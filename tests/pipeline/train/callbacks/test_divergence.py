@@ -120,7 +120,7 @@ def test_a_training_without_a_finite_evaluation_is_a_divergence(
     """No loss of training follows the last step that would show it. The same command ends in the same way."""
     monkeypatch.setenv("FAIL", "0,100,nan")
     words = [word for word in WORDS if not re.search("mobilenet|optimizer.lr|limit_train|epochs", word)]
-    large = ("recipe.optimizer.lr=1e38", "recipe.schedule.warmup_epochs=0", "recipe.epochs=1")
+    large = ("recipe.optimizer.lr=1e38", "recipe.warmup=0.0", "recipe.epochs=1")
     for _ in range(2):
         with pytest.raises(DivergedError, match=r"^no evaluation up to step 1 had a finite loss, at a .*: lower"):
             train("+model=lenet", *words, *large, "+trainer.limit_train_batches=1", f"on_nonfinite={choice}")

@@ -1,0 +1,28 @@
+"""Schedules of the learning rate: from the completed fraction of the steps after the warm-up, 0 to 1, to a factor."""
+
+import math
+from collections.abc import Callable, Sequence
+
+Schedule = Callable[[float], float]
+
+
+def cosine(progress: float, *, final_fraction: float = 0.0) -> float:
+    """Fall by half a cosine to `final_fraction` (Loshchilov & Hutter 2017, eq. 5)."""
+    return final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def exponential(progress: float, *, final_fraction: float = 0.01) -> float:
+    """Fall by a constant factor per step to `final_fraction`.
+
+    Tan & Le 2019, section 5.2, multiply by 0.97 every 2.4 epochs: 0.0118 is left after 350.
+    """
+    return float(final_fraction**progress)
+
+
+def milestones(progress: float, *, milestones: Sequence[float] = (1 / 3, 2 / 3), factor: float = 0.1) -> float:
+    """Multiply by `factor` at each of `milestones`, fractions like `progress`.
+
+    Krizhevsky et al. 2012, section 5, and He et al. 2016, section 3.4, divide by 10 when the error stops falling;
+    torchvision's references do so after 30 and 60 of 90 epochs.
+    """
+    return float(factor ** sum(progress >= milestone for milestone in milestones))
