@@ -17,12 +17,16 @@ from tests.support.commands import Typed, journal
 
 def test_a_training_starts_with_the_weights_of_a_run(train: Typed, with_digits: Path) -> None:
     short = ("+model=mobilenet", "model.variant=mobilenet_v3_small", "+trainer.limit_train_batches=2", "tracking=none")
-    train(*short, "name=first", "recipe.epochs=2", "model.norm_eps=1.0e-5")
+    began = train(*short, "name=first", "recipe.epochs=2", "model.norm_eps=1.0e-5")
+    assert "\nnorms       momentum 0.5 instead of 0.01, for a training of 4 batches\n" in began
+    assert "\nrate        0.008 (0.016 for 256 images a step, scaled to 64 by the root of their ratio)\n" in began
     first = with_digits / "runs" / "first" / "checkpoints" / "last.ckpt"
     frozen = ("recipe.epochs=1", "recipe.optimizer.lr=0", "model.norm_momentum=1.0e-12", "name=second")
     printed = train(*short, *frozen, f"weights={first}")
     assert "244 tensors loaded in state_dict, named as by convoy; batch norm eps 1e-05" in printed
     assert "strides" not in printed
+    assert "\nnorms " not in printed, "their momentum is given"
+    assert "\nrate        0 (as given)\n" in printed
     # In bfloat16 oneDNN's weight gradient of a strided convolution of a single pixel reads memory that nobody wrote.
     large = ("recipe.epochs=1", "model.image_size=224", "trainer.precision=32-true", "name=wide")
     wide = train(*short, *large, f"weights={first}")
