@@ -52,7 +52,7 @@ def this_process() -> str:
 def lock_holder(path: Path) -> str:
     """Return the process that holds a lease in words, without its name for another lock."""
     try:
-        return _holder_file(path).read_text()
+        return _holder_file(path).read_text() or "another process"  # one that has just created it
     except (OSError, UnicodeDecodeError):
         return "another process"
 

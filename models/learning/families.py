@@ -12,6 +12,7 @@ from torch import nn
 from models.attention import RelativeBias
 from models.learning.classifier import Classifier
 
+LAST_STD = 0.01  # of the last layer
 HIDDEN_SCALE = 0.25  # of a sequential network's hidden matrices, relative to He et al. 2015
 
 
@@ -20,19 +21,19 @@ def _zero_bias(layer: nn.Module) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _start_small(net: nn.Module, std: float) -> None:
-    """Draw the last layer anew."""
+def _start_small(net: nn.Module) -> None:
+    """Draw the last layer again."""
     for last in [layer for layer in net.modules() if isinstance(layer, nn.Linear)][-1:]:
-        nn.init.normal_(last.weight, std=std)
+        nn.init.normal_(last.weight, std=LAST_STD)
         _zero_bias(last)
 
 
 class SequentialClassifier(Classifier):
     """Sequential networks: He initialisation, zero biases.
 
-    He, Zhang, Ren & Sun 2015: sqrt(2 / fan-in) trains deep networks without starting from shallow ones. That leaves the
-    growth of the signal by max pooling out, so hidden matrices start at a quarter of it: otherwise the first step
-    changes AlexNet's logits by hundreds, and its units die. The last layer keeps the 0.01 of Krizhevsky et al. 2012,
+    He, Zhang, Ren & Sun 2015: sqrt(2 / fan-in) trains deep networks without starting from shallow ones. Max pooling
+    enlarges the signal, so hidden matrices start at a quarter of it: the input of AlexNet's last layer would have a
+    norm of 321, and the first loss would be far above ln K. The last layer keeps the 0.01 of Krizhevsky et al. 2012,
     section 5. Their biases of 1, which feed ReLU early, are not needed.
     """
 
@@ -44,7 +45,7 @@ class SequentialClassifier(Classifier):
             _zero_bias(layer)
             if isinstance(layer, nn.Linear):
                 layer.weight.data *= HIDDEN_SCALE
-        _start_small(self.net, std=0.01)
+        _start_small(self.net)
 
 
 class ResidualClassifier(Classifier):
@@ -58,7 +59,7 @@ class ResidualClassifier(Classifier):
         for layer in self.net.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        _start_small(self.net, std=0.01)
+        _start_small(self.net)
 
 
 class SeparableClassifier(Classifier):
@@ -78,7 +79,7 @@ class SeparableClassifier(Classifier):
             elif isinstance(layer, nn.Linear):
                 nn.init.uniform_(layer.weight, -1 / math.sqrt(layer.out_features), 1 / math.sqrt(layer.out_features))
             _zero_bias(layer)
-        _start_small(self.net, std=0.01)
+        _start_small(self.net)
 
 
 class AttentionClassifier(Classifier):
@@ -95,4 +96,4 @@ class AttentionClassifier(Classifier):
                 _zero_bias(layer)
             elif isinstance(layer, RelativeBias):
                 nn.init.trunc_normal_(layer.table, std=0.02)
-        _start_small(self.net, std=0.01)
+        _start_small(self.net)

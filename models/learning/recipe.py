@@ -109,7 +109,7 @@ class Recipe:
         return self.optimizer.keywords.get("lr") if isinstance(self.optimizer, partial) else None
 
     def learning_rate(self, images_per_step: int | None = None) -> LearningRate | None:
-        """Return the rate for optimizer steps of so many images, None for `base_batch_size`; None: unknown here."""
+        """Return the rate for steps of so many images (None: `base_batch_size`); None where the optimizer decides."""
         given = self._given_lr
         if given is not None:
             return LearningRate(given, "as given")
