@@ -123,7 +123,8 @@ def training_seconds(name: str, folder: Path, *, trains: bool) -> float:
     """Measure an epoch from the opening of the storage on; `trains=False` only loads."""
     import torch
 
-    from data.loading.crops import TrainingCrop
+    from data.augment.augmentation import Augmentation
+    from data.augment.crops import TrainingCrop
     from data.loading.decoder import DecodeSettings
     from data.loading.loader import TrainingLoader
     from data.loading.order import TrainingPlan
@@ -145,7 +146,9 @@ def training_seconds(name: str, folder: Path, *, trains: bool) -> float:
         start = time.perf_counter()
         settings = StorageSettings(inflight=INFLIGHT, folder=cache, gigabytes=0.5)
         storage = open_storage(dataset.root, dataset.shard_bytes, settings=settings)
-        loader = TrainingLoader(index, storage, plan=plan, crop=TrainingCrop(IMAGE_SIZE), decode=decode)
+        loader = TrainingLoader(
+            index, storage, plan=plan, augment=Augmentation(TrainingCrop(IMAGE_SIZE)), decode=decode
+        )
         images = 0
         for batch in loader:
             images += len(batch.labels)

@@ -14,7 +14,7 @@ Words = NDArray[np.uint64]
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
 ROUNDS = 24  # as Mitchell et al.: 8 favour some of the 120 orders of five
 # Purposes of draws, so that two uses of the same (seed, epoch) never share their bits.
-SHARDS, WINDOW, AUGMENT, SPLIT, PACK, NETWORK = 1, 2, 3, 4, 5, 6
+SHARDS, WINDOW, AUGMENT, SPLIT, PACK, NETWORK, POLICY, ERASE, NOISE = 1, 2, 3, 4, 5, 6, 7, 8, 9
 
 
 def mix(words: Words) -> Words:
@@ -32,9 +32,9 @@ def key(*numbers: int) -> np.uint64:
     return np.uint64(state[0])
 
 
-def uniform(samples: Samples, count: int, *, seed: int, epoch: int) -> NDArray[np.float64]:
+def uniform(samples: Samples, count: int, *, seed: int, epoch: int, purpose: int = AUGMENT) -> NDArray[np.float64]:
     """Draw `count` numbers in [0, 1) per sample, a function of (seed, epoch, sample) alone: (N,) -> (N, count)."""
-    streams = mix(samples.astype(np.uint64) + key(AUGMENT, seed, epoch))  # (N,)
+    streams = mix(samples.astype(np.uint64) + key(purpose, seed, epoch))  # (N,)
     steps = np.arange(1, count + 1, dtype=np.uint64) * MULTIPLIER
     words = mix(streams[:, None] + steps)  # (N, count)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -60,7 +60,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.draws import Samples
-from data.loading.crops import CropWindows
+from data.augment.crops import CropWindows
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class CornerCrop:
 ''',
         "conf/augment/corner.yaml",
         """training: {_target_: data.loading.corner.CornerCrop, image_size: "${data.image_size}"}
-evaluation: {_target_: data.loading.crops.EvaluationCrop, image_size: "${data.image_size}", crop_fraction: 1.0}
+evaluation: {_target_: data.augment.crops.EvaluationCrop, image_size: "${data.image_size}", crop_fraction: 1.0}
 """,
     ),
     "a loss": (

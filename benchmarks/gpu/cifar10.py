@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from benchmarks.gpu.checks import ROOT, Answer, Check
 from benchmarks.gpu.loaders import make_settings
-from data.loading.crops import EvaluationCrop, TrainingCrop
+from data.augment.augmentation import Augmentation
+from data.augment.crops import EvaluationCrop, TrainingCrop
 from data.loading.loader import Batch, Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, TrainingPlan
 from data.shards.dataset import Dataset
@@ -126,7 +127,7 @@ def _batches(dataset: Dataset, device: torch.device) -> Iterator[Batch]:
     index, crop = dataset.index("train"), TrainingCrop(32, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=4_000_000, batch_size=BATCH_SIZE)
     decode = make_settings(dataset, device, on_cpu=True, threads=available_cores())
-    loader = TrainingLoader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=decode)
+    loader = TrainingLoader(index, LocalShards(dataset.root), plan=plan, augment=Augmentation(crop), decode=decode)
     while True:
         yield from loader
 
@@ -148,7 +149,13 @@ def _evaluate(net: nn.Module, dataset: Dataset, device: torch.device) -> float:
     index = dataset.index("val")
     decode = make_settings(dataset, device, on_cpu=True, threads=available_cores())
     crop = EvaluationCrop(32, crop_fraction=1.0)
-    loader = Loader(index, LocalShards(dataset.root), plan=EvaluationPlan(len(index), 2000), crop=crop, decode=decode)
+    loader = Loader(
+        index,
+        LocalShards(dataset.root),
+        plan=EvaluationPlan(len(index), 2000),
+        augment=Augmentation(crop),
+        decode=decode,
+    )
     hits = torch.zeros((), dtype=torch.int64, device=device)
     for batch in loader:
         images = batch.images.to(device)

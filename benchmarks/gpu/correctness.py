@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from benchmarks.gpu import samples
 from benchmarks.gpu.checks import ROOT, Answer, Check, PrintedFigures
 from benchmarks.gpu.loaders import find_decoder, make_settings, training_loader
+from data.augment.augmentation import Augmentation
+from data.augment.crops import EvaluationCrop
 from data.loading import loader as loader_module
-from data.loading.crops import EvaluationCrop
 from data.loading.graph import as_torch
 from data.loading.loader import Batch, Loader
 from data.loading.order import EvaluationPlan
@@ -167,7 +168,7 @@ def check_evaluation(device: torch.device) -> Answer:
         dataset = samples.make_dataset(Path(folder), 600, height=100, width=120)
         index, storage = dataset.index("train"), LocalShards(dataset.root)
         decode, crop = make_settings(dataset, device), EvaluationCrop(64)
-        loader = Loader(index, storage, plan=EvaluationPlan(len(index), 64), crop=crop, decode=decode)
+        loader = Loader(index, storage, plan=EvaluationPlan(len(index), 64), augment=Augmentation(crop), decode=decode)
         torch.manual_seed(0)
         net = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 10))  # answers vary without training
         module = Classifier(net, num_classes=10, recipe=build_recipe(compose("train", ["+model=resnet"])))

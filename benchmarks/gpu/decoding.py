@@ -27,9 +27,9 @@ from torchvision.transforms.v2 import functional as v2
 from benchmarks.gpu import samples
 from benchmarks.gpu.checks import ROOT, Answer, Check, PrintedFigures
 from benchmarks.gpu.loaders import MEAN, STD, find_decoder, make_probe, training_loader
+from data.augment.crops import EvaluationCrop, TrainingCrop
 from data.draws import Samples
 from data.loading import graph
-from data.loading.crops import EvaluationCrop, TrainingCrop
 from data.loading.decoder import GpuDecoder
 from data.loading.loader import TrainingLoader
 from data.loading.nvjpeg import loaded_nvjpeg

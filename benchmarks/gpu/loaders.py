@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from benchmarks.gpu import samples
-from data.loading.crops import EvaluationCrop, TrainingCrop
+from data.augment.augmentation import Augmentation
+from data.augment.crops import EvaluationCrop, TrainingCrop
 from data.loading.decoder import DecodeSettings, GpuDecoder, choose_hardware_load
 from data.loading.loader import TrainingLoader
 from data.loading.order import TrainingPlan
@@ -81,4 +82,4 @@ def training_loader(
     index, decode = dataset.index("train"), make_settings(dataset, device, on_cpu=on_cpu, change=change, **options)
     plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=4_000_000, batch_size=batch_size)
     crop = TrainingCrop(224)
-    return TrainingLoader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=decode)
+    return TrainingLoader(index, LocalShards(dataset.root), plan=plan, augment=Augmentation(crop), decode=decode)

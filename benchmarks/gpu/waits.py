@@ -17,7 +17,8 @@ from benchmarks.gpu import samples
 from benchmarks.gpu.checks import Answer, Check
 from benchmarks.gpu.loaders import make_settings, training_loader
 from benchmarks.gpu.rates import random_batch
-from data.loading.crops import EvaluationCrop
+from data.augment.augmentation import Augmentation
+from data.augment.crops import EvaluationCrop
 from data.loading.loader import Loader
 from data.loading.order import EvaluationPlan
 from data.storage.local import LocalShards
@@ -110,7 +111,9 @@ def _waits_in_lightning(device: torch.device) -> dict[str, list[str]]:
         decode = make_settings(dataset, device)
         loader = training_loader(dataset, device, batch_size=32)  # whose epoch has STEPS batches
         plan, storage = EvaluationPlan(len(dataset.index("val")), 3), LocalShards(dataset.root)
-        evaluation = Loader(dataset.index("val"), storage, plan=plan, crop=EvaluationCrop(224), decode=decode)
+        evaluation = Loader(
+            dataset.index("val"), storage, plan=plan, augment=Augmentation(EvaluationCrop(224)), decode=decode
+        )
         options: dict[str, Any] = dict.fromkeys(QUIET, False)
         options |= {"limit_val_batches": STEPS, "num_sanity_val_steps": 0}
         guard = GuardFinite("stop", data=SimpleNamespace(), report=print)  # the data only names samples

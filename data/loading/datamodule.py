@@ -1,13 +1,17 @@
 """The loaders of a data set for Lightning, which knows rank and device only after it has started."""
 
+import itertools
+import math
 import os
 from dataclasses import dataclass, replace
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
 from data.arguments import require
-from data.loading.crops import CropPolicy
+from data.augment.augmentation import Augmentation
+from data.augment.crops import CropPolicy
 from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder, choose_hardware_load
 from data.loading.loader import Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, TrainingPlan
@@ -64,14 +68,14 @@ class ShardData(pl.LightningDataModule):
         self,
         dataset: Dataset,
         *,
-        training_crop: CropPolicy,
+        training_augment: Augmentation,
         evaluation_crop: CropPolicy,
         settings: LoaderSettings,
         storage: Storage | None = None,
     ) -> None:
         super().__init__()
         self.dataset, self.settings = dataset, settings
-        self.training_crop, self.evaluation_crop = training_crop, evaluation_crop
+        self.training_augment, self.evaluation_crop = training_augment, evaluation_crop
         self.training_index = dataset.index("train")
         self._storage = storage or open_storage(dataset.root, dataset.shard_bytes)
         self.limit_batches: int | None = None
@@ -147,8 +151,8 @@ class ShardData(pl.LightningDataModule):
         """Return this rank's training batches."""
         assert self.trainer is not None
         plan, decode = self.training_plan(self.trainer.global_rank, self.trainer.world_size), self._decode_settings()
-        index, crop, seed = self.training_index, self.training_crop, self.settings.seed
-        return TrainingLoader(index, self._storage, plan=plan, crop=crop, decode=decode, seed=seed)
+        index, augment, seed = self.training_index, self.training_augment, self.settings.seed
+        return TrainingLoader(index, self._storage, plan=plan, augment=augment, decode=decode, seed=seed)
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """Return this rank's share of the evaluation split; an empty list without one."""
@@ -157,7 +161,26 @@ class ShardData(pl.LightningDataModule):
             return []
         index, batch_size = self.dataset.index(self.evaluation_split), self.settings.batch_size
         plan = EvaluationPlan(len(index), batch_size, self.trainer.global_rank, self.trainer.world_size)
-        return Loader(index, self._storage, plan=plan, crop=self.evaluation_crop, decode=self._decode_settings())
+        augment, decode = Augmentation(self.evaluation_crop), self._decode_settings()
+        return Loader(index, self._storage, plan=plan, augment=augment, decode=decode)
+
+    def preview(self, count: int, *, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the first training images of an epoch as one rank on a CPU gets them, and their labels.
+
+        Shapes: uint8 (N, H, W, 3), int64 (N,), where N is `count` or the images of the epoch.
+        """
+        plan, decode = self.training_plan(0, 1), self._settings_on(torch.device("cpu"), num_devices=1)
+        augment, seed = self.training_augment, self.settings.seed
+        loader = TrainingLoader(
+            self.training_index, self._storage, plan=plan, augment=augment, decode=decode, seed=seed
+        )
+        loader.load_state_dict({"epoch": epoch, "step": 0})
+        num_batches = math.ceil(count / self.settings.batch_size)
+        batches = [(batch.images.clone(), batch.labels) for batch in itertools.islice(loader, num_batches)]
+        images, labels = (torch.cat(parts)[:count] for parts in zip(*batches, strict=True))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.dataset.mean, self.dataset.std))
+        levels = ((images * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
+        return levels.permute(0, 2, 3, 1), labels
 
     def _decode_settings(self) -> DecodeSettings:
         assert self.trainer is not None
@@ -182,6 +205,7 @@ class ShardData(pl.LightningDataModule):
         if load is None:
             load = choose_hardware_load(torch.cuda.get_device_capability(device))
         decode = replace(self._settings_on(device, num_devices=1), gpu_decoder=GpuDecoder(hardware_load=load))
-        index, crop, plan = self.training_index, self.training_crop, self.training_plan(0, 1)
-        loader = TrainingLoader(index, self._storage, plan=plan, crop=crop, decode=decode, seed=self.settings.seed)
-        return Probe(loader.first_inputs(), decode, crop)
+        index, augment, plan = self.training_index, self.training_augment, self.training_plan(0, 1)
+        seed = self.settings.seed
+        loader = TrainingLoader(index, self._storage, plan=plan, augment=augment, decode=decode, seed=seed)
+        return Probe(loader.first_inputs(), decode, augment.crop)

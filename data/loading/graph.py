@@ -1,8 +1,6 @@
 """From encoded images to batches: one DALI graph for every combination of decoder and device."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +12,11 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.tensors import TensorGPU, TensorListCPU, TensorListGPU
 from torch import Tensor
 
-from data.loading.crops import CropPolicy
+from data.augment.augmentation import Augmentation
+from data.augment.crops import CropPolicy
 from data.loading.decoder import DecodeSettings, GpuDecoder
+from data.loading.steps import TorchOperations, TorchResize
 
-RESIZED = 2**20  # bytes, at least, that a thread is given to resize: each part costs some Python
 Resizer = Literal["torch", "dali"]
 
 
@@ -30,15 +29,15 @@ def build_pipeline(
     source: Callable[[], tuple[Any, ...]],
     *,
     decode: DecodeSettings,
-    crop: CropPolicy,
+    augment: Augmentation,
     batch_size: int,
-    resizer: Resizer,
 ) -> Pipeline:
-    """Build the graph: decode a rectangle, resize the crop in it, mirror, normalise to float32 (N, H, W, 3).
+    """Build the graph: decode a rectangle, resize the crop in it, mirror, change, normalise to float32 (N, H, W, 3).
 
     With `decode.crops_only` it ends at the mirror, with uint8. `source` returns a list of encoded images, then the
-    arrays of their `CropWindows`.
+    arrays of their `CropWindows`; then, with a policy and without `crops_only`, those of its `Operations`.
     """
+    crop, has_policy = augment.crop, augment.policy is not None and not decode.crops_only
     # exec_dynamic: the other executor overwrites batches that are still referenced. FULL: a batch is decoded while the
     # one before it is resized.
     with Pipeline(
@@ -49,9 +48,11 @@ def build_pipeline(
         exec_dynamic=True,
         concurrency=OperatorConcurrency.FULL,
     ) as pipeline:
-        encoded, anchor, shape, mirror, *region = fn.external_source(
-            source=source, num_outputs=6 if crop.has_margin else 4, batch=True, no_copy=True
+        num_outputs = (6 if crop.has_margin else 4) + (2 if has_policy else 0)
+        encoded, anchor, shape, mirror, *rest = fn.external_source(
+            source=source, num_outputs=num_outputs, batch=True, no_copy=True
         )
+        region, operations = rest[: 2 * crop.has_margin], rest[2 * crop.has_margin :]
         # Headers are parsed first: a decoder that meets one it cannot parse ends the process with SIGSEGV now and then.
         zero = 0 * fn.peek_image_shape(encoded, dtype=types.DALIDataType.INT32)[0]
         if decode.gpu_decoder is None or decode.gpu_decoder.regions:
@@ -59,19 +60,33 @@ def build_pipeline(
         else:
             encoded += fn.cast(zero, dtype=types.DALIDataType.UINT8)
         decoded = decode_crops(encoded, (anchor, shape), decoder=decode.gpu_decoder)
-        if resizer == "torch":
-            resize = _TorchResize(batch_size, crop.image_size, threads=decode.threads)
-            resized = fn.python_function(decoded, function=resize, batch_processing=True, output_layouts="HWC")
-        else:
-            size, linear = [crop.image_size] * 2, types.DALIInterpType.INTERP_LINEAR
-            part = dict(zip(("roi_start", "roi_end"), region, strict=False))  # empty without a margin
-            resized = fn.resize(decoded, size=size, interp_type=linear, antialias=True, **part)
+        resized = _resize(decoded, region, augment=augment, decode=decode, batch_size=batch_size)
         if decode.crops_only:
-            pipeline.set_outputs(mirror_images(resized, mirror, on_gpu=decode.graph_device is not None))
+            output = mirror_images(resized, mirror, on_gpu=decode.graph_device is not None)
+        elif augment.policy is not None:
+            change = TorchOperations(batch_size, augment.size, fill=augment.policy.fill, threads=decode.threads)
+            mirrored = mirror_images(resized, mirror, on_gpu=False)
+            changed = fn.python_function(
+                mirrored, *operations, function=change, batch_processing=True, output_layouts="HWC"
+            )
+            output = _normalize(changed, None, decode=decode)
         else:
-            pipeline.set_outputs(_normalize(resized, mirror, decode=decode))
+            output = _normalize(resized, mirror, decode=decode)
+        pipeline.set_outputs(output)
     pipeline.build()
     return pipeline
+
+
+def _resize(
+    images: DataNode, region: Sequence[DataNode], *, augment: Augmentation, decode: DecodeSettings, batch_size: int
+) -> DataNode:
+    """Resize the decoded rectangles, or the region in each: uint8 (h, w, 3) -> (H, W, 3)."""
+    if choose_resizer(decode, augment.crop) == "torch":
+        resize = TorchResize(batch_size, augment.size, threads=decode.threads)
+        return fn.python_function(images, function=resize, batch_processing=True, output_layouts="HWC")
+    linear = types.DALIInterpType.INTERP_LINEAR
+    part = dict(zip(("roi_start", "roi_end"), region, strict=False))  # empty without a margin
+    return fn.resize(images, size=augment.size, interp_type=linear, antialias=True, **part)
 
 
 def decode_crops(encoded: DataNode, rectangle: tuple[DataNode, DataNode], *, decoder: GpuDecoder | None) -> DataNode:
@@ -96,7 +111,7 @@ def mirror_images(images: DataNode, mirror: DataNode, *, on_gpu: bool) -> DataNo
     return fn.crop_mirror_normalize(images, mirror=mirror, output_layout="HWC", **unchanged)
 
 
-def _normalize(images: DataNode, mirror: DataNode, *, decode: DecodeSettings) -> DataNode:
+def _normalize(images: DataNode, mirror: DataNode | None, *, decode: DecodeSettings) -> DataNode:
     mean, std = [value * 255 for value in decode.mean], [value * 255 for value in decode.std]
     return fn.crop_mirror_normalize(
         images, mirror=mirror, mean=mean, std=std, dtype=types.DALIDataType.FLOAT, output_layout="HWC"
@@ -111,37 +126,6 @@ def as_torch(output: TensorListCPU | TensorListGPU) -> Tensor:
     """
     tensor: Any = output.as_tensor()  # DALI's types lack the method
     return torch.utils.dlpack.from_dlpack(tensor.__dlpack__(stream=-1 if isinstance(tensor, TensorGPU) else None))
-
-
-class _TorchResize:
-    """torch's antialiased resize as a step of the graph on a CPU: torchvision's v2 Resize to the bit.
-
-    DALI's own resize stays within a level of it except at the border, where it repeats the last pixel, and takes as
-    long as decoding on a CPU (benchmarks/README.md). Shapes: uint8 (h, w, 3), any sizes -> (image_size, image_size, 3).
-    """
-
-    def __init__(self, batch_size: int, image_size: int, *, threads: int) -> None:
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="resize")
-        # Reused for every batch, because DALI copies the result: fresh memory would cost as much as the resize.
-        shape = (batch_size, 3, image_size, image_size)
-        self._resized = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-
-    def __call__(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        size, count = self._resized.shape[2:], len(images)
-        if all(image.shape[:2] == size for image in images):
-            return images
-        step = max(1, RESIZED * count // sum(image.size for image in images))
-        parts = [range(start, min(start + step, count)) for start in range(0, count, step)]
-        list(self._threads.map(partial(self._resize, images), parts))  # waits for all, raises what one has raised
-        return list(self._resized[: len(images)].permute(0, 2, 3, 1).numpy())  # (N, 3, H, W) -> (N, H, W, 3), views
-
-    def _resize(self, images: list[NDArray[np.uint8]], numbers: range) -> None:
-        size = list(self._resized.shape[2:])
-        for number in numbers:
-            image = torch.from_numpy(images[number]).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w), no copy
-            resized = self._resized[number : number + 1]
-            # functional.interpolate calls this too, but has no `out`.
-            torch.ops.aten._upsample_bilinear2d_aa.out(image, size, align_corners=False, out=resized)
 
 
 def can_decode(encoded: NDArray[np.uint8], *, reach: tuple[int, int]) -> bool:

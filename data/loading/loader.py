@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from torch import Tensor
 
+from data.augment.augmentation import Augmentation, DrawnBatch
 from data.draws import Samples
-from data.loading.crops import CropPolicy, CropWindows
 from data.loading.decoder import DecodeSettings
-from data.loading.graph import as_torch, build_pipeline, can_decode, choose_resizer
+from data.loading.graph import as_torch, build_pipeline, can_decode
 from data.loading.order import Plan, Position, TrainingPlan
 from data.loading.transfer import Transfer
 from data.shards.dataset import Index
@@ -45,14 +45,18 @@ class EncodedBatch(NamedTuple):
 
     buffer: NDArray[np.uint8]
     images: list[NDArray[np.uint8]]  # encoded, each a part of the buffer
-    crops: CropWindows
+    drawn: DrawnBatch
     labels: NDArray[np.int64]
-    samples: Samples
 
     @property
-    def inputs(self) -> tuple[Any, ...]:
-        """The encoded images, then the arrays of their crops."""
-        return self.images, *(array for array in self.crops if array is not None)
+    def samples(self) -> Samples:
+        """Their rows of the index."""
+        return self.drawn.samples
+
+    def inputs(self, *, with_operations: bool) -> tuple[Any, ...]:
+        """Return the encoded images, then the arrays of their crops and, where the graph applies them, operations."""
+        operations = self.drawn.operations if with_operations else None
+        return self.images, *(array for array in self.drawn.crops if array is not None), *(operations or ())
 
 
 class Loader:
@@ -69,9 +73,16 @@ class Loader:
     """
 
     def __init__(
-        self, index: Index, storage: Storage, *, plan: Plan, crop: CropPolicy, decode: DecodeSettings, seed: int = 0
+        self,
+        index: Index,
+        storage: Storage,
+        *,
+        plan: Plan,
+        augment: Augmentation,
+        decode: DecodeSettings,
+        seed: int = 0,
     ) -> None:
-        self.index, self.plan, self.crop, self.decode = index, plan, crop, decode
+        self.index, self.plan, self.augment, self.decode = index, plan, augment, decode
         self.position, self.wait_seconds = Position(0, 0), 0.0
         self._storage, self._seed = storage, seed
         self._threads = ThreadPoolExecutor(decode.io_threads, thread_name_prefix="shard-reader")
@@ -110,25 +121,27 @@ class Loader:
     def _start(self) -> None:
         self._decoding.clear()
         self._batches = self._read_ahead(self.position)
-        decode, crop, batch_size = self.decode, self.crop, self.plan.largest_batch
-        resizer = choose_resizer(decode, crop)
+        decode = self.decode
         with self._explained_errors():
             if decode.crops_only and self._transfer is None:
                 device = torch.device("cpu" if decode.device_id is None else f"cuda:{decode.device_id}")
                 self._transfer = Transfer(device, mean=decode.mean, std=decode.std)
             self._pipeline = build_pipeline(
-                self._encoded, decode=decode, crop=crop, batch_size=batch_size, resizer=resizer
+                self._encoded, decode=decode, augment=self.augment, batch_size=self.plan.largest_batch
             )
 
     def first_inputs(self) -> tuple[Any, ...]:
         """Return what DALI is handed for the first batch, without a change of the position."""
-        return self._read(Position(0, 0)).inputs
+        return self._inputs(self._read(Position(0, 0)))
 
     def _encoded(self) -> tuple[Any, ...]:
         """Hand DALI the next batch."""
         batch = next(self._batches)
         self._decoding.append(batch)
-        return batch.inputs
+        return self._inputs(batch)
+
+    def _inputs(self, batch: EncodedBatch) -> tuple[Any, ...]:
+        return batch.inputs(with_operations=not self.decode.crops_only)  # otherwise `_transfer` applies them
 
     def _read_ahead(self, position: Position) -> Iterator[EncodedBatch]:
         """Yield the batches from `position` on; `readahead` more are being read. Raises: ValueError, OSError."""
@@ -162,8 +175,8 @@ class Loader:
         files = [self.index.split.shards[shard].file for shard in rows.shard.tolist()]
         self._storage.read_batch(list(map(Request, files, rows.offset.tolist(), images)))
         sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)  # (N, 2)
-        crops = self.crop.crops(sizes, samples, seed=self._seed, epoch=position.epoch)
-        batch = EncodedBatch(buffer, images, crops, rows.label.astype(np.int64), samples)
+        drawn = self.augment.draw(sizes, samples, seed=self._seed, epoch=position.epoch)
+        batch = EncodedBatch(buffer, images, drawn, rows.label.astype(np.int64))
         if self.decode.gpu_decoder is not None:
             self._check_ends(batch)
         return batch
@@ -185,7 +198,11 @@ class Loader:
         self._buffers.append(encoded.buffer)
         decoded = as_torch(output)  # (N, H, W, 3)
         with self._explained_errors():
-            images = self._transfer(decoded) if self._transfer else decoded.permute(0, 3, 1, 2)  # (N, 3, H, W), no copy
+            if self._transfer:
+                images = self._transfer(decoded, encoded.drawn)
+            else:
+                images = decoded.permute(0, 3, 1, 2)  # (N, 3, H, W), no copy
+                encoded.drawn.erase(images)
         return Batch(images, torch.from_numpy(encoded.labels), torch.from_numpy(encoded.samples))
 
     def _check_ends(self, batch: EncodedBatch) -> None:
@@ -255,7 +272,7 @@ def _is_unfinished(image: NDArray[np.uint8]) -> bool:
 
 def _damaged_samples(batch: EncodedBatch, numbers: list[int] | None) -> list[int]:
     """Return the samples with these numbers in a batch, or all, that a CPU cannot decode to the end of their crop."""
-    reaches = (batch.crops.anchor + batch.crops.shape).tolist()
+    reaches = (batch.drawn.crops.anchor + batch.drawn.crops.shape).tolist()
     return [
         int(batch.samples[number])
         for number in (range(len(batch.images)) if numbers is None else numbers)

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from data.augment.augmentation import Augmentation
+from data.augment.crops import CropPolicy
 from data.children import end_with_me, end_with_parent
-from data.loading.crops import CropPolicy
 from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder
-from data.loading.graph import as_torch, build_pipeline, choose_resizer
+from data.loading.graph import as_torch, build_pipeline
 from data.loading.nvjpeg import CHOSEN, loaded_nvjpeg
 
 COMMAND = (sys.executable, "-m", "data.loading.probe")
@@ -88,8 +89,7 @@ def try_decoder(*probes: Probe) -> str | None:
 def decoded_images(probe: Probe) -> Tensor:
     """Decode the batch in this process: (N, H, W, 3) on the CPU. Raises: RuntimeError."""
     inputs, decode, crop = probe
-    resizer, batch_size = choose_resizer(decode, crop), len(inputs[0])
-    pipeline = build_pipeline(lambda: inputs, decode=decode, crop=crop, batch_size=batch_size, resizer=resizer)
+    pipeline = build_pipeline(lambda: inputs, decode=decode, augment=Augmentation(crop), batch_size=len(inputs[0]))
     for _ in range(decode.prefetch + 1):  # later batches reuse what the first ones have allocated
         (output,) = pipeline.run()
     return as_torch(output).cpu()

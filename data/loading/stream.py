@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.loading.crops import CropPolicy
+from data.augment.augmentation import Augmentation
+from data.augment.crops import CropPolicy
 from data.loading.decoder import DecodeSettings
-from data.loading.graph import as_torch, build_pipeline, can_decode, choose_resizer
+from data.loading.graph import as_torch, build_pipeline, can_decode
 from data.loading.inputs import Source
 from data.loading.transfer import Transfer
 from data.shards.images import oriented_size
@@ -71,10 +72,8 @@ class ImageStream:
 
     def _decode_until_damage(self) -> Generator[DecodedBatch, None, bool]:
         """Yield batches; return whether some have to be decoded again."""
-        resizer = choose_resizer(self._decode, self._crop)
-        pipeline = build_pipeline(
-            self._inputs, decode=self._decode, crop=self._crop, batch_size=self._batch_size, resizer=resizer
-        )
+        augment = Augmentation(self._crop)
+        pipeline = build_pipeline(self._inputs, decode=self._decode, augment=augment, batch_size=self._batch_size)
         while True:
             try:
                 (output,) = pipeline.run()

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from data.augment.augmentation import DrawnBatch
+
 NUM_BUFFERS = 2  # one is filled while the other is copied
 MAX_HELD = 3  # batches of DALI's that wait for torch to have read them
 
@@ -14,7 +16,8 @@ class Transfer:
     beside that of the training, so that the next batch arrives while the current one trains. Crops on the GPU are held
     until torch has read them: DALI reuses released memory in the order of its own stream, not of torch's.
 
-    The result is (x - mean) * (1 / std) in two roundings, to the bit what DALI computes on a CPU.
+    The operations and erasing of a batch run there too. The result of the rest is (x - mean) * (1 / std) in two
+    roundings, to the bit what DALI computes on a CPU.
     """
 
     def __init__(self, device: torch.device, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -28,17 +31,17 @@ class Transfer:
         self._buffers: list[tuple[Tensor, torch.cuda.Event]] = []
         self._held: list[tuple[Tensor, torch.cuda.Event]] = []
 
-    def __call__(self, crops: Tensor) -> Tensor:
+    def __call__(self, crops: Tensor, drawn: DrawnBatch | None = None) -> Tensor:
         """Return the batch; on a GPU at once, ordered before whatever the current stream does next."""
         if self._stream is None:
-            return self._normalize(crops)
+            return self._finish(crops, drawn)
         if crops.is_cuda:
-            images = self._normalize(crops)
+            images = self._finish(crops, drawn)
             self._hold(crops)
             return images
         training = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
-            images = self._normalize(self._upload(crops))
+            images = self._finish(self._upload(crops), drawn)
         training.wait_stream(self._stream)
         images.record_stream(training)  # its memory returns to this stream only when the training is done with it
         return images
@@ -66,9 +69,15 @@ class Transfer:
         self._buffers.append((buffer, copied))
         return uploaded
 
-    def _normalize(self, crops: Tensor) -> Tensor:
-        images = torch.sub(crops, self._mean).mul_(self._inverse_std)  # uint8 (N, H, W, 3) -> float32
-        return images.permute(0, 3, 1, 2)  # -> (N, 3, H, W), no copy
+    def _finish(self, crops: Tensor, drawn: DrawnBatch | None) -> Tensor:
+        """Augment and normalise crops on the device."""
+        if drawn is not None:
+            drawn.apply_operations(crops)
+        normalized = torch.sub(crops, self._mean).mul_(self._inverse_std)  # uint8 (N, H, W, 3) -> float32
+        images = normalized.permute(0, 3, 1, 2)  # -> (N, 3, H, W), no copy
+        if drawn is not None:
+            drawn.erase(images)
+        return images
 
 
 def _is_done(event: torch.cuda.Event) -> bool:

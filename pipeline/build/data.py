@@ -5,7 +5,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from data.loading.crops import CropPolicy
 from data.loading.datamodule import LoaderSettings, ShardData
 from data.shards.dataset import Dataset
 from data.shards.remote_index import load_versions
@@ -13,6 +12,7 @@ from data.storage.local import Storage
 from data.storage.location import Root, local_folder, parse_root
 from data.storage.open import CACHE_GIGABYTES, StorageSettings, open_storage
 from data.storage.remote import INFLIGHT
+from pipeline.build.augmentation import build_augmentation, build_evaluation_crop
 from pipeline.build.first_rank import open_on_first_rank
 from pipeline.build.objects import build_object
 from pipeline.build.source import open_tars, pack_once
@@ -90,11 +90,10 @@ def build_data(config: DictConfig, *, accumulate: int) -> ShardData:
     Raises: FileNotFoundError, ValueError.
     """
     data = build_object(config, "data", kind=DataConfig)
-    names = ("training", "evaluation")
-    training, evaluation = (build_object(config, f"augment.{name}", kind=CropPolicy) for name in names)
+    training, evaluation = build_augmentation(config), build_evaluation_crop(config)
     with config_keys_in_errors(LOADER_KEYS):
         own = {name: getattr(data, name) for name in LOADER_OPTIONS}
         settings = LoaderSettings(seed=config.seed, accumulate=accumulate, **own)
     dataset = data.open_dataset()
     storage = data.open_storage(dataset)
-    return ShardData(dataset, training_crop=training, evaluation_crop=evaluation, settings=settings, storage=storage)
+    return ShardData(dataset, training_augment=training, evaluation_crop=evaluation, settings=settings, storage=storage)

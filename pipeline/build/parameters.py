@@ -10,6 +10,8 @@ from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent  # 
 from pipeline.cli.compose import flatten
 
 DIGEST = "# SHA-256 of the lines below: "
+# Modules that had another name when older runs recorded it.
+MOVED = {"_target_: data.loading.crops.": "_target_: data.augment.crops."}
 MAX_DEPTH = 50  # levels of a config; ours have 5
 
 
@@ -28,6 +30,8 @@ def load_record(path: Path) -> DictConfig:
         text = path.read_text()
         if text.startswith(DIGEST) and text != with_digest(text.partition("\n")[2]):
             raise ValueError(f"{path} has changed since it was written: remove its first line to use it as it is")
+        for old, new in MOVED.items():
+            text = text.replace(old, new)
         is_plain = _is_plain(text)
         config = OmegaConf.create(text if is_plain else "")
         values = OmegaConf.to_container(config, resolve=False)

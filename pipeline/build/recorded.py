@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, TypeVar
 from omegaconf import OmegaConf
 from torch import nn
 
-from data.loading.crops import CropPolicy
+from data.augment.crops import CropPolicy
 from data.shards.dataset import Dataset
 from data.storage.local import Storage
 from data.storage.location import parse_root
 from models.learning.recipe import Recipe
+from pipeline.build.augmentation import build_evaluation_crop
 from pipeline.build.network import build_network, build_recipe, network_name
 from pipeline.build.objects import build_object
 from pipeline.build.parameters import load_record
@@ -72,7 +73,7 @@ class RecordedConfig:
 
     def build_evaluation_crop(self) -> CropPolicy:
         """Build the crop with which it evaluates. Raises: ValueError."""
-        return build_object(self._config, "augment.evaluation", kind=CropPolicy)
+        return build_evaluation_crop(self._config)
 
     def dataset_facts(self) -> DatasetFacts:
         """Return what the run records of its data set; a run from before that opens it.

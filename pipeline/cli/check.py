@@ -29,6 +29,7 @@ HELP = ("--help", "-h")
 SWEEP = ("-m", "--multirun")
 Composed = dict[tuple[str, ...], DictConfig]
 INTERPOLATION = re.compile(r"\$\{[^}]*\}")
+MERGED = ("callbacks",)  # groups whose configs go together; others are alternatives
 FLAGS_ALONE = (*HELP, "--hydra-help", "--version")
 # The types that a value may have, by the type of its default, and their name in messages.
 KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
@@ -148,7 +149,11 @@ def _check_choice(verb: Verb, override: Override) -> None:
         return
     if group not in verb.groups:
         others = [other for other in verbs() if group in default_groups(other)]
-        hint = f"{' and '.join(others)} has" if others else f"it takes {', '.join(sorted(verb.groups))}"
+        hint = (
+            f"{' and '.join(others)} {'has' if len(others) == 1 else 'have'}"
+            if others
+            else f"it takes {', '.join(sorted(verb.groups))}"
+        )
         raise ConfigError(f"{verb.name} has no group {group}, {hint}")
     names, value = choices(group), override.value()
     if override.is_sweep_override():
@@ -158,6 +163,9 @@ def _check_choice(verb: Verb, override: Override) -> None:
     for name in selected:
         if str(name) not in names:
             raise ConfigError(f"{group}={name} is not one of {', '.join(names)}{nearest(str(name), names)}")
+    if isinstance(value, list) and len(value) > 1 and group not in MERGED:
+        choice = " or ".join(f"{group}={name}" for name in value)
+        raise ConfigError(f"{group}={','.join(map(str, value))} are alternatives: choose {choice}")
     if group in verb.added_groups and not override.is_add():
         raise ConfigError(f"{group}={value} needs a plus: +{group}={value}")
     if override.is_add() and group not in verb.added_groups:

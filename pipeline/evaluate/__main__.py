@@ -13,7 +13,7 @@ from pipeline.cli.run import fast_imports, run_verb
 from pipeline.cli.verb import Verb
 
 if TYPE_CHECKING:
-    from data.loading.crops import CropPolicy
+    from data.augment.crops import CropPolicy
     from pipeline.evaluate.assess import Evaluation
     from pipeline.evaluate.job import EvaluationJob
     from pipeline.runs.restore import RestoredRun

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.loading.crops import CropPolicy, EvaluationCrop
+from data.augment.augmentation import Augmentation
+from data.augment.crops import CropPolicy, EvaluationCrop
 from data.loading.loader import Batch, Loader
 from data.loading.order import EvaluationPlan, StridedPlan
+from data.memory import memory_errors
 from data.shards.dataset import Dataset
-from pipeline.build.memory import memory_errors
 from pipeline.cli.errors import FailureError, as_message
 from pipeline.evaluate.metrics import Answers
 from pipeline.evaluate.ranks import Ranks
@@ -36,7 +37,9 @@ def answer_split(
     index = dataset.index(split)
     plan = StridedPlan(EvaluationPlan(len(index), batch_size), ranks.rank, ranks.world_size)
     labels = class_numbers(dataset, model)
-    loader = Loader(index, model.run.open_storage(dataset), plan=plan, crop=crop, decode=model.decode_settings)
+    loader = Loader(
+        index, model.run.open_storage(dataset), plan=plan, augment=Augmentation(crop), decode=model.decode_settings
+    )
     shares = ranks.gather(_answer_share(model, loader if plan.num_steps else (), batch_size=batch_size))
     found = None if ranks.rank > 0 else _combine(shares, count=len(index), weights=model.run.weights_file)
     ranks.raise_together(found if isinstance(found, Error) else None)

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from data.loading.crops import CropPolicy
+from data.augment.crops import CropPolicy
 from data.shards.dataset import Dataset
 from data.shards.indexing import open_dataset
 from data.shards.parallel import share_of_cores

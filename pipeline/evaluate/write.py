@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.metrics import confusion_matrix
 
-from data.loading.crops import CropPolicy
+from data.augment.crops import CropPolicy
 from data.shards.dataset import Dataset, Index, write_atomically
 from data.shards.images import UnreadableImage, shrink
 from data.storage.local import Storage, read_bytes

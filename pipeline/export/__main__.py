@@ -71,7 +71,7 @@ def _resize(model: TrainedModel, image_size: int) -> None:
     """Evaluate crops of another size. Raises: ConfigError when the network or the crop does not take it."""
     import torch
 
-    from data.loading.crops import EvaluationCrop
+    from data.augment.crops import EvaluationCrop
     from models.analysis.trace import FORWARD_ERRORS
 
     if not isinstance(model.crop, EvaluationCrop):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.loading.crops import EvaluationCrop
+from data.augment.crops import EvaluationCrop
 from data.shards.dataset import write_atomically
 from pipeline.runs.calibration import digest
 from pipeline.runs.trained import TrainedModel

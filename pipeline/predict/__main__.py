@@ -48,7 +48,7 @@ def main(config: DictConfig) -> None:
         from rich.progress import track
 
         from data.loading.inputs import count_ignored_files, find_images
-        from pipeline.build.memory import memory_errors
+        from data.memory import memory_errors
         from pipeline.cli.console import print_line
         from pipeline.predict.rows import check_output, row_writer
         from pipeline.runs.trained import load_model

@@ -44,6 +44,7 @@ class Run:
         self.status_file = folder / "status.json"
         self.result_file = folder / "result.json"  # written last: it marks success
         self.initial_report = folder / "receptive_field"
+        self.augmented_images = folder / "data" / "augmented.png"
         self.reports = folder / "reports"  # later ones
         self.evaluation = folder / "evaluation"  # a folder for each split
         self.calibration_file = self.evaluation / "calibration.json"

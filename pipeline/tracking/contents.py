@@ -45,6 +45,7 @@ def files_of(run: Run) -> dict[str, Path]:
     report = run.initial_report
     files = {f"config/{run.config_file.name}": run.config_file}
     files |= {f"{report.name}/{name}": report / name for name in (REPORT_PAGE, LAYER_TABLE)}
+    files[f"{run.augmented_images.parent.name}/{run.augmented_images.name}"] = run.augmented_images
     for numbers in _evaluations(run):
         for file in sorted(numbers.parent.iterdir()):
             if file.is_file() and not file.name.startswith("."):

@@ -54,7 +54,7 @@ def main(config: DictConfig) -> None:
     net = network.build_network(config, num_classes=num_classes)
     module = network.build_module(config, net, num_classes=num_classes, recipe=recipe)
     job = build_job(config, module, data=loaders, num_classes=num_classes)
-    sizes = (loaders.training_crop.image_size, loaders.evaluation_crop.image_size)
+    sizes = (loaders.training_augment.crop.image_size, loaders.evaluation_crop.image_size)
     network.check_image_sizes(config, net, sizes=sizes)
     callbacks, plugins = [*fit.own_callbacks(job), *trainer.build_callbacks(config)], fit.own_plugins(job)
     lightning = trainer.build_trainer(config, recipe, callbacks=callbacks, plugins=plugins, folder=job.run.folder)

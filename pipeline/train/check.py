@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from omegaconf import DictConfig, OmegaConf
 
-from data.loading.crops import CropPolicy
+from pipeline.build.augmentation import build_augmentation, build_evaluation_crop
 from pipeline.build.choice import build_choice
 from pipeline.build.network import build_network, build_recipe, build_without_values, check_image_sizes
 from pipeline.build.objects import build_object
@@ -25,8 +25,7 @@ def check_training(config: DictConfig) -> None:
     build_recipe(config)
     build_choice(config)
     build_object(config, "weights", kind=WeightsFile)
-    crops = [build_object(config, f"augment.{name}", kind=CropPolicy) for name in ("training", "evaluation")]
-    sizes = [crop.image_size for crop in crops]
+    sizes = [build_augmentation(config).crop.image_size, build_evaluation_crop(config).image_size]
     network = json.dumps([OmegaConf.to_container(config.model, resolve=True), sizes])
     if network not in _accepted:
         num_classes = config.model.get("num_classes") or CLASSES

@@ -15,12 +15,12 @@ from pytorch_lightning.strategies.launchers import subprocess_script
 
 from data.children import PARENT, end_with_me
 from data.loading.datamodule import ShardData
+from data.memory import GPU_MEMORY, exhausted_memory
 from data.shards.dataset import write_atomically
 from models.arguments import require
 from models.learning.evaluation import TOP5
 from models.learning.norms import shorten_windows
 from pipeline.build.choice import Choice
-from pipeline.build.memory import GPU_MEMORY, exhausted_memory
 from pipeline.build.settings import Again
 from pipeline.build.trainer import accept_ntasks, launched_ranks, limit_threads
 from pipeline.cli.console import is_main_process, main_console, print_facts, print_line
@@ -215,9 +215,12 @@ def tracked(job: Job, trainer: pl.Trainer) -> Iterator[Checkpoint | None]:
         try:
             print_missing(tracker.start(run, job.settings.parameters), run)
             if newest is None and tracker.shows_reports:
-                from pipeline.train.network_report import record_network_report  # half a second, for dashboards only
+                # half a second each, for dashboards only
+                from pipeline.train.augmented_images import record_augmented_images
+                from pipeline.train.network_report import record_network_report
 
                 record_network_report(job, precision=str(trainer.precision))
+                record_augmented_images(job)
                 tracker.update()
             yield newest
         except BaseException as error:

@@ -29,7 +29,7 @@ def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice, resume:
     device_name = torch.cuda.get_device_name(device) if is_gpu else on_cpu
     accumulate = f" x {settings.accumulate} accumulated" if settings.accumulate > 1 else ""
     folder = job.run.folder
-    image_size, link, command = job.data.training_crop.image_size, job.tracker.link, job.tracker.command
+    image_size, link, command = job.data.training_augment.crop.image_size, job.tracker.link, job.tracker.command
     share = job.data.core_share(trainer.num_devices)
     return {
         "model": f"{job.settings.network}, {job.num_parameters:,} parameters",

@@ -135,5 +135,5 @@ def test_the_parameters_of_a_training_are_those_of_its_folder(sync: Typed, lenet
         trained.data.tags["mlflow.loggedArtifacts"]
     )
     assert page_files(local_uri, sent.info.run_id) == [
-        "config/config.yaml", "receptive_field/layers.json", "receptive_field/report.html",
+        "config/config.yaml", "data/augmented.png", "receptive_field/layers.json", "receptive_field/report.html",
     ]  # fmt: skip

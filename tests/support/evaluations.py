@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data.loading.crops import EvaluationCrop, TrainingCrop
+from data.augment.augmentation import Augmentation
+from data.augment.crops import EvaluationCrop, TrainingCrop
 from data.loading.datamodule import LoaderSettings, ShardData
 from data.loading.decoder import DecodeSettings
 from data.shards.dataset import Dataset, Split
@@ -123,7 +124,9 @@ def validate(
         for name in (*own, *launched):
             os.environ.pop(name, None)
     settings = LoaderSettings(batch_size, threads=1, io_threads=1)
-    data = ShardData(dataset, training_crop=TrainingCrop(SIDE), evaluation_crop=CROP, settings=settings)
+    data = ShardData(
+        dataset, training_augment=Augmentation(TrainingCrop(SIDE)), evaluation_crop=CROP, settings=settings
+    )
     recipe = Recipe(1, torch.optim.SGD, cosine)
     module = Classifier(net, num_classes=len(dataset.classes), recipe=recipe)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from data.loading.crops import TrainingCrop
+from data.augment.augmentation import Augmentation
+from data.augment.crops import TrainingCrop
 from data.loading.decoder import DecodeSettings
 from data.loading.loader import TrainingLoader
 from data.loading.order import TrainingPlan
@@ -14,4 +15,6 @@ def training(dataset: Dataset, *, image_size: int = 32, batch_size: int = 8, **p
     """Return the training loader of a data set, which decodes on the CPU."""
     index, decode = dataset.index("train"), DecodeSettings(dataset.mean, dataset.std)
     order = TrainingPlan(index.shard_samples, seed=0, shuffle_window=1_000_000, batch_size=batch_size, **plan)
-    return TrainingLoader(index, LocalShards(dataset.root), plan=order, crop=TrainingCrop(image_size), decode=decode)
+    return TrainingLoader(
+        index, LocalShards(dataset.root), plan=order, augment=Augmentation(TrainingCrop(image_size)), decode=decode
+    )

@@ -12,8 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from data.augment.augmentation import Augmentation
+from data.augment.crops import EvaluationCrop
 from data.loading import loader as loader_module
-from data.loading.crops import EvaluationCrop
 from data.loading.decoder import DecodeSettings, GpuDecoder
 from data.loading.loader import EncodedBatch, Loader, TrainingLoader
 from data.loading.order import EvaluationPlan, Position
@@ -107,7 +108,9 @@ def test_the_last_image_of_the_larger_of_two_batches_is_named(tmp_path: Path) ->
     plan = EvaluationPlan(count, (count + 1) // 2)
     assert [len(plan.samples(0, step)) for step in range(2)] == [count // 2, count // 2 + 1]
     decode = DecodeSettings(dataset.mean, dataset.std)
-    loader = Loader(index, LocalShards(dataset.root), plan=plan, crop=EvaluationCrop(32), decode=decode)
+    loader = Loader(
+        index, LocalShards(dataset.root), plan=plan, augment=Augmentation(EvaluationCrop(32)), decode=decode
+    )
     last = plan.samples(0, 1)[-1:]
     rows = index.rows(last)
     with (dataset.root / index.split.shards[int(rows.shard[0])].file).open("r+b") as shard:
@@ -173,7 +176,7 @@ def test_memory_that_dali_lacks_is_not_blamed_on_images(photographs: Dataset, mo
 def test_memory_that_the_arithmetic_lacks_is_out_of_memory(
     photographs: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(crops: torch.Tensor) -> torch.Tensor:
+    def fails(crops: torch.Tensor, drawn: object) -> torch.Tensor:
         raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
 
     loader = training(photographs)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import Pipeline, fn
-from torchvision.transforms.v2 import functional as v2
 
 from data import loading
 from data.loading import graph
@@ -67,26 +66,6 @@ def test_a_batch_on_a_gpu_is_imported_without_a_wait(monkeypatch: pytest.MonkeyP
     assert graph.as_torch(OnGpu(torch.arange(3))).tolist() == [0, 1, 2]
     assert graph.as_torch(Output(torch.arange(3))).tolist() == [0, 1, 2]
     assert streams == [-1, None]  # -1 does not synchronise; None waits on the host, which a CPU has done already
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize("large", [False, True])
-def test_threads_resize_every_image_as_torchvision_does(threads: int, large: bool) -> None:
-    generator, largest = np.random.default_rng(0), 900 if large else 60
-    sizes = [*generator.integers(9, largest, (9, 2)).tolist(), (24, 24), (24, 48)]
-    images = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-    resize = graph._TorchResize(16, 24, threads=threads)
-    for shown in (images, images[::-1]):  # the memory is that of the first
-        for image, resized in zip(shown, resize(shown), strict=True):
-            expected = v2.resize(torch.from_numpy(image).permute(2, 0, 1), [24, 24], antialias=True)
-            assert np.array_equal(resized, expected.permute(1, 2, 0).numpy())
-
-
-def test_images_of_the_right_size_are_left_alone() -> None:
-    images = [np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8) for number in range(3)]
-    assert graph._TorchResize(4, 24, threads=2)(images) is images
-    expected = [v2.resize(torch.from_numpy(image).permute(2, 0, 1), [24, 24], antialias=True) for image in images]
-    assert all(np.array_equal(one, other.permute(1, 2, 0)) for one, other in zip(images, expected, strict=True))
 
 
 def test_streams_of_a_gpu_do_not_share_connections(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import functional as reference
 from torchvision.transforms.v2 import functional as v2
 
-from data.loading.crops import EvaluationCrop, TrainingCrop
+from data.augment.augmentation import Augmentation
+from data.augment.crops import EvaluationCrop, TrainingCrop
 from data.loading.decoder import DecodeSettings, GpuDecoder
 from data.loading.graph import choose_resizer
 from data.loading.loader import Batch, Loader, TrainingLoader
@@ -37,7 +38,7 @@ def evaluation(
 ) -> Loader:
     index, decode = dataset.index(split), DecodeSettings(dataset.mean, dataset.std)
     plan, crop = EvaluationPlan(len(index), batch_size, **ranks), EvaluationCrop(image_size, crop_fraction)
-    return Loader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=decode)
+    return Loader(index, LocalShards(dataset.root), plan=plan, augment=Augmentation(crop), decode=decode)
 
 
 def decode_by_pil(dataset: Dataset, split: str, sample: int) -> Image.Image:
@@ -111,7 +112,7 @@ def test_a_training_image_equals_torchvisions_resized_crop(
     for batch in batches:
         rows = loader.index.rows(batch.samples.numpy())
         sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)
-        crops = loader.crop.crops(sizes, batch.samples.numpy(), seed=0, epoch=0)
+        crops = loader.augment.crop.crops(sizes, batch.samples.numpy(), seed=0, epoch=0)
         for position, sample in enumerate(batch.samples.tolist()):
             corner, shape = crops.anchor[position].tolist(), crops.shape[position].tolist()
             image = v2.pil_to_tensor(decode_by_pil(dataset, "train", sample))
@@ -132,7 +133,7 @@ def test_torch_resizes_crops_without_margin_on_a_cpu() -> None:
 
 def test_both_resizers_agree_inside_the_border(photographs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [next(iter(training(photographs, image_size=64)))]
-    monkeypatch.setattr("data.loading.loader.choose_resizer", lambda decode, crop: "dali")
+    monkeypatch.setattr("data.loading.graph.choose_resizer", lambda decode, crop: "dali")
     batches.append(next(iter(training(photographs, image_size=64))))
     by_torch, by_dali = (levels(photographs, batch.images)[:, 4:-4, 4:-4] for batch in batches)
     assert 0 < np.abs(by_torch - by_dali).max() < 1.001  # both round to a level
@@ -226,7 +227,7 @@ def test_as_many_threads_read_as_configured(photographs: Dataset) -> None:
     decode = DecodeSettings(photographs.mean, photographs.std, io_threads=threads, readahead=threads)
     plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=1_000_000, batch_size=1)
     crop = TrainingCrop(32)
-    next(iter(TrainingLoader(index, Patient(photographs.root), plan=plan, crop=crop, decode=decode)))
+    next(iter(TrainingLoader(index, Patient(photographs.root), plan=plan, augment=Augmentation(crop), decode=decode)))
     assert len(passed) == threads
 
 

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data.augment.augmentation import Augmentation
+from data.augment.crops import EvaluationCrop, TrainingCrop
 from data.loading import probe
-from data.loading.crops import EvaluationCrop, TrainingCrop
 from data.loading.datamodule import LoaderSettings, ShardData
 from data.loading.decoder import DecoderChoice, DecodeSettings, GpuDecoder
 from data.loading.loader import TrainingLoader
@@ -26,12 +27,12 @@ GPU = torch.device("cuda", 0)
 def probe_of(dataset: Dataset) -> Probe:
     index, decode, crop = dataset.index("train"), DecodeSettings(dataset.mean, dataset.std), TrainingCrop(32)
     plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=1_000_000, batch_size=4)
-    loader = TrainingLoader(index, LocalShards(dataset.root), plan=plan, crop=crop, decode=decode)
+    loader = TrainingLoader(index, LocalShards(dataset.root), plan=plan, augment=Augmentation(crop), decode=decode)
     return Probe(loader.first_inputs(), decode, crop)
 
 
 def data_of(dataset: Dataset, **settings: object) -> ShardData:
-    crops = {"training_crop": TrainingCrop(32), "evaluation_crop": EvaluationCrop(32)}
+    crops = {"training_augment": Augmentation(TrainingCrop(32)), "evaluation_crop": EvaluationCrop(32)}
     return ShardData(dataset, settings=LoaderSettings(batch_size=4, **settings), **crops)
 
 

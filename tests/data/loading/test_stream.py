@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.loading.crops import EvaluationCrop
+from data.augment.augmentation import Augmentation
+from data.augment.crops import EvaluationCrop
 from data.loading.decoder import DecodeSettings
 from data.loading.inputs import Source, find_images
 from data.loading.loader import Loader
@@ -36,7 +37,7 @@ def test_a_stream_of_a_data_sets_tars_gives_the_evaluations_images(photographs: 
     decode = DecodeSettings(photographs.mean, photographs.std)
     storage, plan = LocalShards(photographs.root), EvaluationPlan(len(index), 4)
     expected = {}
-    for batch in Loader(index, storage, plan=plan, crop=CROP, decode=decode):
+    for batch in Loader(index, storage, plan=plan, augment=Augmentation(CROP), decode=decode):
         for name, image in zip(index.keys(batch.samples.tolist()), batch.images, strict=True):
             expected[name.replace(": ", "/")] = image.clone()
     found = {}

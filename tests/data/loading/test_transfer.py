@@ -9,7 +9,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from data.loading.crops import CropPolicy, EvaluationCrop, TrainingCrop
+from data.augment.augmentation import Augmentation
+from data.augment.crops import CropPolicy, EvaluationCrop, TrainingCrop
 from data.loading.decoder import DecodeSettings
 from data.loading.loader import Loader
 from data.loading.order import EvaluationPlan
@@ -23,7 +24,7 @@ def test_uploaded_crops_become_the_floats_of_the_graph(photographs: Dataset, cro
     index, decode = photographs.index("train"), DecodeSettings(photographs.mean, photographs.std)
     plan = EvaluationPlan(len(index), 7)
     batches = [
-        list(Loader(index, LocalShards(photographs.root), plan=plan, crop=crop, decode=settings))
+        list(Loader(index, LocalShards(photographs.root), plan=plan, augment=Augmentation(crop), decode=settings))
         for settings in (decode, replace(decode, crops_only=True))
     ]
     assert len(batches[0]) == len(batches[1]) == plan.num_steps > 2
@@ -38,7 +39,7 @@ def test_uploaded_crops_become_the_floats_of_the_graph(photographs: Dataset, cro
 def test_crops_are_bytes_until_they_are_on_the_device(photographs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     arrived: list[torch.Tensor] = []
 
-    def remember(self: object, crops: torch.Tensor) -> torch.Tensor:
+    def remember(self: object, crops: torch.Tensor, drawn: object) -> torch.Tensor:
         arrived.append(crops)
         return crops.permute(0, 3, 1, 2).float()
 
@@ -46,7 +47,7 @@ def test_crops_are_bytes_until_they_are_on_the_device(photographs: Dataset, monk
     index = photographs.index("train")
     decode = DecodeSettings(photographs.mean, photographs.std, crops_only=True)
     plan, storage = EvaluationPlan(len(index), 7), LocalShards(photographs.root)
-    assert next(iter(Loader(index, storage, plan=plan, crop=TrainingCrop(48), decode=decode)))
+    assert next(iter(Loader(index, storage, plan=plan, augment=Augmentation(TrainingCrop(48)), decode=decode)))
     assert [(one.dtype, one.shape[1:]) for one in arrived] == [(torch.uint8, (48, 48, 3))]
 
 

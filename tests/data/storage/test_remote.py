@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.loading.crops import TrainingCrop
+from data.augment.augmentation import Augmentation
+from data.augment.crops import TrainingCrop
 from data.loading.decoder import DecodeSettings
 from data.loading.loader import TrainingLoader
 from data.loading.order import TrainingPlan
@@ -36,7 +37,7 @@ def loader_of(dataset: Dataset) -> TrainingLoader:
     index, decode = dataset.index("train"), DecodeSettings(dataset.mean, dataset.std)
     plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=8, batch_size=4)
     storage = open_storage(dataset.root, dataset.shard_bytes)
-    return TrainingLoader(index, storage, plan=plan, crop=TrainingCrop(32), decode=decode)
+    return TrainingLoader(index, storage, plan=plan, augment=Augmentation(TrainingCrop(32)), decode=decode)
 
 
 def test_a_packed_data_set_is_the_same_in_s3(tmp_path: Path, remote: str, photographs: Dataset) -> None:

@@ -208,7 +208,7 @@ def test_a_model_selects_its_recipe_and_the_command_line_wins() -> None:
 
 
 def test_a_group_that_a_verb_lacks_is_answered_with_those_it_has() -> None:
-    with pytest.raises(ConfigError, match="report has no group data, train has"):
+    with pytest.raises(ConfigError, match="report has no group data, preview and train have"):
         check_command_line(REPORT, ["+model=lenet", "data=digits"])
     with pytest.raises(ConfigError, match="pack has no group model, it takes source"):
         check_command_line(PACK, ["+model=lenet"])

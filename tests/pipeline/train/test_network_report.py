@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.commands import FinishedRun, Typed
 
@@ -22,6 +24,14 @@ def test_a_training_logs_the_report_of_its_network_at_step_0(main_job: FinishedR
     table = json.loads(Path(client.download_artifacts(run.info.run_id, "receptive_field/layers.json")).read_text())
     assert len(table["data"]) == 68
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": artifacts[0].path, "type": "table"}]
+
+
+def test_a_training_logs_its_first_augmented_images(main_job: FinishedRun) -> None:
+    client, run = main_job.in_mlflow()
+    file = client.download_artifacts(run.info.run_id, "data/augmented.png")
+    with Image.open(file) as sent, Image.open(main_job.folder / "data" / "augmented.png") as written:
+        assert np.array_equal(np.asarray(sent), np.asarray(written))
+        assert sent.width > 8 * 112  # eight in a row
 
 
 def test_the_report_verb_agrees_with_the_report_of_a_training(

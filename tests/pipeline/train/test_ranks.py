@@ -10,7 +10,8 @@ import torch
 from mlflow import MlflowClient
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from data.loading.crops import EvaluationCrop
+from data.augment.augmentation import Augmentation
+from data.augment.crops import EvaluationCrop
 from data.loading.decoder import DecodeSettings
 from data.loading.loader import Loader
 from data.loading.order import EvaluationPlan
@@ -72,7 +73,7 @@ def test_torchrun_evaluates_the_weights_of_the_checkpoint(with_digits: Path, dig
     module.load_state_dict(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
     index, decode = digits.index("val"), DecodeSettings(digits.mean, digits.std)
     crop, plan = EvaluationCrop(16, crop_fraction=1.0), EvaluationPlan(len(index), 128)
-    loader = Loader(index, LocalShards(digits.root), plan=plan, crop=crop, decode=decode)
+    loader = Loader(index, LocalShards(digits.root), plan=plan, augment=Augmentation(crop), decode=decode)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     alone = pl.Trainer(accelerator="cpu", **quiet).validate(module, loader, verbose=False)[0]
     together = journal(run)[-1]

@@ -11,8 +11,8 @@ from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms import functional as reference
 from torchvision.transforms._presets import ImageClassification
 
+from data.augment.crops import EvaluationCrop, TrainingCrop, random_resized_crop
 from data.draws import uniform
-from data.loading.crops import EvaluationCrop, TrainingCrop, random_resized_crop
 from pipeline.cli.compose import compose
 
 COUNT = 4000

@@ -1,0 +1,81 @@
+"""Random erasing: a rectangle of a normalised image becomes noise or its mean colour.
+
+Zhong et al. 2020. Rectangles are torchvision's RandomErasing; like timm's, the noise has a number for every pixel.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.arguments import require
+from data.draws import ERASE, NOISE, Samples, uniform
+from data.draws import key as fold
+
+ATTEMPTS = 10  # as torchvision's RandomErasing.get_params
+FILLS = ("pixel", "constant")
+Boxes = NDArray[np.int64]  # (N, 4) top, left, height and width in pixels; a height of 0 erases nothing
+
+
+@dataclass(frozen=True)
+class RandomErasing:
+    """Erase a rectangle with `probability`, of a share of the area in `scale` and with height / width in `ratio`.
+
+    `fill` is "pixel" for noise from N(0, 1) in normalised units, or "constant" for 0, the data set's mean colour.
+    Raises: ValueError for impossible values.
+    """
+
+    probability: float = 0.25
+    scale: tuple[float, float] = (0.02, 0.33)
+    ratio: tuple[float, float] = (0.3, 3.3)
+    fill: str = "pixel"
+
+    def __post_init__(self) -> None:
+        require(0 <= self.probability <= 1, "must be a probability: 0 to 1", probability=self.probability)
+        require(self.fill in FILLS, f"is not one of {', '.join(FILLS)}", fill=self.fill)
+        for name, value in (("scale", self.scale), ("ratio", self.ratio)):
+            require(len(value) == 2, "must be a range of two numbers", **{name: list(value)})
+        scale, ratio = list(self.scale), list(self.ratio)
+        require(0 < scale[0] <= scale[1] <= 1, "must rise from above 0 to at most 1", scale=scale)
+        require(0 < ratio[0] <= ratio[1], "must rise from above 0", ratio=ratio)
+
+    def draw(self, samples: Samples, *, size: tuple[int, int], seed: int, epoch: int) -> Boxes:
+        """Draw a rectangle per image of `size`, height and width: (N,) -> (N, 4)."""
+        draws = uniform(samples, 4 * ATTEMPTS + 1, seed=seed, epoch=epoch, purpose=ERASE)
+        boxes = erased_boxes(size, draws[:, :-1], scale=self.scale, ratio=self.ratio)
+        return np.where(draws[:, -1:] < self.probability, boxes, 0)
+
+    def erase(self, images: Tensor, boxes: Boxes, *, samples: Samples, key: tuple[int, int]) -> None:
+        """Erase the rectangles in place: images (N, 3, H, W), normalised, on any device.
+
+        The noise is a function of the sample, of the `key` of seed and epoch, and of the kind of device.
+        """
+        for number in np.flatnonzero(boxes[:, 2]).tolist():
+            top, left, height, width = boxes[number].tolist()
+            box = images[number, :, top : top + height, left : left + width]  # (3, height, width)
+            if self.fill == "constant":
+                box.zero_()
+                continue
+            generator = torch.Generator(images.device)
+            generator.manual_seed(int(fold(NOISE, *key, int(samples[number]))))
+            box.copy_(torch.randn(box.shape, generator=generator, device=images.device))
+
+
+def erased_boxes(
+    size: tuple[int, int], draws: NDArray[np.float64], *, scale: Sequence[float], ratio: Sequence[float]
+) -> Boxes:
+    """Compute torchvision's rectangles: height and width, draws (N, 40) in [0, 1) -> (N, 4), zeros where none fits."""
+    height, width = size
+    area_draw, ratio_draw, top_draw, left_draw = draws.reshape(len(draws), 4, ATTEMPTS).transpose(1, 0, 2)
+    area = height * width * (scale[0] + area_draw * (scale[1] - scale[0]))  # (N, attempts)
+    aspect = np.exp(np.log(ratio[0]) + ratio_draw * (np.log(ratio[1]) - np.log(ratio[0])))
+    shape = np.stack([np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))], axis=2).astype(np.int64)
+    fits = ((shape > 0) & (shape < [height, width])).all(axis=2)  # (N, attempts)
+    image, attempt = np.arange(len(draws)), fits.argmax(axis=1)
+    chosen = shape[image, attempt]  # (N, 2)
+    position = np.stack([top_draw[image, attempt], left_draw[image, attempt]], axis=1)
+    corner = np.floor(position * (np.array(size) - chosen + 1)).astype(np.int64)
+    return np.where(np.any(fits, axis=1, keepdims=True), np.concatenate([corner, chosen], axis=1), 0)
