@@ -149,11 +149,8 @@ def _check_choice(verb: Verb, override: Override) -> None:
         return
     if group not in verb.groups:
         others = [other for other in verbs() if group in default_groups(other)]
-        hint = (
-            f"{' and '.join(others)} {'has' if len(others) == 1 else 'have'}"
-            if others
-            else f"it takes {', '.join(sorted(verb.groups))}"
-        )
+        has = "has" if len(others) == 1 else "have"
+        hint = f"{' and '.join(others)} {has}" if others else f"it takes {', '.join(sorted(verb.groups))}"
         raise ConfigError(f"{verb.name} has no group {group}, {hint}")
     names, value = choices(group), override.value()
     if override.is_sweep_override():
