@@ -49,7 +49,7 @@ ROW = '    Published("trinet", "trinet", 39_088, 0.009967, 224, "by hand"),\n'
 # A file of code and a config for each, by what they extend.
 PARTS = {
     "an augmentation": (
-        "data/loading/corner.py",
+        "data/augment/corner.py",
         '''"""The upper left quarter of each image."""
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.draws import Samples
 from data.augment.crops import CropWindows
+from data.draws import Samples
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class CornerCrop:
         return CropWindows(np.zeros_like(shape), shape, np.zeros(len(sizes), np.int32))
 ''',
         "conf/augment/corner.yaml",
-        """training: {_target_: data.loading.corner.CornerCrop, image_size: "${data.image_size}"}
+        """training: {_target_: data.augment.corner.CornerCrop, image_size: "${data.image_size}"}
 evaluation: {_target_: data.augment.crops.EvaluationCrop, image_size: "${data.image_size}", crop_fraction: 1.0}
 """,
     ),
