@@ -1,6 +1,7 @@
 """The base Lightning module: one training and evaluation step for every network."""
 
 import inspect
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -8,14 +9,16 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from models.arguments import require
 from models.layers import batch_norms, set_batch_norm, undecayed_parameters, zero_last_norms
+from models.learning.averaging import AveragedWeights
+from models.learning.evaluation import AVERAGED, RAW
 from models.learning.losses import Loss, cross_entropy
-from models.learning.metrics import ClassMetrics, TrainingMetricAccumulator, exact_addends
+from models.learning.metrics import EvaluationMetrics, TrainingMetricAccumulator
 from models.learning.recipe import OptimizerFactory, Recipe
+
+Forward = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> logits (N, K)
 
 
 def fused_on(device: torch.device, factory: OptimizerFactory) -> OptimizerFactory:
@@ -45,13 +48,10 @@ class Classifier(pl.LightningModule):
         zero_last_norms(self.net)
         self.training_metrics = TrainingMetricAccumulator(self.top_k)
         self.images_per_step: int | None = None  # of all ranks, which scales the learning rate
+        self.average: AveragedWeights | None = None  # where a training averages its weights
         self.evaluated_images = 0  # on all ranks, in the last evaluation
         self._num_evaluated = 0  # on this rank, so far
-        # Its check for NaN would wait for the GPU at every batch; a mean with a NaN is NaN.
-        self.val_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
-        self.val_top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        self.val_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=self.top_k, validate_args=False)
-        self.val_classes = ClassMetrics(num_classes)
+        self.metrics, self.average_metrics = EvaluationMetrics(num_classes), EvaluationMetrics(num_classes)
 
     def initialize(self) -> None:
         """Set initial weights that differ from torch's; families override it."""
@@ -67,47 +67,58 @@ class Classifier(pl.LightningModule):
         self.training_metrics.add(losses, logits, labels=batch[1])
         return losses.mean()
 
+    def on_fit_start(self) -> None:
+        """Let the averages follow the network to its device."""
+        if self.average is not None:
+            self.average.follow()
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401  # whatever Lightning passes
+        """Take a step, then average the weights, before anything can save them."""
+        super().optimizer_step(*arguments, **options)
+        if self.average is not None:
+            self.average.update(self.trainer.global_step + 1)
+
     def on_validation_start(self) -> None:
         """Begin to count, and give every rank the batch-norm statistics of rank 0, which the checkpoint holds."""
         self._num_evaluated = 0
         if self.trainer.world_size > 1:
-            for buffer in self.net.buffers():
+            averages = [] if self.average is None else self.average.buffers
+            for buffer in (*self.net.buffers(), *averages):
                 torch.distributed.broadcast(buffer, src=0)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> None:
-        """Count the hits and losses of a batch. The loss is plain cross-entropy, so that recipes compare."""
-        logits, losses = self._step(batch, cross_entropy)
-        self._num_evaluated += len(losses)
-        self.val_loss.update(exact_addends(losses))
-        self.val_top1.update(logits, batch[1])
-        self.val_classes.update(logits, batch[1])
-        if self.top_k == 5:
-            self.val_top5.update(logits, batch[1])
+        """Count the hits and losses of a batch, with the weights and with their average.
+
+        The loss is plain cross-entropy, so that recipes compare.
+        """
+        self._num_evaluated += len(batch[1])
+        for _, forward, metrics in self._evaluated():
+            logits, losses = self._step(batch, cross_entropy, forward=forward)
+            metrics.update(logits, losses, labels=batch[1])
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all ranks."""
         images = torch.tensor(self._num_evaluated, device=self.device)
         self.evaluated_images = int(self.trainer.strategy.reduce(images, reduce_op="sum"))
-        self.log("val/loss", self.val_loss.compute().to(torch.float32))
-        self.log("val/top1", self.val_top1.compute())
-        if self.top_k == 5:
-            self.log("val/top5", self.val_top5.compute())
-        for name, value in self.val_classes.compute().items():
-            self.log(f"val/{name}", value.to(torch.float32))
-        for metric in (self.val_loss, self.val_top1, self.val_top5, self.val_classes):
-            metric.reset()
+        for weights, _, metrics in self._evaluated():
+            for name, value in metrics.take().items():
+                self.log(f"{weights}/{name}", value)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the network's settings that are in no tensor, and the training sums of all ranks."""
+        """Add the network's settings that are in no tensor, the averages, and the training sums of all ranks."""
         norms = batch_norms(self.net)
         checkpoint["norm_eps"] = norms[0].eps if norms else None  # publishers' differ
         checkpoint["image_size"] = getattr(self.net, "image_size", None)  # decides the strides
         checkpoint["train_sums"] = self.training_metrics.global_sums(self)
+        if self.average is not None:
+            checkpoint[self.average.key] = self.average.tensors
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the norms' constant and the training sums."""
+        """Restore the norms' constant, the averages and the training sums."""
         set_batch_norm(self.net, eps=checkpoint.get("norm_eps"))
         self.training_metrics.restore(checkpoint.get("train_sums"), rank=self.global_rank)
+        if self.average is not None:
+            self.average.load(checkpoint[self.average.key])
 
     def weight_decay_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the kernels and matrices that decay (He et al. 2019, section 3.1, and `no_decay`), and the others."""
@@ -132,7 +143,15 @@ class Classifier(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(self.recipe.lr_factor, **lengths))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _step(self, batch: tuple[Tensor, Tensor, Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
+    def _evaluated(self) -> Iterator[tuple[str, Forward, EvaluationMetrics]]:
+        """Yield the network with its weights and with their average: the beginning of keys, a function, its metrics."""
+        yield RAW, self, self.metrics
+        if self.average is not None:
+            yield AVERAGED, self.average, self.average_metrics
+
+    def _step(
+        self, batch: tuple[Tensor, Tensor, Tensor], loss: Loss, *, forward: Forward | None = None
+    ) -> tuple[Tensor, Tensor]:
         images, labels, _ = batch
-        logits = self(images).float()  # (N, K): softmax over 1000 classes loses too much in bfloat16
+        logits = (forward or self)(images).float()  # (N, K): softmax over 1000 classes loses too much in bfloat16
         return logits, loss(logits, labels)  # (N, K), (N,)

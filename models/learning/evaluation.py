@@ -3,18 +3,26 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+RAW, AVERAGED = "val", "val_ema"  # beginnings of keys: metrics of the weights, and of their moving average
+
 
 class EvaluationMetric(NamedTuple):
-    """A metric that every evaluation logs as `key`; `aliases` are other names for it."""
+    """A metric that an evaluation logs as `key`, of the raw or the averaged weights; `aliases` are other names."""
 
     name: str
     is_higher_better: bool = True
     aliases: tuple[str, ...] = ()
+    weights: str = RAW
 
     @property
     def key(self) -> str:
         """Its key in the journal and on the dashboard."""
-        return f"val/{self.name}"
+        return f"{self.weights}/{self.name}"
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether it is that of the averaged weights."""
+        return self.weights == AVERAGED
 
     @property
     def mode(self) -> str:
@@ -25,7 +33,13 @@ class EvaluationMetric(NamedTuple):
     def names(self) -> Iterator[str]:
         """Everything that it may be called."""
         for name in (self.name, *self.aliases):
-            yield from (name, f"val/{name}")
+            yield f"{self.weights}/{name}"
+            if not self.is_averaged:
+                yield name
+
+    def of(self, weights: str) -> "EvaluationMetric":
+        """Return the same metric of the raw or the averaged weights."""
+        return self._replace(weights=weights)
 
 
 TOP1 = EvaluationMetric("top1", aliases=("accuracy",))
@@ -37,4 +51,10 @@ METRICS = (
     EvaluationMetric("f1_macro", aliases=("f1", "macro_f1")),
     EvaluationMetric("balanced_accuracy"),
 )
-METRICS_BY_NAME = {name: metric for metric in METRICS for name in metric.names}
+_AVERAGED_METRICS = tuple(metric.of(AVERAGED) for metric in METRICS)
+METRICS_BY_NAME = {name: metric for metric in (*METRICS, *_AVERAGED_METRICS) for name in metric.names}
+
+
+def top1_of(chosen_by: str | None) -> EvaluationMetric:
+    """Return the top-1 of the weights that are kept when the metric with this key chooses them."""
+    return TOP1 if chosen_by is None else TOP1.of(METRICS_BY_NAME[chosen_by].weights)

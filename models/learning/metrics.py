@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
 
 UNSUMMED_STEPS = 64
 LOSS_UNIT = 2.0**-24
@@ -103,3 +104,35 @@ class ClassMetrics(Metric):
         has_images = images > 0
         f1, recall = 2 * hits / (images + predictions), hits / images
         return {"f1_macro": f1[has_images].mean(), "balanced_accuracy": recall[has_images].mean()}
+
+
+class EvaluationMetrics(nn.Module):
+    """The metrics of `evaluation.METRICS` by name, over the images of an evaluation on all ranks."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        # Its check for NaN would wait for the GPU at every batch; a mean with a NaN is NaN.
+        self.loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        has_top5 = num_classes > 5
+        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=5, validate_args=False) if has_top5 else None
+        self.classes = ClassMetrics(num_classes)
+
+    def update(self, logits: Tensor, losses: Tensor, *, labels: Tensor) -> None:
+        """Count a batch. Shapes: (N, K), (N,), int64 (N,)."""
+        self.loss.update(exact_addends(losses))
+        for metric in self._counted:
+            metric.update(logits, labels)
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the metrics since the last call, float32 scalars."""
+        values = {"loss": self.loss.compute(), "top1": self.top1.compute()}
+        values |= {} if self.top5 is None else {"top5": self.top5.compute()}
+        values |= self.classes.compute()
+        for metric in (self.loss, *self._counted):
+            metric.reset()
+        return {name: value.to(torch.float32) for name, value in values.items()}
+
+    @property
+    def _counted(self) -> list[Metric]:
+        return [self.top1, self.classes, *([] if self.top5 is None else [self.top5])]

@@ -26,6 +26,9 @@ def build_choice(config: DictConfig) -> Choice:
     name, patience, improvement = str(config.choose_by), config.stop_early, config.min_improvement
     advice = f"is not one of {', '.join(metric.name for metric in METRICS)}{nearest(name, METRICS_BY_NAME)}"
     require(name in METRICS_BY_NAME, advice, choose_by=name)
+    metric = METRICS_BY_NAME[name]
+    rule = f"needs averaged weights: add averaging=ema, or take choose_by={metric.name}"
+    require(bool(config.averaging) or not metric.is_averaged, rule, choose_by=name)
     is_count = isinstance(patience, int) and patience is not True and patience >= 1
     rule = "must be a number of evaluations of at least 1, as in stop_early=5, or null to train all epochs"
     require(patience is None or is_count, rule, stop_early=patience)
@@ -34,4 +37,4 @@ def build_choice(config: DictConfig) -> Choice:
     require(is_number and 0 <= improvement < math.inf, rule, min_improvement=improvement)
     rule = "needs early stopping: add stop_early=5"
     require(patience is not None or improvement == 0, rule, min_improvement=improvement)
-    return Choice(METRICS_BY_NAME[name], patience, float(improvement))
+    return Choice(metric, patience, float(improvement))

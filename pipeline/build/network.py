@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from models.analysis.trace import FORWARD_ERRORS, TraceError, dtype_of, trace
+from models.learning.averaging import Averaging
 from models.learning.recipe import Recipe
 from pipeline.build.objects import build_object
 
@@ -40,6 +41,11 @@ def build_without_values(build: Callable[[], nn.Module]) -> nn.Module:
 def build_recipe(config: DictConfig) -> Recipe:
     """Build the recipe. Raises: ValueError for values that no training can have."""
     return build_object(config, "recipe", kind=Recipe)
+
+
+def build_averaging(config: DictConfig) -> Averaging | None:
+    """Build the moving average of the weights, None without one. Raises: ValueError."""
+    return build_object(config, "averaging", kind=Averaging) if config.averaging else None
 
 
 def build_module(config: DictConfig, net: nn.Module, *, num_classes: int, recipe: Recipe) -> Classifier:

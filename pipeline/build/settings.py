@@ -86,6 +86,7 @@ class RunSettings:
         self.log_every: int = config.log_every
         self.every_steps: int | None = config.checkpoint.every_steps
         self.every_minutes: float | None = config.checkpoint.every_minutes
+        self.num_kept: int = config.checkpoint.keep
         self.on_nonfinite: str = config.on_nonfinite
         self.hang_seconds: float = config.hang_seconds
         self.compile: bool | str | None = config.trainer.get("compile")

@@ -50,6 +50,7 @@ _PARTS_OF_TRAINER = Group(
 GROUPS = {
     "model": Group(("models", "torchvision.models", "torch.nn"), ("torch.nn.Module",)),
     "classifier": Group(("models",), ("models.learning.classifier.Classifier",)),
+    "averaging": Group(("models.learning",), ("models.learning.averaging.Averaging",)),
     "recipe": Group(("models.learning",), ("models.learning.recipe.Recipe",)),
     "recipe.optimizer": Group(("models", "torch.optim"), ("torch.optim.Optimizer",)),
     "recipe.schedule": Group(("models",), ("builtins.float",)),

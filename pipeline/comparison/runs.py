@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from models.analysis.summary import summarize
-from models.learning.evaluation import TOP1
+from models.learning.evaluation import top1_of
 from pipeline.build.network import build_without_values
 from pipeline.evaluate.calibration import mcnemar_p
 from pipeline.runs.restore import RestoredRun
@@ -99,7 +99,8 @@ def read_run(restored: RestoredRun, *, split: str | None) -> ComparedRun:
     net = build_without_values(restored.build_network)
     summary = summarize(net, (restored.in_channels, size, size))
     last = summary.last_local_layer
-    top1, interval, images, answers = run.result().get(TOP1.key), None, None, Answers()
+    result, interval, images, answers = run.result(), None, None, Answers()
+    top1 = result.get(top1_of(result.get("chosen_by")).key)
     if split is not None:
         folder = _evaluations(restored)[split]
         evaluation = json.loads((folder / EVALUATION).read_text())

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from models.learning.evaluation import top1_of
 from pipeline.cli.signals import EXIT_CODES
 from pipeline.engines.snakemake import Ended
 from pipeline.engines.study import Step
@@ -63,4 +64,4 @@ def _top1(step: Step) -> float | None:
     if step.verb not in ("train", "evaluate") or not step.result.is_file():
         return None
     found: dict[str, Any] = json.loads(step.result.read_text())
-    return found.get("val/top1") if step.verb == "train" else found["metrics"].get("top1")
+    return found.get(top1_of(found.get("chosen_by")).key) if step.verb == "train" else found["metrics"].get("top1")

@@ -24,7 +24,7 @@ from torch.utils.serialization import config as serialization
 from pipeline.runs.hashing_file import HashingFile
 
 FORMAT = 1
-KEPT = 2  # newest checkpoints, beside the best one of each
+KEPT = 2  # newest checkpoints at least, beside the best one of each
 LAST, BEST = "last.ckpt", "best.ckpt"
 FILE = re.compile(r"step-(\d+)(?:-again)?\.(ckpt|json)")
 
@@ -67,10 +67,10 @@ class FoundCheckpoint(NamedTuple):
 
 
 class CheckpointFolder:
-    """A run's folder of checkpoints. One process writes; others may read meanwhile."""
+    """A run's folder of checkpoints; the `num_kept` newest stay. One process writes; others may read meanwhile."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.num_kept = path, KEPT
 
     def write(self, state: Mapping[str, object], checkpoint: Checkpoint) -> Checkpoint:
         """Write a checkpoint, flush it to the disk, and remove older ones; size, SHA-256 and `again` are filled in.
@@ -208,7 +208,7 @@ class CheckpointFolder:
     def _remove_older(self) -> None:
         """Keep the newest checkpoints and their best ones; a manifest goes before its file."""
         steps: set[int] = set()
-        for step in self._steps()[:KEPT]:
+        for step in self._steps()[: self.num_kept]:
             checkpoint = self.find(step)
             if checkpoint is not None:
                 steps |= {checkpoint.step} | ({checkpoint.best.step} if checkpoint.best else set())

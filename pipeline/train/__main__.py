@@ -32,7 +32,7 @@ VERB = Verb(
     implied={"data.root": (("data", "experiment"), "data=shards")},
     aliases={"weights": "weights.file"},
     text_keys=("weights.file", "weights.sha256", "name", "runs", "out", "data.root", "data.index", "data.cache"),
-    minimums=dict.fromkeys(COUNTS, 1),
+    minimums={**dict.fromkeys(COUNTS, 1), "checkpoint.keep": 2},
     check_objects=check_objects,
 )
 

@@ -7,7 +7,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.build.augmentation import build_augmentation, build_evaluation_crop
 from pipeline.build.choice import build_choice
-from pipeline.build.network import build_network, build_recipe, build_without_values, check_image_sizes
+from pipeline.build.network import (
+    build_averaging,
+    build_network,
+    build_recipe,
+    build_without_values,
+    check_image_sizes,
+)
 from pipeline.build.objects import build_object
 from pipeline.build.weights import WeightsFile
 from pipeline.cli.compose import CONF
@@ -24,6 +30,7 @@ def check_training(config: DictConfig) -> None:
     """
     build_recipe(config)
     build_choice(config)
+    build_averaging(config)
     build_object(config, "weights", kind=WeightsFile)
     sizes = [build_augmentation(config).crop.image_size, build_evaluation_crop(config).image_size]
     network = json.dumps([OmegaConf.to_container(config.model, resolve=True), sizes])

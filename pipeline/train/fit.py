@@ -31,6 +31,7 @@ from pipeline.runs.checkpoints import Checkpoint
 from pipeline.runs.fingerprint import Fingerprint, fingerprint
 from pipeline.runs.run import NONFINITE
 from pipeline.runs.status import State, write_status
+from pipeline.train.averaging import prepare_averaging
 from pipeline.train.callbacks.compiling import CompileNetwork
 from pipeline.train.callbacks.divergence import GuardFinite
 from pipeline.train.callbacks.early_stopping import StopEarly
@@ -111,9 +112,10 @@ def train(job: Job, trainer: pl.Trainer, *, norm_eps: float | None) -> None:
     with config_keys_in_errors({"decoder": "data.decoder"}):
         device, probes = trainer.strategy.root_device, is_main_process()
         decoder = job.data.choose_decoder(device, before=job.run.decoder, probes=probes)
-    norms = prepare_norms(job, trainer)
+    norms, averaging = prepare_norms(job, trainer), prepare_averaging(job, trainer)
     with tracked(job, trainer) as resume:
-        print_facts(main_console(), {**run_header(job, trainer, decoder=decoder, resume=resume), **norms})
+        header = run_header(job, trainer, decoder=decoder, resume=resume)
+        print_facts(main_console(), {**header, **norms, **averaging})
         fit(job, trainer, resume=resume)
         result = outcome(job, trainer)
         with stop_signals.deferred():
@@ -162,7 +164,7 @@ def check_choice(job: Job, trainer: pl.Trainer) -> None:
     no_batch = f"needs an evaluation: leave {key} or trainer.limit_val_batches=0 out"
     require(trainer.limit_val_batches != 0, no_batch, **{key: value})
     few = f"needs more than five classes, and {dataset.name} has {len(dataset.classes)}: choose_by=top1 goes with any"
-    require(choice.metric != TOP5 or job.module.top_k == 5, few, choose_by=choice.metric.key)
+    require(choice.metric.name != TOP5.name or job.module.top_k == 5, few, choose_by=choice.metric.key)
 
 
 def settle(job: Job, trainer: pl.Trainer) -> bool:

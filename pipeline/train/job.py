@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 from data.loading.datamodule import ShardData
+from models.learning.averaging import Averaging
 from models.learning.classifier import Classifier
+from pipeline.build.network import build_averaging
 from pipeline.build.objects import build_object
 from pipeline.build.settings import RunSettings
 from pipeline.build.weights import WeightsFile
@@ -23,6 +25,7 @@ class Job:
     tracker: Tracker
     settings: RunSettings
     initial_weights: WeightsFile
+    averaging: Averaging | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -39,4 +42,6 @@ def build_job(config: DictConfig, module: Classifier, *, data: ShardData, num_cl
     sha256, dataset = weights.sha256, data.dataset
     settings = RunSettings(config, num_classes=num_classes, weights_sha256=sha256, dataset=dataset)
     tracker = build_object(config, "tracking", kind=Tracker)
-    return Job(module, data, open_run(settings, dataset), tracker, settings, weights)
+    run, averaging = open_run(settings, dataset), build_averaging(config)
+    run.checkpoints.num_kept = settings.num_kept
+    return Job(module, data, run, tracker, settings, weights, averaging)

@@ -9,7 +9,7 @@ import torch
 from data.loading.datamodule import ShardData
 from data.loading.decoder import DecoderChoice
 from models.learning.classifier import Classifier
-from models.learning.evaluation import TOP1
+from models.learning.evaluation import TOP1, top1_of
 from pipeline.build.trainer import no_gpu_reason
 from pipeline.cli.console import main_console, print_line
 from pipeline.runs.checkpoints import Checkpoint
@@ -100,11 +100,12 @@ def outcome(job: Job, trainer: pl.Trainer) -> dict[str, object]:
     """
     saving = saving_of(trainer)
     path, key, best = job.run.best_checkpoint, saving.monitor, saving.best
-    values: dict[str, float | None] = {TOP1.key: None}
+    values: dict[str, float | None] = dict.fromkeys((TOP1.key, top1_of(key).key))
+    if best is not None and {*values} != {key}:  # the journal has what the checkpoint has not
+        found = job.run.journal.values_at(best.step)
+        values = {name: found.get(name) for name in values}
     if key is not None:
         values[key] = None if best is None else best.score
-    if best is not None and key != TOP1.key:  # the journal has what the checkpoint has not
-        values[TOP1.key] = job.run.journal.values_at(best.step).get(TOP1.key)
     manifest = job.run.checkpoints.find(trainer.global_step if best is None else best.step)
     checkpoint = {"checkpoint": str(path), "checkpoint_sha256": manifest and manifest.sha256}
     stopped = [one.reason for one in trainer.early_stopping_callbacks if isinstance(one, StopEarly) and one.reason]
@@ -122,8 +123,9 @@ def run_result(job: Job, result: Mapping[str, Any]) -> dict[str, str]:
     if key is not None and result[key] is None:
         facts[f"best {key}"] = "none: no evaluation had a finite value, so the checkpoint is the last one"
     elif key is not None:
-        is_known = key != TOP1.key and result[TOP1.key] is not None
-        top1 = f"; its {TOP1.key} is {result[TOP1.key]:.4f}" if is_known else ""
+        its = top1_of(key).key
+        is_known = key != its and result[its] is not None
+        top1 = f"; its {its} is {result[its]:.4f}" if is_known else ""
         facts[f"best {key}"] = f"{result[key]:.4f} on {evaluation_images(job.data)}{top1}"
     facts["checkpoint"] = result["checkpoint"]
     if tracker.link and tracker.command:

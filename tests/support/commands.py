@@ -24,6 +24,7 @@ from tests.support.paths import ROOT
 COMPUTED = (
     "step", "train/loss", "train/top1", "train/top5", "train/lr",
     "val/loss", "val/top1", "val/top5", "val/f1_macro", "val/balanced_accuracy",
+    "val_ema/loss", "val_ema/top1", "val_ema/top5", "val_ema/f1_macro", "val_ema/balanced_accuracy",
 )  # fmt: skip
 
 TINY = ("recipe.epochs=2", "data.batch_size=256", "log_every=2")

@@ -15,6 +15,7 @@ from data.loading.datamodule import ShardData
 from data.loading.loader import TrainingLoader
 from models.arguments import require
 from models.learning.classifier import Classifier
+from models.learning.evaluation import METRICS_BY_NAME
 from pipeline.cli.console import print_line
 
 Record = Callable[[Mapping[str, float], int], None]  # values and the optimizer step
@@ -73,7 +74,7 @@ class ProgressCallback(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that every image was counted once; record and print the metrics."""
         assert isinstance(pl_module, Classifier)
-        values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        values = {key: float(value) for key, value in trainer.callback_metrics.items() if key in METRICS_BY_NAME}
         limit, counted = trainer.limit_val_batches, pl_module.evaluated_images
         is_complete = isinstance(limit, float) and limit == 1.0  # the integer 1 is a single batch
         if is_complete and counted != self.data.num_evaluation_images:

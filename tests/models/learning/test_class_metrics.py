@@ -69,7 +69,10 @@ def test_a_mean_of_batches_or_ranks_would_be_another_number() -> None:
 
 
 def test_every_metric_is_compared_between_runs_and_has_its_own_names() -> None:
-    assert {metric.key for metric in METRICS} <= {*COMPUTED}
-    assert len(METRICS_BY_NAME) == sum(len([*metric.names]) for metric in METRICS) == 16
+    assert {metric.key for metric in METRICS_BY_NAME.values()} <= {*COMPUTED}
+    assert sum(len([*metric.names]) for metric in METRICS) == 16
+    assert len(METRICS_BY_NAME) == 16 + 8, "those of averaged weights have a prefix"
     assert [metric.name for metric in METRICS if metric.mode == "min"] == ["loss"]
     assert METRICS_BY_NAME["f1"].key == METRICS_BY_NAME["val/macro_f1"].key == "val/f1_macro"
+    assert METRICS_BY_NAME["val_ema/f1"].key == METRICS_BY_NAME["val_ema/macro_f1"].key == "val_ema/f1_macro"
+    assert [METRICS_BY_NAME[name].is_averaged for name in ("top1", "val/top1", "val_ema/top1")] == [False, False, True]

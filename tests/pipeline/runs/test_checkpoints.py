@@ -41,6 +41,14 @@ def test_two_checkpoints_are_kept_beside_the_best_one(tmp_path: Path) -> None:
     assert set(names(folder)) == expected | {"last.ckpt", "best.ckpt"}
 
 
+def test_more_checkpoints_are_kept_on_request(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    folder.num_kept = 4
+    for step in range(1, 8):
+        write(folder, step)
+    assert [manifest.name for manifest in folder.manifests()] == [f"step-{step}.json" for step in (7, 6, 5, 4)]
+
+
 def test_the_newest_intact_checkpoint_is_taken_and_every_damaged_one_is_named(tmp_path: Path) -> None:
     """Flips, cuts and zeros at 50 places, in the file or in its manifest."""
     folder = CheckpointFolder(tmp_path / "checkpoints")

@@ -54,6 +54,14 @@ def test_what_chooses_and_stops_counts_unless_it_is_the_default(tmp_path: Path) 
     assert settings_of(tmp_path, "choose_by=val/macro_f1").in_name == settings_of(tmp_path, "choose_by=f1").in_name
 
 
+def test_averages_count_where_there_are_some(tmp_path: Path) -> None:
+    plain, averaged = settings_of(tmp_path), settings_of(tmp_path, "averaging=ema")
+    assert not [key for key in plain.in_fingerprint if key.startswith("averaging")]
+    assert averaged.in_fingerprint == averaged.in_fingerprint | {"averaging.decay": 0.9998, "averaging.every": 1}
+    assert averaged.in_fingerprint != settings_of(tmp_path, "averaging=ema", "averaging.every=2").in_fingerprint
+    assert settings_of(tmp_path, "checkpoint.keep=5").in_fingerprint == plain.in_fingerprint
+
+
 def test_moving_a_class_changes_neither_name_nor_fingerprint(tmp_path: Path) -> None:
     here = settings_of(tmp_path)
     moved = settings_of(tmp_path, "classifier._target_=models.elsewhere.ResidualClassifier")

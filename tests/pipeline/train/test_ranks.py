@@ -17,6 +17,7 @@ from data.loading.loader import Loader
 from data.loading.order import EvaluationPlan
 from data.shards.dataset import Dataset
 from data.storage.local import LocalShards
+from models.learning.averaging import AveragedWeights, Averaging
 from models.learning.classifier import Classifier
 from models.learning.recipe import Recipe
 from models.learning.schedules import cosine
@@ -29,17 +30,19 @@ def assert_same_curves(one: list[dict[str, float]], other: list[dict[str, float]
     for mine, its in zip(one, other, strict=True):
         assert mine.keys() == its.keys()
         for key, value in mine.items():
-            precision = 2e-7 if key.startswith("val/") else 1e-9  # evaluations are logged in float32
+            precision = 2e-7 if key.startswith("val") else 1e-9  # evaluations are logged in float32
             assert its[key] == pytest.approx(value, rel=precision), (key, mine["step"])
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(run_verb: Run, train: Typed, with_digits: Path) -> None:
-    common = (*PLAIN, "recipe.epochs=2", "log_every=70")  # more steps per point than the metrics keep unsummed
+    # More steps per point than the metrics keep unsummed.
+    common = (*PLAIN, "recipe.epochs=2", "log_every=70", "averaging=ema", "averaging.min_windows=0")
     one = train(*common, "name=one", "trainer=cpu", "data.batch_size=32", "tracking=none")
     two = run_verb("train", *common, "name=two", *TWO_RANKS, "data.batch_size=16")
     assert two.returncode == 0, two.stderr
     curves = [journal(with_digits / "runs" / name) for name in ("one", "two")]
     assert len(curves[0]) == 2 + 2  # at steps 70 and 88
+    assert sum("val_ema/loss" in line for line in curves[0]) == 2
     assert_same_curves(*curves)
     for printed in (one, two.stdout):
         assert printed.count("images 359") == 2
@@ -62,7 +65,15 @@ def test_accumulated_batches_equal_one_large_batch(train: Typed, with_digits: Pa
 
 def test_torchrun_evaluates_the_weights_of_the_checkpoint(with_digits: Path, digits: Dataset) -> None:
     short = ("recipe.epochs=1", "+trainer.limit_train_batches=12", "data.batch_size=32")
-    words = ("+model=resnet", *TWO_RANKS, "tracking=none", *short, "name=two")
+    words = (
+        "+model=resnet",
+        *TWO_RANKS,
+        "tracking=none",
+        *short,
+        "name=two",
+        "averaging=ema",
+        "averaging.min_windows=0",
+    )
     launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.train")
     answer = run_module(with_digits, *launch, *words, "trainer.precision=32-true")
     assert answer.returncode == 0, answer.stderr
@@ -70,7 +81,10 @@ def test_torchrun_evaluates_the_weights_of_the_checkpoint(with_digits: Path, dig
     # Batch-norm statistics differ between ranks. One rank that evaluates the checkpoint gets the result of both.
     run = with_digits / "runs" / "two"
     module = Classifier(resnet("resnet18", num_classes=10, image_size=16), num_classes=10, recipe=recipe())
-    module.load_state_dict(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    module.load_state_dict(saved["state_dict"])
+    module.average = AveragedWeights(module.net, Averaging())
+    module.average.load(saved["averages"])
     index, decode = digits.index("val"), DecodeSettings(digits.mean, digits.std)
     crop, plan = EvaluationCrop(16, crop_fraction=1.0), EvaluationPlan(len(index), 128)
     loader = Loader(index, LocalShards(digits.root), plan=plan, augment=Augmentation(crop), decode=decode)
@@ -78,7 +92,7 @@ def test_torchrun_evaluates_the_weights_of_the_checkpoint(with_digits: Path, dig
     alone = pl.Trainer(accelerator="cpu", **quiet).validate(module, loader, verbose=False)[0]
     together = journal(run)[-1]
     assert module.evaluated_images == 359
-    for key in ("val/loss", "val/top1", "val/top5"):
+    for key in ("val/loss", "val/top1", "val/top5", "val_ema/loss", "val_ema/top1", "val_ema/top5"):
         assert together[key] == pytest.approx(alone[key], rel=1e-5)
     with torch.inference_mode():
         answers = [(labels, module.eval()(images).argmax(1)) for images, labels, _ in loader]

@@ -141,6 +141,19 @@ def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Pat
         ),
         (["choose_by=val/los"], "balanced_accuracy: did you mean val/loss?"),
         (["choose_by=banana"], "choose_by=banana is not one of top1, top5, loss, f1_macro, balanced_accuracy"),
+        (
+            ["choose_by=val_ema/f1"],
+            "choose_by=val_ema/f1 needs averaged weights: add averaging=ema, or take choose_by=f1",
+        ),
+        (
+            ["averaging=ema", "averaging.decay=1"],
+            "averaging.decay=1 must be at least 0 and less than 1, such as 0.9998",
+        ),
+        (
+            ["averaging=ema", "trainer.precision=bf16-true"],
+            "trainer.precision=bf16-true has weights that are too coarse",
+        ),
+        (["checkpoint.keep=1"], "checkpoint.keep=1 must be an integer of at least 2"),
         (["stop_early=0"], "stop_early=0 must be a number of evaluations of at least 1, as in stop_early=5, or null"),
         (["stop_early=-1"], "stop_early=-1 must be a number of evaluations of at least 1"),
         (["stop_early=soon"], "stop_early=soon must be a number of evaluations of at least 1"),
