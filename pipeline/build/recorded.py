@@ -71,6 +71,10 @@ class RecordedConfig:
         """Build the recipe. Raises: ValueError."""
         return build_recipe(self._config)
 
+    def build_training_crop(self) -> CropPolicy:
+        """Build the crop with which it trains. Raises: ValueError."""
+        return build_object(self._config, "augment.training", kind=CropPolicy)
+
     def build_evaluation_crop(self) -> CropPolicy:
         """Build the crop with which it evaluates. Raises: ValueError."""
         return build_evaluation_crop(self._config)

@@ -93,13 +93,7 @@ class TrainedModel:
         self.calibration = read_calibration(run.run.calibration_file, weights_sha256=self.weights_sha256)
         temperature, fast = self.calibration.temperature, fold_batch_norms(self.net)
         self.probabilities = Probabilities(fast, self.facts, temperature=temperature).to(device)
-        self.decode_settings = DecodeSettings(
-            self.facts.mean,
-            self.facts.std,
-            device_id=device.index or 0 if device.type == "cuda" else None,
-            crops_only=device.type == "cuda",
-            threads=available_cores(),
-        )
+        self.decode_settings = decode_settings_on(device, self.facts)
 
     @property
     def image_size(self) -> int:
@@ -179,13 +173,24 @@ def load_model(
 def open_model(found: FoundRun, *, device: str | torch.device | None, trust: bool) -> TrainedModel:
     """Return a run that was found as a model. Raises: FileNotFoundError, ValueError."""
     restored = RestoredRun(found.run.folder, trust=trust, checkpoint=found.checkpoint)
-    return TrainedModel(restored, device=_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    return TrainedModel(restored, device=choose_device(device))
 
 
-def _device(name: str | torch.device) -> torch.device:
-    """Return a device that this machine has. Raises: ValueError."""
+def decode_settings_on(device: torch.device, facts: DatasetFacts) -> DecodeSettings:
+    """Return the settings that decode images for a network on a device, with all cores of this process."""
+    return DecodeSettings(
+        facts.mean,
+        facts.std,
+        device_id=device.index or 0 if device.type == "cuda" else None,
+        crops_only=device.type == "cuda",
+        threads=available_cores(),
+    )
+
+
+def choose_device(name: str | torch.device | None) -> torch.device:
+    """Return a device that this machine has, None for a GPU where there is one. Raises: ValueError."""
     try:
-        device = torch.device(name)
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={name} is not cpu, cuda or cuda:NUMBER") from error
     if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.analysis.effective_field import effective_field
-from models.analysis.fresh_norms import estimated_norms
+from models.analysis.fresh_norms import estimate_norms, estimated_norms
 from models.layers import StochasticDepth, conv_norm
 from tests.support.networks import Calls, build
 from tests.support.published import PUBLISHED, SMALLEST, Published
@@ -74,6 +74,39 @@ def test_estimated_norms_equal_torchs_training_mode(row: Published) -> None:
             layer.eval()
     torch.testing.assert_close(estimated, net(images))
     assert not torch.allclose(estimated, fresh)
+
+
+def test_norms_of_several_batches_equal_brute_force() -> None:
+    """Every input of each norm, kept and then averaged; the last batch is smaller, and the last norm is used twice."""
+    torch.manual_seed(0)
+    shared, last = nn.BatchNorm2d(5), nn.BatchNorm1d(5, affine=False)
+    convolutions = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 3)
+    with torch.no_grad():
+        shared.weight.uniform_(0.5, 2)
+
+    def forward(images: Tensor, *layers: nn.Module) -> Tensor:
+        hidden = layers[0](10 + images).relu()
+        hidden = layers[3](layers[1](layers[3](hidden)).relu())
+        return layers[4](hidden.mean((2, 3)))
+
+    dropped, unused = nn.Dropout(0.5), nn.BatchNorm2d(2)
+    net = Calls(forward, *convolutions, dropped, shared, last, unused)
+    batches = [images_of(size, 3, 9, 9) * size + size for size in (8, 8, 3)]
+    assert estimate_norms(net, iter(batches)) == 19
+    inputs: dict[nn.Module, list[Tensor]] = {shared: [], last: []}
+    found = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in inputs]
+    for norm, kept in inputs.items():
+        norm.register_forward_pre_hook(lambda _, given, kept=kept: kept.append(given[0].transpose(0, 1).flatten(1)))
+    with torch.no_grad():
+        for images in batches:
+            net.train()(images)
+    for (mean, variance), kept in zip(found, inputs.values(), strict=True):
+        values = torch.cat(kept, 1).double()  # (C, all values)
+        assert values.shape[1] in (19, (7 * 7 + 5 * 5) * 19)
+        torch.testing.assert_close(mean, values.mean(1).float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(variance, values.var(1, correction=0).float(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(unused.running_var, torch.ones(2))
+    assert net.training
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 0.1])
