@@ -3,7 +3,8 @@
     python -m benchmarks.step              5 rounds each of ResNet-18 at 32x32 and LeNet-5
 
 Ours is the loop of `train`: Lightning, the Classifier, and all callbacks. "Unguarded" is that without the callbacks
-that check for values that are not finite, stop and save: only seeds, and progress with its journal. The bare loop does
+that check for values that are not finite, stop and save: only seeds, and progress with its journal. "Averaged" is ours
+with a moving average of the weights. The bare loop does
 forward, backward, optimizer and schedule and reads the loss as often. All use the same tensors in memory, so no loader
 is measured, and start from the same weights. benchmarks/checkpoint.py measures a save.
 """
@@ -28,6 +29,7 @@ from torch.nn import functional
 
 from data.loading.loader import Batch, TrainingLoader
 from data.loading.order import Position, TrainingPlan
+from models.learning.averaging import AveragedWeights, Averaging
 from models.learning.classifier import Classifier
 from models.learning.recipe import Recipe
 from models.learning.schedules import cosine
@@ -101,16 +103,18 @@ class Clock(pl.Callback):
 
 
 def ours(
-    net: nn.Module, batches: Batches, *, precision: str, accelerator: str, guarded: bool = True
+    net: nn.Module, batches: Batches, *, precision: str, accelerator: str, guarded: bool = True, averaged: bool = False
 ) -> list[tuple[float, float]]:
     """Wall and CPU time at the two marks of the training loop of `train`."""
     recipe = build_recipe(compose("train", RECIPE))
     module = Classifier(net, num_classes=10, recipe=recipe)
+    module.average = AveragedWeights(module.net, Averaging()) if averaged else None
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder))
         size = batches.batch_size
         plan = TrainingPlan((size,), seed=0, shuffle_window=1, batch_size=size)
-        options = {"data": SimpleNamespace(training_plan=lambda *_: plan), "log_every": batches.log_every}
+        data = SimpleNamespace(training_plan=lambda *_: plan, images_per_step=lambda _: size)
+        options = {"data": data, "log_every": batches.log_every}
         progress = ProgressCallback(Console(quiet=True), run.journal.record, num_epochs=1, **options)
         clock, own = Clock(), list[pl.Callback]()
         if guarded:
@@ -133,6 +137,8 @@ def ours(
             enable_model_summary=False,
         )
         trainer.fit(module, batches)
+        if guarded:
+            watch.leave()
     return clock.marks
 
 
@@ -178,13 +184,14 @@ def now() -> tuple[float, float]:
 def compare(
     name: str, build: Callable[[], nn.Module], *, batch_size: int, num_steps: int, log_every: int, rounds: int
 ) -> None:
-    """Alternate all three and print the medians."""
+    """Alternate all four and print the medians."""
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     batches = Batches(
         num_steps, batch_size, log_every=log_every, device=torch.device("cuda" if accelerator == "gpu" else "cpu")
     )
     precision = choose_precision("auto", accelerator)
-    contenders = {"ours": ours, "unguarded": partial(ours, guarded=False), "bare": bare}
+    variants = {"averaged": partial(ours, averaged=True), "unguarded": partial(ours, guarded=False)}
+    contenders = {"ours": ours, **variants, "bare": bare}
     measured: dict[str, list[tuple[float, float]]] = {contender: [] for contender in contenders}
     for turn in range(rounds):
         # The order alternates, so that a machine that warms up or slows down favours none.
@@ -196,9 +203,10 @@ def compare(
     for kind, unit in enumerate(("wall", "CPU")):
         times = {contender: [one[kind] for one in rounds] for contender, rounds in measured.items()}
         medians = "".join(f"{statistics.median(one):>11.2f}" for one in times.values())
+        pairs = (("ours", "unguarded"), ("ours", "bare"), ("averaged", "ours"))
         versus = [
-            statistics.median(mine / its for mine, its in zip(times["ours"], times[other], strict=True))
-            for other in ("unguarded", "bare")
+            statistics.median(mine / its for mine, its in zip(times[one], times[other], strict=True))
+            for one, other in pairs
         ]
         extra = statistics.median(mine - its for mine, its in zip(times["ours"], times["bare"], strict=True))
         ratios = "".join(f"{one:>14.3f}" for one in versus)
@@ -213,7 +221,8 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     prepare_process(seed=0)
     warnings.filterwarnings("ignore")
-    names = f"{'ours':>11}{'unguarded':>11}{'bare':>11}{'to unguarded':>14}{'to bare':>14}{'extra':>10}"
+    names = f"{'ours':>11}{'averaged':>11}{'unguarded':>11}{'bare':>11}"
+    names += f"{'to unguarded':>14}{'to bare':>14}{'averaged to':>14}{'extra':>10}"
     print(f"{'network':<10}{'batch':>6}  {'precision':<11}{'ms':<5}{names}")
     compare("lenet", lenet, batch_size=32, num_steps=1010, log_every=50, rounds=rounds)
     compare("resnet18", resnet18, batch_size=128, num_steps=60, log_every=10, rounds=rounds)

@@ -154,6 +154,7 @@ def training_images(source: RestoredRun, num_images: int, *, device: torch.devic
 
     Raises: ValueError when the run was trained on other images.
     """
+    from data.augment.augmentation import Augmentation
     from data.loading.loader import TrainingLoader
     from data.loading.order import TrainingPlan
     from pipeline.runs.trained import decode_settings_on
@@ -165,9 +166,9 @@ def training_images(source: RestoredRun, num_images: int, *, device: torch.devic
     index = dataset.index("train")
     batch_size = min(source.batch_size, len(index))
     plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=len(index), batch_size=batch_size)
-    decode = decode_settings_on(device, source.dataset_facts())
+    decode, augment = decode_settings_on(device, source.dataset_facts()), Augmentation(source.build_training_crop())
     loader = TrainingLoader(
-        index, source.open_storage(dataset), plan=plan, crop=source.build_training_crop(), decode=decode
+        index, source.open_storage(dataset), plan=plan, augment=augment, decode=decode
     )
     for batch in islice(loader, -(-num_images // batch_size)):
         yield batch.images.to(device)

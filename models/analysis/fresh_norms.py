@@ -55,50 +55,48 @@ def estimate_norms(net: nn.Module, batches: Iterable[Tensor]) -> int:
     are off. The variance is that of all values together (Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section
     3), while torch's `update_bn` averages those of the batches. A norm that is used twice counts both inputs.
     """
-    statistics = {norm: _Statistics() for norm in batch_norms(net) if norm.running_mean is not None}
+    statistics = [_InputStatistics(norm) for norm in batch_norms(net) if norm.running_mean is not None]
     like, num_images = next(net.parameters(), None), 0
     with ExitStack() as hooks, in_mode(net, training=False):
-        for norm, counted in statistics.items():
-            hooks.callback(norm.register_forward_pre_hook(counted.count).remove)
+        for one in statistics:
+            hooks.callback(one.norm.register_forward_pre_hook(one.count).remove)
         for images in batches:
             net(images if like is None else images.to(like.device, like.dtype))
             num_images += len(images)
-    for norm, counted in statistics.items():
-        counted.write(norm)
+    for one in statistics:
+        one.write()
     return num_images
 
 
-class _Statistics:
-    """Mean and variance of the input of a norm: Chan, Golub & LeVeque 1979, for batches of any size."""
+class _InputStatistics:
+    """Mean and variance of the input of a norm, over batches of any size: Chan, Golub & LeVeque 1979."""
 
-    def __init__(self) -> None:
-        self.mean = self.variance = torch.zeros(())  # (C,) float64 after the first batch
-        self.values = 0  # of each channel
+    def __init__(self, norm: _BatchNorm) -> None:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        self.norm, self.running_mean, self.running_var = norm, norm.running_mean, norm.running_var
+        self.mean = torch.zeros_like(norm.running_mean, dtype=torch.float64)  # (C,)
+        self.variance = torch.zeros_like(self.mean)  # (C,)
+        self.num_values = 0  # of each channel
 
     def count(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Count a batch (N, C, ...), and let the norm use its statistics."""
-        assert isinstance(norm, _BatchNorm)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        values = inputs[0].to(norm.running_mean.dtype)
+        """Count a batch (N, C, ...), and let the norm use the statistics of this batch."""
+        values = inputs[0].to(self.running_mean.dtype)
         dims = [0, *range(2, values.ndim)]
         variance, mean = torch.var_mean(values, dims, correction=0)  # (N, C, ...) -> (C,); biased, as in training
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-        share = (num_values := values.numel() // len(mean)) / (self.values + num_values)
-        distance = mean.double() - self.mean.to(mean.device)
-        self.variance = torch.lerp(self.variance.to(distance), variance.double(), share)
-        self.variance += share * (1 - share) * distance.square()
-        self.mean = self.mean.to(distance) + share * distance
-        self.values += num_values
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(variance)
+        num_values = values.numel() // len(mean)
+        self.num_values += num_values
+        share, distance = num_values / self.num_values, mean.double() - self.mean
+        self.variance.lerp_(variance.double(), share).add_(distance.square(), alpha=share * (1 - share))
+        self.mean.add_(distance, alpha=share)
 
-    def write(self, norm: _BatchNorm) -> None:
+    def write(self) -> None:
         """Give the norm what was counted, if anything was."""
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        if self.values:
-            norm.running_mean.copy_(self.mean)
-            norm.running_var.copy_(self.variance)
+        if self.num_values:
+            self.running_mean.copy_(self.mean)
+            self.running_var.copy_(self.variance)
 
 
 def _identity_scales(net: nn.Module) -> Iterator[nn.Parameter]:

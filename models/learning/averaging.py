@@ -11,7 +11,6 @@ from torch.func import functional_call
 from models.arguments import require
 
 WARMUP_POWER = 2 / 3  # timm's, by Crowson: after N updates the average reaches back over the last N^(2/3)
-
 CHOSEN, NOT_CHOSEN = "state_dict_ema", "averages"  # keys of a checkpoint; the first one is timm's
 
 
@@ -27,7 +26,7 @@ class Averaging:
     decay: float = 0.9998
     warmup: bool = True
     every: int = 1
-    min_windows: float = 5.0
+    min_windows: float = 10.0
 
     def __post_init__(self) -> None:
         require(0 <= self.decay < 1, "must be at least 0 and less than 1, such as 0.9998", decay=self.decay)

@@ -128,13 +128,13 @@ def test_an_evaluation_of_the_averages_is_one_of_a_network_with_them() -> None:
     assert metrics["val/loss"] != metrics["val_ema/loss"]
 
 
-def test_an_average_needs_five_of_its_windows() -> None:
+def test_an_average_needs_ten_of_its_windows() -> None:
     warm, cold, rare = Averaging(), Averaging(0.99, warmup=False), Averaging(0.99, warmup=False, every=4)
-    # N^(2/3) of N updates fit five times from 5^3 on; without warm-up 1 / (1 - decay) of them do.
-    for averaging, least in ((warm, 125), (cold, 500), (rare, 2000)):
+    # N^(2/3) of N updates fit ten times from 10^3 on; without warm-up 1 / (1 - decay) of them do.
+    for averaging, least in ((warm, 1000), (cold, 1000), (rare, 4000)):
         assert averaging.is_long_enough(least)
         assert not averaging.is_long_enough(least - 1)
-        assert averaging.window(least) == pytest.approx(least / 5)
+        assert averaging.window(least) == pytest.approx(least / 10)
     assert warm.window(10**9) == pytest.approx(1 / (1 - 0.9998))
     assert Averaging(min_windows=0).is_long_enough(1)
     assert not Averaging(every=9, min_windows=0).is_long_enough(8), "it would never be updated"

@@ -59,7 +59,7 @@ def test_the_chosen_weights_are_those_of_the_checkpoint_for_every_reader(
 def test_a_short_training_is_not_averaged(train: Typed, with_digits: Path) -> None:
     words = ("+model=lenet", "recipe.epochs=2", "data.batch_size=64", "tracking=none", "averaging=ema", "name=short")
     printed = train(*words, "choose_by=val_ema/top1", "stop_early=2")
-    off = "averaging   off: 44 steps are fewer than 5 windows of 12 steps; val/top1 chooses instead of val_ema/top1\n"
+    off = "averaging   off: 44 steps are fewer than 10 windows of 12 steps; val/top1 chooses instead of val_ema/top1\n"
     assert off in printed
     assert "the best checkpoint has the highest val/top1\n" in printed
     assert "stop early  after 2 evaluations in a row without an improvement of val/top1\n" in printed

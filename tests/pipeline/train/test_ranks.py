@@ -54,7 +54,7 @@ def test_two_ranks_equal_one_with_twice_the_batch(run_verb: Run, train: Typed, w
 
 
 def test_accumulated_batches_equal_one_large_batch(train: Typed, with_digits: Path) -> None:
-    common = (*PLAIN, "recipe.epochs=2", "log_every=4", "tracking=none")
+    common = (*PLAIN, "recipe.epochs=2", "log_every=4", "tracking=none", "averaging=ema", "averaging.min_windows=0")
     train(*common, "name=large", "data.batch_size=128")
     printed = train(*common, "name=accumulated", "data.batch_size=32", "recipe.accumulate=4")
     assert "1 x 32 x 4 accumulated" in printed
