@@ -167,9 +167,7 @@ def training_images(source: RestoredRun, num_images: int, *, device: torch.devic
     batch_size = min(source.batch_size, len(index))
     plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=len(index), batch_size=batch_size)
     decode, augment = decode_settings_on(device, source.dataset_facts()), Augmentation(source.build_training_crop())
-    loader = TrainingLoader(
-        index, source.open_storage(dataset), plan=plan, augment=augment, decode=decode
-    )
+    loader = TrainingLoader(index, source.open_storage(dataset), plan=plan, augment=augment, decode=decode)
     for batch in islice(loader, -(-num_images // batch_size)):
         yield batch.images.to(device)
 

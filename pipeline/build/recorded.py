@@ -13,7 +13,7 @@ from data.shards.dataset import Dataset
 from data.storage.local import Storage
 from data.storage.location import parse_root
 from models.learning.recipe import Recipe
-from pipeline.build.augmentation import build_evaluation_crop
+from pipeline.build.augmentation import build_augmentation, build_evaluation_crop
 from pipeline.build.network import build_network, build_recipe, network_name
 from pipeline.build.objects import build_object
 from pipeline.build.parameters import load_record
@@ -73,7 +73,7 @@ class RecordedConfig:
 
     def build_training_crop(self) -> CropPolicy:
         """Build the crop with which it trains. Raises: ValueError."""
-        return build_object(self._config, "augment.training", kind=CropPolicy)
+        return build_augmentation(self._config).crop
 
     def build_evaluation_crop(self) -> CropPolicy:
         """Build the crop with which it evaluates. Raises: ValueError."""

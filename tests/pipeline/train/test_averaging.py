@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from data.augment.augmentation import Augmentation
 from data.loading.decoder import DecodeSettings
 from data.loading.loader import Loader
 from data.loading.order import EvaluationPlan
@@ -28,7 +29,7 @@ def loss_of(run: RestoredRun, digits: Dataset) -> float:
     index, decode = digits.index("val"), DecodeSettings(digits.mean, digits.std)
     plan = EvaluationPlan(len(index), 128)
     crop, (net, _) = run.build_evaluation_crop(), run.load_network()
-    loader = Loader(index, LocalShards(digits.root), plan=plan, crop=crop, decode=decode)
+    loader = Loader(index, LocalShards(digits.root), plan=plan, augment=Augmentation(crop), decode=decode)
     with torch.inference_mode():
         losses = [functional.cross_entropy(net.eval()(one.images), one.labels, reduction="none") for one in loader]
     return float(torch.cat(losses).mean())
