@@ -68,7 +68,7 @@ install: .venv/ready  ## build the environment in .venv
 workflow: .workflow/ready  ## build the environment of Snakemake, which runs studies
 
 lock: .venv/ready  ## resolve pyproject.toml into requirements.lock, versions and hashes only
-	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --upgrade \
+	$(BIN)/uv pip compile pyproject.toml --extra optimizers --group dev --universal --python-version 3.11 --upgrade \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet --output-file requirements.lock
 	$(BIN)/uv pip compile pipeline/engines/requirements.txt --universal --python-version 3.11 --upgrade \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet --output-file pipeline/engines/requirements.lock

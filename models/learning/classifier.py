@@ -16,7 +16,7 @@ from models.learning.averaging import AveragedWeights
 from models.learning.evaluation import AVERAGED, RAW
 from models.learning.losses import Loss, cross_entropy
 from models.learning.metrics import EvaluationMetrics, TrainingMetricAccumulator
-from models.learning.recipe import OptimizerFactory, Recipe
+from models.learning.recipe import OptimizerFactory, Recipe, computes_gradients
 
 Forward = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> logits (N, K)
 
@@ -138,6 +138,9 @@ class Classifier(pl.LightningModule):
         if clips_mixed:
             fits = not getattr(optimizer, "_step_supports_amp_scaling", False)
             require(fits, "does not go with a fused optimizer in mixed precision", clip_norm=self.recipe.clip_norm)
+        if computes_gradients(optimizer):
+            rule = f"does not go with {type(optimizer).__name__}: use bf16-mixed or 32-true"
+            require(self.trainer.precision != "16-mixed", rule, precision=self.trainer.precision)
         num_steps = int(self.trainer.estimated_stepping_batches)
         lengths = {"steps_per_epoch": num_steps // self.recipe.epochs, "num_steps": num_steps}
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(self.recipe.lr_factor, **lengths))

@@ -1,5 +1,6 @@
 """Recipes: epochs, optimizer, learning rate, schedule and loss of a training."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,12 @@ class LearningRate(NamedTuple):
 
     value: float
     origin: str
+
+
+def computes_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step needs a function that computes gradients, because they are those at other weights."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _check_shape(loss: Loss) -> None:
@@ -80,6 +87,9 @@ class Recipe:
         self._check_learning_rate()
         self._check_warmup()
         _check("optimizer", self.optimizer, call=self._build_example)
+        rule = "does not go with an optimizer that needs all gradients of a step at once: use 1"
+        fits = self.accumulate == 1 or not computes_gradients(self._build_example())
+        require(fits, rule, accumulate=self.accumulate)
         _check("schedule", self.schedule, call=lambda: self.schedule(0.0))
         _check("loss", self.loss, call=lambda: _check_shape(self.loss))
         rule = "must be a number above 0, or null for none"

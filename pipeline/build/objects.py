@@ -75,8 +75,8 @@ def find_target(name: str, key: str, *, trusted: bool) -> Callable[..., object]:
     try:
         found: Any = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
-        module, _, last = name.rpartition(".")
-        raise ArgumentError((f"{key}._target_", name), f" does not exist: {error}{_nearest(last, module)}") from error
+        problem = _missing_library(error, key=key) or f" does not exist: {error}{_nearest(name)}"
+        raise ArgumentError((f"{key}._target_", name), problem) from error
     if not trusted:
         _check_kind(found, name, key=key)
     if not callable(found):
@@ -84,7 +84,17 @@ def find_target(name: str, key: str, *, trusted: bool) -> Callable[..., object]:
     return typing.cast(Callable[..., object], found)
 
 
-def _nearest(name: str, module: str) -> str:
+def _missing_library(error: Exception, *, key: str) -> str | None:
+    """Return how to install the library whose absence is the error, None unless it is one that the key names."""
+    group = group_of(key)
+    libraries = {place.partition(".")[0] for place in group.places} if group else set()
+    if not isinstance(error, ModuleNotFoundError) or error.name not in libraries:
+        return None
+    return f" needs {error.name}, which is not installed: python -m pip install {error.name}"
+
+
+def _nearest(target: str) -> str:
+    module, _, name = target.rpartition(".")
     found = sys.modules.get(module)
     return nearest(name, [other for other in vars(found) if not other.startswith("_")]) if found else ""
 

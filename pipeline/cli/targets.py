@@ -52,7 +52,7 @@ GROUPS = {
     "classifier": Group(("models",), ("models.learning.classifier.Classifier",)),
     "averaging": Group(("models.learning",), ("models.learning.averaging.Averaging",)),
     "recipe": Group(("models.learning",), ("models.learning.recipe.Recipe",)),
-    "recipe.optimizer": Group(("models", "torch.optim"), ("torch.optim.Optimizer",)),
+    "recipe.optimizer": Group(("models", "torch.optim", "timm.optim", "schedulefree"), ("torch.optim.Optimizer",)),
     "recipe.schedule": Group(("models",), ("builtins.float",)),
     "recipe.loss": Group(("models", "torch.nn", "torch.nn.functional"), ("torch.Tensor", "torch.nn.Module")),
     "augment": Group(("data.augment", "data.loading"), ("data.augment.crops.CropPolicy",)),

@@ -258,7 +258,7 @@ def fit(job: Job, trainer: pl.Trainer, *, resume: Checkpoint | None) -> None:
     with stop_signals.deferred():
         watch.start()
         try:
-            with config_keys_in_errors({"clip_norm": "recipe.clip_norm"}):
+            with config_keys_in_errors({"clip_norm": "recipe.clip_norm", "precision": "trainer.precision"}):
                 trainer.fit(job.module, datamodule=job.data, ckpt_path=path, weights_only=True)
             saving = saving_of(trainer)
             saving.guard.check_evaluations(trainer, had_finite_loss=saving.had_finite_loss)

@@ -21,7 +21,7 @@ ACCEPTED = {
     "model": ("torchvision.models.densenet121", "torchvision.models.get_model", "models.layers.conv_norm"),
     "model.norm": ("torch.nn.BatchNorm2d",),
     "classifier": ("models.learning.classifier.Classifier",),
-    "recipe.optimizer": ("torch.optim.AdamW", "torch.optim.LBFGS"),
+    "recipe.optimizer": ("torch.optim.AdamW", "torch.optim.LBFGS", "timm.optim.Lion"),
     "recipe.loss": ("torch.nn.CrossEntropyLoss", "torch.nn.functional.cross_entropy"),
     "callbacks.x": (
         "pytorch_lightning.callbacks.LearningRateMonitor",
@@ -43,6 +43,15 @@ def test_a_key_takes_its_classes_and_functions(key: str) -> None:
     for target in ACCEPTED[key]:
         check_place(key, target)
         assert callable(find_target(target, key, trusted=False))
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    message = "AdamW needs schedulefree, which is not installed: python -m pip install schedulefree$"
+    with pytest.raises(ValueError, match=message):
+        find_target("schedulefree.AdamW", "recipe.optimizer", trusted=False)
+    with pytest.raises(ValueError, match="does not exist: "):
+        find_target("no_such_library.AdamW", "recipe.optimizer", trusted=True)
 
 
 def test_every_target_of_the_configs_is_accepted() -> None:

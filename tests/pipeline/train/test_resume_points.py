@@ -11,13 +11,13 @@ import pytest
 from tests.support.resume import EVALUATIONS, POINTS, TWELVE_STEPS, Stop, checkpoint, differences, results, train_until
 
 
-def train_in_parts(root: Path, *stops: Stop) -> Path:
+def train_in_parts(root: Path, *stops: Stop, words: tuple[str, ...] = TWELVE_STEPS) -> Path:
     """Train the run `cut` with these stops, to its end."""
     shutil.rmtree(root / "runs" / "cut", ignore_errors=True)
     for stop in stops:
-        assert train_until(stop, *TWELVE_STEPS, "name=cut") == 143
+        assert train_until(stop, *words, "name=cut") == 143
         assert checkpoint(root / "runs" / "cut")["global_step"] == stop.step
-    assert train_until(None, *TWELVE_STEPS, "name=cut") == 0
+    assert train_until(None, *words, "name=cut") == 0
     return root / "runs" / "cut"
 
 
@@ -34,6 +34,18 @@ def test_a_training_in_parts_ends_in_the_same_bits(complete: Path, with_digits: 
     expected = results(complete)
     assert len(expected["journal"]) == 4 + 3
     assert differences(expected, results(train_in_parts(with_digits, *stops))) == []
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "muon", "schedule_free"])
+def test_an_optimizer_of_another_library_continues_to_the_same_bits(
+    with_digits: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    monkeypatch.chdir(with_digits)
+    words = (*TWELVE_STEPS, f"optimizer={optimizer}")
+    assert train_until(None, *words, "name=complete") == 0
+    expected = results(with_digits / "runs" / "complete")
+    assert len(expected["last"]["optimizer_states"][0]["state"]) == 10
+    assert differences(expected, results(train_in_parts(with_digits, Stop(5), words=words))) == []
 
 
 @pytest.mark.faults

@@ -113,6 +113,12 @@ def test_a_network_without_buffers_skips_a_step_too(
     assert all(torch.isfinite(tensor).all() for tensor in last["state_dict"].values())
 
 
+def test_an_optimizer_that_cannot_leave_out_a_step_is_refused(train: Typed) -> None:
+    message = "^on_nonfinite=skip does not go with AdamWScheduleFreeClosure, which cannot leave out a step: use stop"
+    with pytest.raises(ValueError, match=message):
+        train("+model=lenet", "optimizer=schedule_free", "on_nonfinite=skip", "tracking=none")
+
+
 @pytest.mark.parametrize("choice", ["stop", "skip"])
 def test_a_training_without_a_finite_evaluation_is_a_divergence(
     train: Typed, with_digits: Path, monkeypatch: pytest.MonkeyPatch, choice: str
