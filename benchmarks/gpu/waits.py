@@ -27,6 +27,7 @@ from models.residual import resnet
 from pipeline.build.network import build_recipe
 from pipeline.cli.compose import compose
 from pipeline.train.callbacks.divergence import GuardFinite
+from pipeline.train.callbacks.seeding import SeedEachBatch
 
 STEPS = 20
 SYNCHRONISES = "synchronizing CUDA operation"  # in torch's warning
@@ -71,6 +72,7 @@ class SyncRecorder(pl.Callback):
 def check_synchronisations(device: torch.device) -> Answer:
     """S3: values that the host reads in 20 steps of training and of evaluation; on a GPU also by Lightning's loop."""
     module = _classifier(10).to(device)
+    module.batch_key = 0
     found: dict[str, object] = {}
     with _without_values(device):
         images, labels, names = random_batch(8, device, side=32)
@@ -117,7 +119,7 @@ def _waits_in_lightning(device: torch.device) -> dict[str, list[str]]:
         options: dict[str, Any] = dict.fromkeys(QUIET, False)
         options |= {"limit_val_batches": STEPS, "num_sanity_val_steps": 0}
         guard = GuardFinite("stop", data=SimpleNamespace(), report=print)  # the data only names samples
-        options |= {"max_epochs": 2, "precision": "bf16-mixed", "callbacks": [recorder, guard]}
+        options |= {"max_epochs": 2, "precision": "bf16-mixed", "callbacks": [SeedEachBatch(0), recorder, guard]}
         pl.Trainer(accelerator="gpu", devices=1, **options).fit(_classifier(10), loader, evaluation)
     return {
         name: [_place(one) for one in found if SYNCHRONISES in str(one.message)]
@@ -132,7 +134,9 @@ def _place(warning: warnings.WarningMessage) -> str:
 
 def _classifier(num_classes: int) -> Classifier:
     net = resnet("resnet18", num_classes=num_classes, image_size=32)
-    return Classifier(net, num_classes=num_classes, recipe=build_recipe(compose("train", ["+model=resnet"])))
+    return Classifier(
+        net, num_classes=num_classes, recipe=build_recipe(compose("train", ["+model=resnet", "mix=mixup_cutmix"]))
+    )
 
 
 CHECKS = (Check("synchronisations", "no step waits for a value", 120, check_synchronisations),)

@@ -43,12 +43,13 @@ class Classifier(pl.LightningModule):
         super().__init__()
         self.net = net.to(memory_format=torch.channels_last)
         self.recipe = recipe
-        self.top_k = 5 if num_classes > 5 else 1
+        self.num_classes, self.top_k = num_classes, 5 if num_classes > 5 else 1
         self.initialize()
         zero_last_norms(self.net)
         self.training_metrics = TrainingMetricAccumulator(self.top_k)
         self.images_per_step: int | None = None  # of all ranks, which scales the learning rate
         self.average: AveragedWeights | None = None  # where a training averages its weights
+        self.batch_key: int | None = None  # 64 bits, of the random numbers of the next training batch
         self.evaluated_images = 0  # on all ranks, in the last evaluation
         self._num_evaluated = 0  # on this rank, so far
         self.metrics, self.average_metrics = EvaluationMetrics(num_classes), EvaluationMetrics(num_classes)
@@ -63,6 +64,7 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the mean loss of a batch: images (N, C, H, W), labels (N,), samples (N,)."""
+        batch = self._mix(batch)
         logits, losses = self._step(batch, self.recipe.loss)
         self.training_metrics.add(losses, logits, labels=batch[1])
         return losses.mean()
@@ -145,6 +147,15 @@ class Classifier(pl.LightningModule):
         lengths = {"steps_per_epoch": num_steps // self.recipe.epochs, "num_steps": num_steps}
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(self.recipe.lr_factor, **lengths))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _mix(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix images and labels as the recipe says; the labels of a mixed batch are probabilities, (N, K)."""
+        mixing = self.recipe.mix
+        if mixing is None or self.current_epoch >= mixing.count_epochs(self.recipe.epochs):
+            return batch
+        assert self.batch_key is not None, "a callback gives every batch its key"
+        images, labels, samples = batch
+        return *mixing.mix_batch(images, labels, num_classes=self.num_classes, key=self.batch_key), samples
 
     def _evaluated(self) -> Iterator[tuple[str, Forward, EvaluationMetrics]]:
         """Yield the network with its weights and with their average: the beginning of keys, a function, its metrics."""

@@ -9,7 +9,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 UNSUMMED_STEPS = 64
-LOSS_UNIT = 2.0**-24
+ADDEND_UNIT = 2.0**-24
 
 
 class TrainingMetrics(NamedTuple):
@@ -20,12 +20,12 @@ class TrainingMetrics(NamedTuple):
     top5: float | None
 
 
-def exact_addends(losses: Tensor) -> Tensor:
-    """Round losses to multiples of 2**-24: float64 sums of those, up to 2**29, are the same in any order.
+def exact_addends(values: Tensor) -> Tensor:
+    """Round losses or hits to multiples of 2**-24: float64 sums of those, up to 2**29, are the same in any order.
 
-    A training that was stopped, or has more ranks, adds in another order. Shapes: (N,) -> float64 (N,).
+    A training that was stopped, or has more ranks, adds in another order. Shapes: (...) -> float64 (...).
     """
-    return (losses.double() / LOSS_UNIT).round() * LOSS_UNIT
+    return (values.double() / ADDEND_UNIT).round() * ADDEND_UNIT
 
 
 class TrainingMetricAccumulator:
@@ -38,8 +38,12 @@ class TrainingMetricAccumulator:
 
     @torch.no_grad()
     def add(self, losses: Tensor, logits: Tensor, *, labels: Tensor) -> None:
-        """Count a batch. Shapes: (N,), (N, K), int64 (N,)."""
-        hits = logits.topk(self.top_k).indices == labels[:, None]  # (N, top_k)
+        """Count a batch. Shapes: (N,), (N, K), int64 (N,) or probabilities (N, K).
+
+        In a mixed image each of its labels is a hit with its probability.
+        """
+        best = logits.topk(self.top_k).indices  # (N, top_k)
+        hits = best == labels[:, None] if labels.ndim == 1 else labels.gather(1, best)  # (N, top_k)
         # Summed once in many steps: on a small network the sums of every step would cost as much as a layer.
         self._unsummed.append((losses.detach(), hits))
         if len(self._unsummed) == UNSUMMED_STEPS:
@@ -70,7 +74,7 @@ class TrainingMetricAccumulator:
     def _sum_up(self) -> None:
         if self._unsummed:
             losses, hits = (torch.cat(parts) for parts in zip(*self._unsummed, strict=True))
-            losses, hits = exact_addends(losses), hits.double()
+            losses, hits = exact_addends(losses), exact_addends(hits)
             count = losses.new_tensor(len(losses))
             sums = torch.stack([count, losses.sum(), hits[:, 0].sum(), hits.sum()])
             self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums

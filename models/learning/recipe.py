@@ -1,4 +1,4 @@
-"""Recipes: epochs, optimizer, learning rate, schedule and loss of a training."""
+"""Recipes: epochs, optimizer, learning rate, schedule, loss and mixing of a training."""
 
 import inspect
 import math
@@ -8,10 +8,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.arguments import ArgumentError, Part, require
-from models.learning.losses import Loss, cross_entropy
+from models.learning.losses import Loss, cross_entropy, one_hot
+from models.learning.mixing import Mixing
 from models.learning.schedules import Schedule
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]  # takes parameter groups, and maybe `lr`
@@ -31,14 +32,28 @@ def computes_gradients(optimizer: torch.optim.Optimizer) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-def _check_shape(loss: Loss) -> None:
+def _check_loss(loss: Loss, *, mixes: bool) -> None:
+    """Raise ValueError unless a loss returns one value per image, where `mixes` also for labels as probabilities."""
+    logits, labels = torch.eye(2, 3), torch.tensor([0, 2])
     try:
-        losses: object = loss(torch.zeros(2, 3), torch.tensor([0, 1]))
+        losses: object = loss(logits, labels)
     except RuntimeError:
         return  # a loss with class weights takes another number of classes
     shape = tuple(getattr(losses, "shape", ()))
     if shape != (2,):
         raise ValueError(f"it must return one loss per image, (N,), and returns the shape {shape} for 2 images")
+    if mixes and not _takes_probabilities(loss, logits, labels=labels):
+        known = "cross_entropy, label_smoothing and binary_cross_entropy"
+        raise ValueError(f"mixed images need a loss that takes probabilities (N, K) as labels, such as {known}")
+
+
+def _takes_probabilities(loss: Loss, logits: Tensor, *, labels: Tensor) -> bool:
+    """Return whether a loss is the same for labels and for probabilities of 1 of these labels."""
+    probabilities = one_hot(labels, logits.shape[1])
+    try:
+        return torch.allclose(loss(logits, probabilities), loss(logits, labels))
+    except (RuntimeError, IndexError, TypeError, ValueError):
+        return False
 
 
 def _check(name: str, function: object, *, call: Callable[[], object]) -> None:
@@ -58,14 +73,14 @@ def _is_positive(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Epochs, optimizer, learning rate, schedule and loss. An optimizer step takes `accumulate` batches.
+    """Epochs, optimizer, learning rate, schedule, loss and mixing. An optimizer step takes `accumulate` batches.
 
     `optimizer` takes parameter groups; one of them sets its own weight decay of 0. Unless it is a partial with an `lr`,
     the learning rate is `base_lr`, which is made for `base_batch_size` images a step and scaled to another number by
     their ratio (`lr_scaling` "linear", Goyal et al. 2017, section 2.1), its root ("sqrt", Malladi et al. 2022), or not
     at all ("none"); without a `base_lr` it is the optimizer's default. It rises linearly (Goyal et al. 2017, section
     2.2) over `warmup`, a fraction of the steps, or over `warmup_epochs` or `warmup_steps`; then `schedule` multiplies
-    it. `clip_norm` is the maximum norm of the gradient, None for no clipping.
+    it. `clip_norm` is the maximum norm of the gradient, None for no clipping; `mix` mixes images, None for none.
     Raises: ValueError for impossible values.
     """
 
@@ -81,6 +96,7 @@ class Recipe:
     accumulate: int = 1
     clip_norm: float | None = None
     loss: Loss = cross_entropy
+    mix: Mixing | None = None
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "must be at least 1", epochs=self.epochs)
@@ -91,7 +107,7 @@ class Recipe:
         fits = self.accumulate == 1 or not computes_gradients(self._build_example())
         require(fits, rule, accumulate=self.accumulate)
         _check("schedule", self.schedule, call=lambda: self.schedule(0.0))
-        _check("loss", self.loss, call=lambda: _check_shape(self.loss))
+        _check("loss", self.loss, call=lambda: _check_loss(self.loss, mixes=self.mix is not None))
         rule = "must be a number above 0, or null for none"
         require(self.clip_norm is None or _is_positive(self.clip_norm), rule, clip_norm=self.clip_norm)
 

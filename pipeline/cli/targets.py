@@ -55,6 +55,7 @@ GROUPS = {
     "recipe.optimizer": Group(("models", "torch.optim", "timm.optim", "schedulefree"), ("torch.optim.Optimizer",)),
     "recipe.schedule": Group(("models",), ("builtins.float",)),
     "recipe.loss": Group(("models", "torch.nn", "torch.nn.functional"), ("torch.Tensor", "torch.nn.Module")),
+    "recipe.mix": Group(("models.learning",), ("models.learning.mixing.Mixing",)),
     "augment": Group(("data.augment", "data.loading"), ("data.augment.crops.CropPolicy",)),
     "augment.policy": Group(("data.augment",), ("data.augment.policies.Policy",)),
     "augment.erasing": Group(("data.augment",), ("data.augment.erasing.RandomErasing",)),

@@ -103,6 +103,7 @@ def train(job: Job, trainer: pl.Trainer, *, norm_eps: float | None) -> None:
     limit_epoch(trainer, job.data, num_epochs=job.module.recipe.epochs)
     job.module.images_per_step = job.data.images_per_step(trainer.world_size)
     check_choice(job, trainer)
+    check_mixing(job)
     is_replaced = job.settings.again == Again.REPLACE and not job.run.is_of(fingerprint_of(job, trainer))
     is_resumed = job.run.last_checkpoint is not None and not is_replaced
     load_initial_weights(job, norm_eps=norm_eps, is_resumed=is_resumed)  # which may fail: then nothing is moved aside
@@ -165,6 +166,12 @@ def check_choice(job: Job, trainer: pl.Trainer) -> None:
     require(trainer.limit_val_batches != 0, no_batch, **{key: value})
     few = f"needs more than five classes, and {dataset.name} has {len(dataset.classes)}: choose_by=top1 goes with any"
     require(choice.metric.name != TOP5.name or job.module.top_k == 5, few, choose_by=choice.metric.key)
+
+
+def check_mixing(job: Job) -> None:
+    """Raise ValueError where images are to be mixed and a batch has only one."""
+    size, rule = job.data.settings.batch_size, "leaves an image no other to be mixed with: at least 2, or mix=none"
+    require(job.module.recipe.mix is None or size > 1, rule, **{"data.batch_size": size})
 
 
 def settle(job: Job, trainer: pl.Trainer) -> bool:

@@ -10,6 +10,7 @@ from data.loading.datamodule import ShardData
 from data.loading.decoder import DecoderChoice
 from models.learning.classifier import Classifier
 from models.learning.evaluation import TOP1, top1_of
+from models.learning.recipe import Recipe
 from pipeline.build.trainer import no_gpu_reason
 from pipeline.cli.console import main_console, print_line
 from pipeline.runs.checkpoints import Checkpoint
@@ -40,6 +41,7 @@ def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice, resume:
         "precision": f"{trainer.precision}, channels_last",
         "steps": describe_steps(job, trainer),
         **describe_learning_rate(job.module),
+        **describe_mixing(job.module.recipe),
         "folder": f"{folder} (continues after step {resume.step})" if resume else str(folder),
         "dashboard": f"{link}{f' ({command})' if command else ''}" if link else "none",
     }
@@ -86,6 +88,11 @@ def describe_learning_rate(module: Classifier) -> dict[str, str]:
     """Return the highest learning rate and how it came about, nothing where the optimizer chooses it."""
     rate = module.recipe.learning_rate(module.images_per_step)
     return {} if rate is None else {"rate": f"{rate.value:.4g} ({rate.origin})"}
+
+
+def describe_mixing(recipe: Recipe) -> dict[str, str]:
+    """Return how images are mixed, nothing where they are not."""
+    return {} if recipe.mix is None else {"mixing": recipe.mix.describe(recipe.epochs)}
 
 
 def saving_of(trainer: pl.Trainer) -> SaveCheckpoints:

@@ -18,11 +18,12 @@ from pipeline.train import __main__ as train_verb
 from pipeline.train import fit
 from tests.support.commands import COMPUTED, call_verb, journal
 
-# Dropout, random crops, averaged weights, early stopping, points across the ends of epochs: all of it must continue.
+# Dropout, augmented and mixed images, averages, early stopping, points across the ends of epochs: all must continue.
 TWELVE_STEPS = (
     "+model=lenet", "model.dropout=0.3", "recipe.optimizer.lr=0.01", "trainer=cpu", "trainer.precision=32-true",
     "data.batch_size=16", "+trainer.limit_train_batches=4", "+trainer.limit_val_batches=2", "recipe.epochs=3",
-    "augment=reference", "stop_early=9", "log_every=3", "tracking=none",
+    "augment=reference", "policy=randaugment", "erasing=pixel", "mix=mixup_cutmix", "recipe.mix.off_epoch=2",
+    "stop_early=9", "log_every=3", "tracking=none",
     "averaging=ema", "averaging.min_windows=0", "choose_by=val_ema/top1",
 )  # fmt: skip
 

@@ -19,7 +19,9 @@ from models.learning.classifier import Classifier, fused_on
 from models.learning.families import ResidualClassifier
 from models.learning.losses import cross_entropy
 from models.learning.metrics import UNSUMMED_STEPS, TrainingMetricAccumulator, TrainingMetrics
+from models.learning.mixing import Mixing, mix_images
 from models.residual import resnet
+from pipeline.train.callbacks.seeding import SeedEachBatch
 from tests.support.networks import make_recipe, plain
 
 
@@ -77,9 +79,10 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert {parameter.ndim for parameter in free["params"]} == {1}
 
 
-def test_evaluation_counts_as_a_loop_would() -> None:
+@pytest.mark.parametrize("mix", [None, Mixing(mixup_alpha=1.0)], ids=["unmixed", "mixup"])
+def test_evaluation_counts_as_a_loop_would(mix: Mixing | None) -> None:
     torch.manual_seed(0)
-    module = Classifier(plain(num_classes=7), num_classes=7, recipe=make_recipe())
+    module = Classifier(plain(num_classes=7), num_classes=7, recipe=make_recipe(mix=mix))
     batches = make_loader(53, 8)
     metrics = make_trainer().validate(module, batches, verbose=False)[0]
     images, labels, _ = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -95,8 +98,10 @@ def test_evaluation_counts_as_a_loop_would() -> None:
 
 
 @pytest.mark.parametrize("num_classes", [3, 10])
-def test_a_batch_is_trained_on_and_evaluated_without_reading_a_value(num_classes: int) -> None:
-    module = Classifier(plain(num_classes=num_classes), num_classes=num_classes, recipe=make_recipe())
+@pytest.mark.parametrize("mix", [None, Mixing(mixup_alpha=1.0), Mixing(cutmix_alpha=1.0)], ids=str)
+def test_a_batch_is_trained_on_and_evaluated_without_reading_a_value(num_classes: int, mix: Mixing | None) -> None:
+    module = Classifier(plain(num_classes=num_classes), num_classes=num_classes, recipe=make_recipe(mix=mix))
+    module.batch_key = 0
     batch = next(iter(make_loader(8, 8, num_classes)))
     with FakeTensorMode(allow_non_fake_inputs=True) as without_values:
         batch = tuple(without_values.from_tensor(one) for one in batch)
@@ -123,6 +128,50 @@ def test_training_metrics_are_means_since_the_last_call() -> None:
         assert_means(metrics, module, part)
 
 
+class Keys(pl.Callback):
+    """Notes the keys of batches, and what each epoch gives to the loss as labels."""
+
+    def __init__(self) -> None:
+        self.keys, self.label_ranks = list[int](), dict[int, set[int]]()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: object) -> None:
+        assert isinstance(pl_module, Classifier)
+        self.keys.append(pl_module.batch_key)
+        self.epoch = trainer.current_epoch
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.keys:  # not when the recipe is made
+            self.label_ranks.setdefault(self.epoch, set()).add(labels.ndim)
+        return cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("mix", [Mixing(mixup_alpha=1.0), Mixing(cutmix_alpha=1.0)], ids=str)
+def test_training_metrics_of_mixed_images_weigh_both_labels(mix: Mixing) -> None:
+    module = frozen_classifier(mix=mix)
+    loader, take, keys = make_loader(24, 8), Take(3), Keys()
+    make_trainer(max_steps=3, callbacks=[SeedEachBatch(0), keys, take]).fit(module, loader)
+    losses, hits = [], []
+    for (images, labels, _), key in zip(loader, keys.keys, strict=True):
+        drawn = mix.draw(key, height=8, width=8)
+        with torch.no_grad():
+            logits = module(mix_images(images, drawn))
+        for lam, its in ((drawn.lam, labels), (1 - drawn.lam, labels.roll(1))):
+            losses.append(lam * functional.cross_entropy(logits, its, reduction="none"))
+            hits.append(lam * (logits.topk(5).indices == its[:, None]))  # (N, 5)
+    (metrics,) = take.taken
+    top1, top5 = (torch.cat(hits)[:, :k].sum().item() / 24 for k in (1, 5))
+    assert 0 < top1 < top5 < 1
+    assert metrics == pytest.approx((torch.cat(losses).sum().item() / 24, top1, top5), rel=1e-5)
+
+
+def test_batches_are_mixed_until_the_off_epoch() -> None:
+    keys = Keys()
+    module = frozen_classifier(mix=Mixing(mixup_alpha=1.0, off_epoch=-1), epochs=3, loss=keys.loss)
+    make_trainer(max_epochs=3, callbacks=[SeedEachBatch(0), keys]).fit(module, make_loader(24, 8))
+    assert len(set(keys.keys)) == 9
+    assert keys.label_ranks == {0: {2}, 1: {2}, 2: {1}}
+
+
 def test_training_metrics_continue_from_a_checkpoint() -> None:
     """Over more steps than are summed at once, with a checkpoint between them."""
     loader = make_loader(2 * (UNSUMMED_STEPS + 3), 2)
@@ -138,11 +187,14 @@ def test_training_metrics_continue_from_a_checkpoint() -> None:
     assert_means(take.taken[0], resumed, [*batches[: UNSUMMED_STEPS + 1], *batches[:2]])
 
 
-def test_training_metrics_do_not_depend_on_where_a_training_was_stopped() -> None:
-    """Nor on what each rank has counted: sums of losses between 1e-9 and 1e3."""
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_training_metrics_do_not_depend_on_where_a_training_was_stopped(is_mixed: bool) -> None:
+    """Nor on what each rank has counted: sums of losses between 1e-9 and 1e3, and of shares of labels."""
     generator = torch.Generator().manual_seed(0)
     losses = 10 ** (torch.rand(4096, generator=generator) * 12 - 9)
     logits, labels = torch.randn(4096, 7, generator=generator), torch.zeros(4096, dtype=torch.int64)
+    if is_mixed:
+        labels = (10 * torch.randn(4096, 7, generator=generator)).softmax(1)  # (N, K)
     module = SimpleNamespace(
         device="cpu", trainer=SimpleNamespace(strategy=SimpleNamespace(reduce=lambda sums, reduce_op: sums))
     )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.learning.losses import cross_entropy
+from models.learning.losses import binary_cross_entropy, cross_entropy
+from models.learning.mixing import Mixing
 from models.learning.schedules import cosine, exponential, milestones
 from pipeline.build.network import build_recipe
 from pipeline.cli.compose import compose
@@ -122,8 +123,21 @@ def test_a_loss_for_another_number_of_classes_is_accepted() -> None:
     assert make_recipe(loss=weighted).loss is weighted
 
 
+@pytest.mark.parametrize("loss", [cross_entropy, binary_cross_entropy, nn.CrossEntropyLoss(reduction="none")])
+def test_losses_of_probabilities_are_accepted_for_mixed_images(loss: nn.Module) -> None:
+    assert make_recipe(loss=loss, mix=Mixing(mixup_alpha=1.0)).loss is loss
+
+
 def total(logits: Tensor, labels: Tensor) -> float:
     return functional.cross_entropy(logits, labels).item()
+
+
+def by_place(logits: Tensor, labels: Tensor) -> Tensor:
+    return -logits.log_softmax(1)[torch.arange(len(labels)), labels]
+
+
+def of_the_first(logits: Tensor, labels: Tensor) -> Tensor:
+    return by_place(logits, labels if labels.ndim == 1 else labels[:, 0].long())
 
 
 @pytest.mark.parametrize(
@@ -160,6 +174,11 @@ def total(logits: Tensor, labels: Tensor) -> float:
         ({"loss": functional.cross_entropy}, r"one loss per image, \(N,\), and returns the shape \(\) for 2 images"),
         ({"loss": nn.CrossEntropyLoss()}, r"^loss=CrossEntropyLoss\(\): it must return one loss per image"),
         ({"loss": total}, "^loss=total: it must return one loss per image"),
+        (
+            {"loss": by_place, "mix": Mixing(mixup_alpha=1.0)},
+            r"^loss=by_place: mixed images need a loss that takes probabilities \(N, K\) as labels, such as cr",
+        ),
+        ({"loss": of_the_first, "mix": Mixing(mixup_alpha=1.0)}, "^loss=of_the_first: mixed images need a loss that"),
     ],
 )
 def test_an_impossible_recipe_is_refused(wrong: dict[str, object], message: str) -> None:

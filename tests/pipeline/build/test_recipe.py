@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from pipeline.build.network import build_recipe
+from data.shards.dataset import Dataset
+from models.learning.mixing import Mixing
+from pipeline.build.network import build_recipe, count_classes
 from pipeline.cli.compose import choices, compose
 
 KEYS = {
     "optimizer": ("optimizer", "base_lr", "base_batch_size", "lr_scaling"),
     "schedule": ("schedule", "warmup", "warmup_epochs", "warmup_steps"),
     "loss": ("loss",),
+    "mix": ("mix",),
 }
 PARTS = tuple(KEYS)
 
@@ -20,7 +24,7 @@ PARTS = tuple(KEYS)
 @pytest.mark.parametrize("recipe", choices("recipe"))
 def test_every_part_replaces_that_of_every_recipe(recipe: str) -> None:
     changes = [(part, choice) for part in PARTS for choice in choices(part)]
-    assert len(changes) >= 12
+    assert len(changes) >= 16
     for part, choice in changes:
         config = compose("train", ["+model=resnet", f"recipe={recipe}", f"{part}={choice}"])
         build_recipe(config)
@@ -31,6 +35,25 @@ def test_every_part_replaces_that_of_every_recipe(recipe: str) -> None:
 
 def test_parts_are_called_without_hydra() -> None:
     recipe = build_recipe(compose("train", ["+model=resnet"]))
-    assert [type(getattr(recipe, part)) for part in PARTS] == [partial] * 3
+    assert [type(getattr(recipe, part)) for part in ("optimizer", "schedule", "loss")] == [partial] * 3
     assert recipe.optimizer.keywords["momentum"] == 0.9
     assert recipe.loss.keywords == {"label_smoothing": 0.1}
+
+
+def test_images_are_mixed_where_the_config_says_so() -> None:
+    expected = {
+        "none": None,
+        "mixup": Mixing(mixup_alpha=0.2),
+        "cutmix": Mixing(cutmix_alpha=1.0),
+        "mixup_cutmix": Mixing(mixup_alpha=0.2, cutmix_alpha=1.0),
+    }
+    assert {
+        one: build_recipe(compose("train", ["+model=resnet", f"mix={one}"])).mix for one in choices("mix")
+    } == expected
+    assert build_recipe(compose("train", ["+model=resnet"])).mix is None
+
+
+def test_one_class_leaves_nothing_to_mix() -> None:
+    dataset = Dataset(Path(), Path(), "cats", ("cat",), (0, 0, 0), (1, 1, 1), {})
+    with pytest.raises(ValueError, match=r"^cats has one class: put its images into two or more"):
+        count_classes(compose("train", ["+model=resnet", "mix=mixup"]), dataset)

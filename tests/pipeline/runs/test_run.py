@@ -62,6 +62,14 @@ def test_averages_count_where_there_are_some(tmp_path: Path) -> None:
     assert settings_of(tmp_path, "checkpoint.keep=5").in_fingerprint == plain.in_fingerprint
 
 
+def test_mixing_counts_where_it_is_on(tmp_path: Path) -> None:
+    plain, same = settings_of(tmp_path), settings_of(tmp_path, "mix=none")
+    assert not [key for key in {**plain.in_name, **plain.in_fingerprint} if key.startswith("recipe.mix")]
+    assert (same.in_name, same.in_fingerprint) == (plain.in_name, plain.in_fingerprint)
+    changes = ([], ["mix=mixup"], ["mix=mixup", "recipe.mix.off_epoch=3"], ["mix=cutmix"])
+    assert len({open_run(settings_of(tmp_path, *words), DATASET).name for words in changes}) == 4
+
+
 def test_moving_a_class_changes_neither_name_nor_fingerprint(tmp_path: Path) -> None:
     here = settings_of(tmp_path)
     moved = settings_of(tmp_path, "classifier._target_=models.elsewhere.ResidualClassifier")

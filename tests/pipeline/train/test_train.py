@@ -167,6 +167,11 @@ def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Pat
         (["checkpoint.every_minutes=0"], "checkpoint.every_minutes=0 must be a number above 0, or null"),
         (["on_nonfinite=ignore"], "on_nonfinite=ignore is not one of stop, skip"),
         (["hang_seconds=0"], "hang_seconds=0 must be a number above 0"),
+        (["mix=mixup", "recipe.mix.mixup_alpha=-1"], "recipe.mix.mixup_alpha=-1 must be a number of at least 0"),
+        (["mix=mixup", "recipe.mix.mixup_alpha=0"], "recipe.mix.cutmix_alpha=0.0 is off, and so is mixup_alpha"),
+        (["mix=cutmix", "recipe.mix.probability=2"], "recipe.mix.probability=2 must be a number from 0 to 1"),
+        (["mix=cutmix", "data.batch_size=1"], "data.batch_size=1 leaves an image no other to be mixed with"),
+        (["loss=binary_cross_entropy", "recipe.loss.target_threshold=1"], "recipe.loss.target_threshold=1 must be at"),
         (["augment.training.scale=[0.5]"], "augment.training.scale=[0.5] must be a range of two numbers"),
     ],
 )
@@ -210,6 +215,13 @@ def test_a_shortened_epoch_ends_with_an_evaluation(
     plan = TrainingPlan(split, seed=0, shuffle_window=4_000_000, batch_size=20)
     expected = [tuple(plan.samples(epoch, step).tolist()) for epoch in range(3) for step in range(3)]
     assert samples == expected
+
+
+def test_mixing_is_announced(train: Typed, with_digits: Path) -> None:
+    short = ("recipe.epochs=1", "+trainer.limit_train_batches=1", "+trainer.limit_val_batches=1", "tracking=none")
+    assert not re.search("^mixing ", train("+model=lenet", *short), re.MULTILINE)
+    printed = train("+model=lenet", *short, "mix=mixup", "loss=binary_cross_entropy")
+    assert re.search(r"^mixing +mixup \(alpha 0.2\); train/top1 weighs the two labels", printed, re.MULTILINE)
 
 
 def test_a_refusal_is_one_sentence(run_verb: Run, with_digits: Path) -> None:
