@@ -33,19 +33,20 @@ class Augmentation:
             operations = self.policy.draw(samples, size=self.size, seed=seed, epoch=epoch)
         if self.erasing is not None:
             boxes = self.erasing.draw(samples, size=self.size, seed=seed, epoch=epoch)
-        return DrawnBatch(self, crops, operations, boxes, samples, key=(seed, epoch))
+        return DrawnBatch(self, crops, operations, boxes, samples, seed, epoch)
 
 
 @dataclass(frozen=True)
 class DrawnBatch:
-    """What was drawn for the samples of a batch, with `key` the seed and the epoch; its methods work in place."""
+    """The draws for the samples of a batch; the methods work in place."""
 
     augment: Augmentation
     crops: CropWindows
     operations: Operations | None
     boxes: Boxes | None
     samples: Samples
-    key: tuple[int, int]
+    seed: int
+    epoch: int
 
     def apply_operations(self, images: Tensor) -> None:
         """Apply the policy's operations to uint8 images (N, H, W, 3) on any device."""
@@ -55,4 +56,4 @@ class DrawnBatch:
     def erase(self, images: Tensor) -> None:
         """Erase the rectangles of normalised images (N, 3, H, W) on any device."""
         if self.augment.erasing is not None and self.boxes is not None:
-            self.augment.erasing.erase(images, self.boxes, samples=self.samples, key=self.key)
+            self.augment.erasing.erase(images, self.boxes, samples=self.samples, seed=self.seed, epoch=self.epoch)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from data.arguments import require
 from data.draws import Samples, uniform
 
-CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop.get_params
-DRAWS = 4 * CROP_ATTEMPTS + 1  # area, ratio, top and left of each attempt, then the flip
+ATTEMPTS = 10  # as in torchvision's RandomResizedCrop and RandomErasing
+DRAWS = 4 * ATTEMPTS + 1  # area, ratio, top and left of each attempt, then the flip
 
 
 class CropWindows(NamedTuple):
@@ -110,22 +110,46 @@ class EvaluationCrop:
         return CropWindows(anchor.astype(np.int32), shape, np.zeros(len(sizes), np.int32), roi_start, roi_end)
 
 
-def random_resized_crop(
-    sizes: NDArray[np.int64], draws: NDArray[np.float64], *, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Compute torchvision's RandomResizedCrop: sizes (N, 2), draws (N, 40) in [0, 1) -> anchors and shapes (N, 2)."""
-    area_draw, ratio_draw, top_draw, left_draw = draws.reshape(len(draws), 4, CROP_ATTEMPTS).transpose(1, 0, 2)
+class Rectangles(NamedTuple):
+    """Rectangles in images, rows before columns; only those count that `fits`."""
+
+    anchor: NDArray[np.int64]  # (N, 2) first row and column
+    shape: NDArray[np.int64]  # (N, 2) rows and columns
+    fits: NDArray[np.bool_]  # (N,)
+
+
+def draw_rectangles(
+    sizes: NDArray[np.int64],
+    draws: NDArray[np.float64],
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    largest: NDArray[np.int64],
+) -> Rectangles:
+    """Draw a rectangle per image, with a share of the area in `scale` and width / height in `ratio`, as torchvision.
+
+    The first of ten attempts counts that is at most as large as `largest`.
+    Shapes: sizes and largest (N, 2) height and width, draws (N, 40) in [0, 1).
+    """
+    area_draw, ratio_draw, top_draw, left_draw = draws.reshape(len(draws), 4, ATTEMPTS).transpose(1, 0, 2)
     area = sizes.prod(axis=1)[:, None] * (scale[0] + area_draw * (scale[1] - scale[0]))  # (N, attempts)
     aspect = np.exp(np.log(ratio[0]) + ratio_draw * (np.log(ratio[1]) - np.log(ratio[0])))
     shape = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], axis=2).astype(np.int64)
-    fits = ((shape > 0) & (shape <= sizes[:, None])).all(axis=2)  # (N, attempts)
+    fits = ((shape > 0) & (shape <= largest[:, None])).all(axis=2)  # (N, attempts)
     image, attempt = np.arange(len(sizes)), fits.argmax(axis=1)
     chosen = shape[image, attempt]  # (N, 2)
     position = np.stack([top_draw[image, attempt], left_draw[image, attempt]], axis=1)
     anchor = np.floor(position * (sizes - chosen + 1)).astype(np.int64)
-    largest = _largest_within(sizes, ratio)
-    none = ~np.any(fits, axis=1, keepdims=True)  # (N, 1), after ten attempts the largest central crop
-    return np.where(none, (sizes - largest) // 2, anchor), np.where(none, largest, chosen)
+    return Rectangles(anchor, chosen, np.any(fits, axis=1))
+
+
+def random_resized_crop(
+    sizes: NDArray[np.int64], draws: NDArray[np.float64], *, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Compute torchvision's RandomResizedCrop: sizes (N, 2), draws (N, 40) in [0, 1) -> anchors and shapes (N, 2)."""
+    found = draw_rectangles(sizes, draws, scale=scale, ratio=ratio, largest=sizes)
+    largest, fits = _largest_within(sizes, ratio), found.fits[:, None]  # otherwise the largest central crop
+    return np.where(fits, found.anchor, (sizes - largest) // 2), np.where(fits, found.shape, largest)
 
 
 def _largest_within(sizes: NDArray[np.int64], ratio: tuple[float, float]) -> NDArray[np.int64]:

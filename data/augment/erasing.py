@@ -3,7 +3,6 @@
 Zhong et al. 2020. Rectangles are torchvision's RandomErasing; like timm's, the noise has a number for every pixel.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.arguments import require
-from data.draws import ERASE, NOISE, Samples, uniform
-from data.draws import key as fold
+from data.augment.crops import ATTEMPTS, draw_rectangles
+from data.draws import ERASE, NOISE, Samples, key, uniform
 
-ATTEMPTS = 10  # as torchvision's RandomErasing.get_params
 FILLS = ("pixel", "constant")
 Boxes = NDArray[np.int64]  # (N, 4) top, left, height and width in pixels; a height of 0 erases nothing
 
@@ -45,13 +43,17 @@ class RandomErasing:
     def draw(self, samples: Samples, *, size: tuple[int, int], seed: int, epoch: int) -> Boxes:
         """Draw a rectangle per image of `size`, height and width: (N,) -> (N, 4)."""
         draws = uniform(samples, 4 * ATTEMPTS + 1, seed=seed, epoch=epoch, purpose=ERASE)
-        boxes = erased_boxes(size, draws[:, :-1], scale=self.scale, ratio=self.ratio)
-        return np.where(draws[:, -1:] < self.probability, boxes, 0)
+        sizes = np.tile(size, (len(samples), 1))
+        ratio = (1 / self.ratio[1], 1 / self.ratio[0])  # width / height
+        # Rectangles are smaller than the image, as torchvision's.
+        found = draw_rectangles(sizes, draws[:, :-1], scale=self.scale, ratio=ratio, largest=sizes - 1)
+        is_erased = found.fits & (draws[:, -1] < self.probability)
+        return np.where(is_erased[:, None], np.concatenate([found.anchor, found.shape], axis=1), 0)
 
-    def erase(self, images: Tensor, boxes: Boxes, *, samples: Samples, key: tuple[int, int]) -> None:
+    def erase(self, images: Tensor, boxes: Boxes, *, samples: Samples, seed: int, epoch: int) -> None:
         """Erase the rectangles in place: images (N, 3, H, W), normalised, on any device.
 
-        The noise is a function of the sample, of the `key` of seed and epoch, and of the kind of device.
+        The noise is a function of (seed, epoch, sample) and of the kind of device.
         """
         for number in np.flatnonzero(boxes[:, 2]).tolist():
             top, left, height, width = boxes[number].tolist()
@@ -60,22 +62,5 @@ class RandomErasing:
                 box.zero_()
                 continue
             generator = torch.Generator(images.device)
-            generator.manual_seed(int(fold(NOISE, *key, int(samples[number]))))
+            generator.manual_seed(int(key(NOISE, seed, epoch, int(samples[number]))))
             box.copy_(torch.randn(box.shape, generator=generator, device=images.device))
-
-
-def erased_boxes(
-    size: tuple[int, int], draws: NDArray[np.float64], *, scale: Sequence[float], ratio: Sequence[float]
-) -> Boxes:
-    """Compute torchvision's rectangles: height and width, draws (N, 40) in [0, 1) -> (N, 4), zeros where none fits."""
-    height, width = size
-    area_draw, ratio_draw, top_draw, left_draw = draws.reshape(len(draws), 4, ATTEMPTS).transpose(1, 0, 2)
-    area = height * width * (scale[0] + area_draw * (scale[1] - scale[0]))  # (N, attempts)
-    aspect = np.exp(np.log(ratio[0]) + ratio_draw * (np.log(ratio[1]) - np.log(ratio[0])))
-    shape = np.stack([np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))], axis=2).astype(np.int64)
-    fits = ((shape > 0) & (shape < [height, width])).all(axis=2)  # (N, attempts)
-    image, attempt = np.arange(len(draws)), fits.argmax(axis=1)
-    chosen = shape[image, attempt]  # (N, 2)
-    position = np.stack([top_draw[image, attempt], left_draw[image, attempt]], axis=1)
-    corner = np.floor(position * (np.array(size) - chosen + 1)).astype(np.int64)
-    return np.where(np.any(fits, axis=1, keepdims=True), np.concatenate([corner, chosen], axis=1), 0)

@@ -45,7 +45,10 @@ def rotate(degrees: Tensor, size: tuple[int, int]) -> Affine:
 
 
 def shift(images: Tensor, pixels: int, *, axis: int, fill: Fill) -> Tensor:
-    """Move images along an axis, 1 or 2, by whole pixels: the same as `warp`, at a twentieth of its cost on a CPU."""
+    """Move images along an axis, 1 or 2, by an integer number of pixels.
+
+    The result is that of `warp`, at a twentieth of its cost on a CPU.
+    """
     left = max(images.shape[axis] - abs(pixels), 0)  # of the image
     moved = torch.empty_like(images).copy_(torch.tensor(fill, dtype=images.dtype))
     if left:

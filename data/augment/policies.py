@@ -37,7 +37,7 @@ class Choice(NamedTuple):
     """An operation of a policy, whose magnitude goes from `start` at level 0 to `stop` at level 1.
 
     `signed` negates it for half of the images; `base` is added after that. `unit` is "width" or "height" of the image,
-    or nothing. `whole` drops the fraction, as Python's `int` does.
+    or nothing. `truncated` drops the fraction, as Python's `int` does.
     """
 
     operation: str
@@ -46,13 +46,13 @@ class Choice(NamedTuple):
     signed: bool = False
     base: float = 0.0
     unit: str = ""
-    whole: bool = False
+    truncated: bool = False
 
     def magnitudes(self, levels: Draws, *, negated: NDArray[np.bool_], size: tuple[int, int]) -> Draws:
         """Return the magnitudes at levels from 0 to 1, some of them negated."""
         scale = {"height": size[0], "width": size[1]}.get(self.unit, 1)
         values = (self.start + (self.stop - self.start) * levels) * scale
-        values = np.trunc(values) if self.whole else values
+        values = np.trunc(values) if self.truncated else values
         return np.where(negated & self.signed, -values, values) + self.base
 
 
@@ -74,26 +74,26 @@ def _colour(strength: float, *, lost_bits: int) -> tuple[Choice, ...]:
     )
 
 
-PIXELS = [Choice(name, 0, 32, signed=True, whole=True) for name in ("translate_x", "translate_y")]
+PIXELS = [Choice(name, 0, 32, signed=True, truncated=True) for name in ("translate_x", "translate_y")]
 SHARES = [  # of the image's side
-    Choice(f"translate_{axis}", 0, 150 / 331, signed=True, unit=unit, whole=True)
+    Choice(f"translate_{axis}", 0, 150 / 331, signed=True, unit=unit, truncated=True)
     for axis, unit in (("x", "width"), ("y", "height"))
 ]
 WIDE = (Choice(IDENTITY), *_geometric(0.99, 135, translations=PIXELS), *_colour(0.99, lost_bits=6))
 NARROW = (Choice(IDENTITY), *_geometric(0.3, 30, translations=SHARES), *_colour(0.9, lost_bits=4), Choice("invert"))
 TIMM_SHARED = (
-    *(Choice("autocontrast"), Choice("equalize"), Choice("invert"), Choice("solarize_add", 0, 110, whole=True)),
-    *_geometric(0.3, 30, translations=[one._replace(stop=0.45, whole=False) for one in SHARES]),
+    *(Choice("autocontrast"), Choice("equalize"), Choice("invert"), Choice("solarize_add", 0, 110, truncated=True)),
+    *_geometric(0.3, 30, translations=[one._replace(stop=0.45, truncated=False) for one in SHARES]),
 )
 ENHANCED = ("saturation", "contrast", "brightness", "sharpness")
 TIMM = (
     *TIMM_SHARED,
-    *(Choice("posterize", 0, 4, whole=True), Choice("solarize", 0, 256, whole=True)),
+    *(Choice("posterize", 0, 4, truncated=True), Choice("solarize", 0, 256, truncated=True)),
     *(Choice(name, 0.1, 1.9) for name in ENHANCED),
 )
 TIMM_INCREASING = (
     *TIMM_SHARED,
-    *(Choice("posterize", 0, -4, base=4, whole=True), Choice("solarize", 0, -256, base=256, whole=True)),
+    *(Choice("posterize", 0, -4, base=4, truncated=True), Choice("solarize", 0, -256, base=256, truncated=True)),
     *(Choice(name, 0, 0.9, signed=True, base=1) for name in ENHANCED),
 )
 

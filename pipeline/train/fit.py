@@ -19,7 +19,7 @@ from data.memory import GPU_MEMORY, exhausted_memory
 from data.shards.dataset import write_atomically
 from models.arguments import require
 from models.learning.evaluation import TOP5
-from models.learning.norms import shorten_windows
+from models.norms import shorten_windows
 from pipeline.build.choice import Choice
 from pipeline.build.settings import Again
 from pipeline.build.trainer import accept_ntasks, launched_ranks, limit_threads

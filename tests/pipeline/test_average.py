@@ -69,7 +69,7 @@ def test_the_newest_checkpoints_of_a_run_have_a_mean(average: Typed, trained: Pa
 def test_norms_get_the_statistics_of_training_images(average: Typed, trained: Path) -> None:
     average("run=kept", "last=2", "norm_images=0", "out=mean")
     printed = average("run=kept", "last=2", "norm_images=1000", "out=estimated")
-    assert "norms       statistics of 1,024 training images\n" in printed  # whole batches
+    assert "norms       statistics of 1,024 training images\n" in printed  # complete batches
     mean, found = (weights(trained / name / "checkpoints" / "last.ckpt") for name in ("mean", "estimated"))
     changed = {name for name in found if not np.array_equal(found[name], mean[name])}
     assert changed == {name for name in found if name.endswith(("running_mean", "running_var"))}

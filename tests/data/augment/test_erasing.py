@@ -44,7 +44,7 @@ def test_only_the_rectangle_changes(fill: str) -> None:
     boxes = erasing.draw(samples, size=SIZE, seed=1, epoch=2)
     before = torch.full((40, 3, *SIZE), 9.0).to(memory_format=torch.channels_last)
     images = before.clone()
-    erasing.erase(images, boxes, samples=samples, key=(1, 2))
+    erasing.erase(images, boxes, samples=samples, seed=1, epoch=2)
     is_inside = torch.zeros(40, 1, *SIZE, dtype=torch.bool)
     for mask, (top, left, height, width) in zip(is_inside, boxes.tolist(), strict=True):
         mask[:, top : top + height, left : left + width] = True
@@ -58,9 +58,9 @@ def test_only_the_rectangle_changes(fill: str) -> None:
         assert stats.kstest(inside.numpy()[:5000], stats.norm.cdf).pvalue > 1e-4
         assert len(inside.unique()) > 0.9 * len(inside)
     again = before[5:8].clone()  # as another rank would have them
-    erasing.erase(again, boxes[5:8], samples=samples[5:8], key=(1, 2))
+    erasing.erase(again, boxes[5:8], samples=samples[5:8], seed=1, epoch=2)
     assert torch.equal(again, images[5:8])
-    erasing.erase(again, boxes[5:8], samples=samples[5:8], key=(1, 3))
+    erasing.erase(again, boxes[5:8], samples=samples[5:8], seed=1, epoch=3)
     assert torch.equal(again, images[5:8]) == (fill == "constant")
 
 

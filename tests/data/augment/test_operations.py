@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import tarfile
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def photographs() -> Tensor:
                 with Image.open(tar.extractfile(member)) as image:  # type: ignore[arg-type]  # a file has one
                     images.append(np.asarray(image.convert("RGB").resize((64, 53))))
     for number in range(len(images), PHOTOGRAPHS):
-        with Image.open(__import__("io").BytesIO(make_jpeg(53, 64, seed=number))) as image:
+        with Image.open(io.BytesIO(make_jpeg(53, 64, seed=number))) as image:
             images.append(np.asarray(image))
     return torch.from_numpy(np.stack(images))
 

@@ -69,6 +69,8 @@ GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
         (["+model=resnet", "lr=1"], "there is no lr: did you mean recipe.optimizer.lr?"),
         (["+model=resnet", "data.root=null"], "data.root=null is not a string"),
         (["+experiment=cifar10_resnet18", "experiment=cifar10_resnet18"], "needs a plus"),
+        (["+model=resnet", "policy=trivail"], "did you mean trivial?"),
+        (["+model=resnet", "policy=[trivial,jitter]"], "are alternatives: choose policy=trivial or policy=jitter"),
         (["+model=resnet", "source=folder"], "train has no group source, pack has"),
         (
             ["+model=resnet,resnt", "-m"],

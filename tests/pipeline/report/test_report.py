@@ -151,7 +151,7 @@ def test_a_report_uses_a_file_of_weights(report: Typed, tmp_path: Path) -> None:
         (("+model=lenet", "out=broken.jpg/here"), "out=broken.jpg/here is not a writable folder: see "),
         (("+model=lenet", "photographs=broken.jpg"), "photographs: broken.jpg cannot be read: cannot identify"),
         (("+model=lenet", "photographs=nowhere"), "photographs=nowhere: there is no image"),
-        (("+model=lenet", "data=digits"), "report has no group data, train has"),
+        (("+model=lenet", "data=digits"), "report has no group data, preview and train have"),
         (("+model=resnet", "layers=every"), "layers=every is not one of some, all, none"),
         (("+model=resnet", "batch_size=0"), "batch_size=0 must be an integer of at least 1"),
         (("+model=resnet", "effective_images=-1"), "effective_images=-1 must be an integer of at least 0"),

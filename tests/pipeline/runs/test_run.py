@@ -118,6 +118,14 @@ def test_a_changed_config_is_noticed(tmp_path: Path) -> None:
     assert load_record(file).seed == 1
 
 
+def test_crops_that_were_recorded_under_another_module_are_found(tmp_path: Path) -> None:
+    file, text = tmp_path / "config.yaml", settings_of(tmp_path).record
+    before = text.replace("data.augment.crops.", "data.loading.crops.")
+    assert before.count("data.loading.crops.") == 2
+    file.write_text(with_digest(before))
+    assert load_record(file).augment.evaluation._target_ == "data.augment.crops.EvaluationCrop"
+
+
 def test_a_damaged_id_of_a_page_is_none(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for content, expected in ((b"1a2b\n", "1a2b"), (b"\xff\xfe", ""), (b"a/b c", ""), (b"", "")):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.layers import batch_norms
-from models.learning.norms import shorten_windows
+from models.norms import shorten_windows
 from tests.support.networks import build
 
 
