@@ -5,7 +5,7 @@ publication. It raises ValueError for an unknown variant, an impossible option, 
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypedDict, TypeVar
 
 from torch import nn
@@ -24,7 +24,8 @@ class Options(TypedDict, total=False):
 
     num_classes: int
     in_channels: int
-    image_size: int | None  # side in pixels; up to 64, the stem has no early stride. Most networks run on others too
+    # Side in pixels, of rectangles the longer one. Up to 64, the stem has no early stride. Most networks run on others.
+    image_size: int | Sequence[int] | None
     dropout: float | None  # rate before the last linear layer; in AlexNet and VGG before two of the three
     stochastic_depth: float | None  # rate of the last block, falling linearly to 0 at the first
     norm_eps: float | None  # constants of the batch norms
@@ -64,7 +65,10 @@ def resolve_options(own: Settings, options: Options, *, at_least: int = 1) -> Se
     known = Settings._fields
     for name, value in sorted(options.items()):
         require(name in known, f"is not an option of networks: choose from {', '.join(known)}", **{name: value})
-    settings = Settings(**(own._asdict() | {name: value for name, value in options.items() if value is not None}))
+    given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(sides := given.get("image_size"), Sequence) and sides:
+        given["image_size"] = max(sides)
+    settings = Settings(**(own._asdict() | given))
     for name, value in settings._asdict().items():
         is_float = isinstance(Settings._field_defaults[name], float)
         types, words = ((int, float), "a number") if is_float else (int, "an integer")

@@ -68,7 +68,6 @@ class CornerCrop:
     """Show the upper left quarter."""
 
     image_size: int
-    has_margin = False
 
     def crops(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> CropWindows:
         """Crop. Shapes: sizes (N, 2), samples (N,) -> arrays of (N, ...)."""

@@ -1,4 +1,4 @@
-"""Apply the operations that a policy has drawn to a batch of images, those of one kind together."""
+"""Apply the operations that a policy has drawn to a batch of images."""
 
 from typing import NamedTuple
 
@@ -7,26 +7,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.augment import geometry, operations
-from data.augment.geometry import Fill, Geometry, shift, warp
-from data.augment.operations import Operation
+from data.augment.geometry import GEOMETRIC_OPERATIONS, Fill, warp
+from data.augment.opencv import change_image
+from data.augment.operations import PIXEL_OPERATIONS
 
 IDENTITY = "identity"
-PIXEL_OPERATIONS: dict[str, Operation] = {
-    operation.__name__: operation
-    for operation in (
-        *(operations.brightness, operations.contrast, operations.saturation, operations.sharpness),
-        *(operations.posterize, operations.solarize, operations.solarize_add, operations.invert),
-        *(operations.autocontrast, operations.equalize, operations.hue, operations.blur),
-    )
-}
-GEOMETRIC_OPERATIONS: dict[str, Geometry] = {
-    operation.__name__: operation
-    for operation in (
-        *(geometry.shear_x, geometry.shear_y, geometry.translate_x, geometry.translate_y, geometry.rotate),
-    )
-}
-AXES = {"translate_x": 2, "translate_y": 1}  # of images (N, H, W, 3)
 NAMES = (IDENTITY, *PIXEL_OPERATIONS, *GEOMETRIC_OPERATIONS)
 CODES = {name: code for code, name in enumerate(NAMES)}
 
@@ -41,23 +26,18 @@ class Operations(NamedTuple):
 def apply_operations(images: Tensor, drawn: Operations, *, fill: Fill) -> Tensor:
     """Apply the operations of each image, in place: uint8 (N, H, W, 3) on any device. `fill` comes in from outside."""
     if images.device.type == "cpu":
-        apply_singly(images, drawn, fill=fill)
+        apply_singly(images.numpy(), drawn, fill=fill)
     else:
         apply_together(images, drawn, fill=fill)
     return images
 
 
-def apply_singly(images: Tensor, drawn: Operations, *, fill: Fill) -> None:
+def apply_singly(images: NDArray[np.uint8], drawn: Operations, *, fill: Fill) -> None:
     """Apply the operations to one image after another, which stays in the processor's cache."""
-    for image, codes, magnitudes in zip(
-        torch.split(images, 1), drawn.codes.tolist(), drawn.magnitudes.tolist(), strict=True
-    ):
+    for image, codes, magnitudes in zip(images, drawn.codes.tolist(), drawn.magnitudes.tolist(), strict=True):
         for code, magnitude in zip(codes, magnitudes, strict=True):
-            name = NAMES[code]
-            if name in AXES and magnitude.is_integer():
-                image.copy_(shift(image, int(magnitude), axis=AXES[name], fill=fill))
-            elif name != IDENTITY:
-                image.copy_(_apply(name, image, magnitudes=torch.tensor([magnitude]), fill=fill))
+            if code != CODES[IDENTITY]:
+                image[:] = change_image(NAMES[code], image, magnitude=magnitude, fill=fill)
 
 
 def apply_together(images: Tensor, drawn: Operations, *, fill: Fill) -> None:

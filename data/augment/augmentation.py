@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.augment.apply import Operations, apply_operations
-from data.augment.crops import CropPolicy, CropWindows
+from data.augment.crops import CropPolicy, CropWindows, height_and_width
 from data.augment.erasing import Boxes, RandomErasing
 from data.augment.policies import Policy
 from data.draws import Samples
@@ -24,7 +24,7 @@ class Augmentation:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
-        return self.crop.image_size, self.crop.image_size
+        return height_and_width(self.crop.image_size)
 
     def draw(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> "DrawnBatch":
         """Draw for a batch, a function of (seed, epoch, sample) alone. Shapes: sizes (N, 2), samples (N,)."""

@@ -4,7 +4,9 @@ Constants and rounding are those of torchvision's reference presets for classifi
 RandomHorizontalFlip in training, Resize and CenterCrop in evaluation.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,14 +15,26 @@ from numpy.typing import NDArray
 from data.arguments import require
 from data.draws import Samples, uniform
 
+ImageSize = int | Sequence[int]  # side of a square in pixels, or height and width
+Levels = tuple[int, int, int]
+MEAN_COLOUR: Levels = (124, 116, 104)  # of ImageNet
 ATTEMPTS = 10  # as in torchvision's RandomResizedCrop and RandomErasing
 DRAWS = 4 * ATTEMPTS + 1  # area, ratio, top and left of each attempt, then the flip
+
+
+class Fit(StrEnum):
+    """How an image, or in training a random crop of it, becomes the output: cut, padded, or squashed to its shape."""
+
+    CROP = "crop"
+    PAD = "pad"
+    SQUASH = "squash"
 
 
 class CropWindows(NamedTuple):
     """The rectangle to decode of each image, and its part that becomes the output; rows before columns, contiguous.
 
-    The part is [roi_start, roi_end) in pixels of the rectangle, None all of it. Pixels around it feed the filter.
+    The part is [roi_start, roi_end) in pixels of the rectangle, None all of it. Pixels around it feed the filter. With
+    `resized` the part becomes so many rows and columns of the output, from `offset` on; None: all of them.
     """
 
     anchor: NDArray[np.int32]  # (N, 2) first row and column to decode
@@ -28,6 +42,8 @@ class CropWindows(NamedTuple):
     mirror: NDArray[np.int32]  # (N,) 1 flips left and right
     roi_start: NDArray[np.float32] | None = None  # (N, 2)
     roi_end: NDArray[np.float32] | None = None  # (N, 2)
+    resized: NDArray[np.float32] | None = None  # (N, 2)
+    offset: NDArray[np.int32] | None = None  # (N, 2)
 
 
 @runtime_checkable
@@ -35,33 +51,49 @@ class CropPolicy(Protocol):
     """Chooses the crop of each image. To add one: a class with these members and a YAML in `conf/augment/`."""
 
     @property
-    def image_size(self) -> int:
-        """Side of the square output in pixels."""
-
-    @property
-    def has_margin(self) -> bool:
-        """Whether `crops` sets roi_start and roi_end."""
+    def image_size(self) -> ImageSize:
+        """Side of a square output in pixels, or height and width."""
 
     def crops(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> CropWindows:
-        """Choose one crop per image. Shapes: sizes (N, 2) height and width, samples (N,) -> arrays of (N, ...)."""
+        """Choose one crop per image; whether an array is None does not depend on the images.
+
+        Shapes: sizes (N, 2) height and width, samples (N,) -> arrays of (N, ...).
+        """
+
+
+def height_and_width(image_size: ImageSize) -> tuple[int, int]:
+    """Return both sides of a size in pixels. Raises: ValueError for anything that is none."""
+    sides = list(image_size) if isinstance(image_size, Sequence) else [image_size, image_size]
+    is_size = len(sides) == 2 and all(isinstance(side, int) and side >= 1 for side in sides)
+    require(is_size, "must be a number of pixels of at least 1, or [HEIGHT,WIDTH]", image_size=image_size)
+    return sides[0], sides[1]
+
+
+def describe_size(image_size: ImageSize) -> str:
+    """Return a size in words: 224, or 128x256 for height and width."""
+    height, width = height_and_width(image_size)
+    return str(height) if height == width else f"{height}x{width}"
 
 
 @dataclass(frozen=True)
 class TrainingCrop:
-    """Random crop with a share of the area in `scale`, width / height in `ratio`, mirrored with probability `flip`.
+    """Random crop with a share of the area in `scale`, mirrored with probability `flip`.
 
-    Szegedy et al. 2015, section 6. Raises: ValueError for an invalid range or probability.
+    Szegedy et al. 2015, section 6. The ratio of its width and height is drawn from `ratio`, relative to the output's
+    with fit="crop", else relative to the image's. With fit="pad" it keeps that ratio, and the rest of the output has
+    the levels `fill`; otherwise it is squashed to the output's shape.
+    Raises: ValueError for an invalid size, fit, range or probability.
     """
 
-    image_size: int
+    image_size: ImageSize
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
-
-    has_margin = False
+    fit: str = Fit.CROP
+    fill: Sequence[int] = MEAN_COLOUR
 
     def __post_init__(self) -> None:
-        require(self.image_size >= 1, "must be at least 1 pixel", image_size=self.image_size)
+        _check_output(self.image_size, self.fit, fill=self.fill)
         for name, value in (("scale", self.scale), ("ratio", self.ratio)):
             require(len(value) == 2, "must be a range of two numbers", **{name: list(value)})
         scale, ratio = list(self.scale), list(self.ratio)
@@ -72,42 +104,89 @@ class TrainingCrop:
     def crops(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> CropWindows:
         """Draw one crop per image, a function of (seed, epoch, sample) alone."""
         draws = uniform(samples, DRAWS, seed=seed, epoch=epoch)  # (N, DRAWS)
-        anchor, shape = random_resized_crop(sizes, draws[:, :-1], scale=self.scale, ratio=self.ratio)
+        output = np.array(height_and_width(self.image_size))
+        shapes = output[None] if self.fit == Fit.CROP else sizes  # (1 or N, 2)
+        anchor, shape = random_resized_crop(
+            sizes, draws[:, :-1], scale=self.scale, ratio=self.ratio, relative_to=shapes[:, 1] / shapes[:, 0]
+        )
         mirror = (draws[:, -1] < self.flip).astype(np.int32)
-        return CropWindows(anchor.astype(np.int32), shape.astype(np.int32), mirror)
+        crops = CropWindows(anchor.astype(np.int32), shape.astype(np.int32), mirror)
+        if self.fit != Fit.PAD:
+            return crops
+        resized = _fit_within(output, shape)
+        offset = np.rint((output - resized) / 2)
+        return crops._replace(resized=resized.astype(np.float32), offset=offset.astype(np.int32))
 
 
 @dataclass(frozen=True)
 class EvaluationCrop:
-    """Central square of each image after a resize of its shorter side to image_size / crop_fraction.
+    """Centre of each image after a resize that makes it as large as `image_size` / `crop_fraction`.
 
-    224 and 0.875 are torchvision's Resize(256), CenterCrop(224). Raises: ValueError for a fraction outside (0, 1].
+    With fit="crop" no side is shorter than that: 224 and 0.875 are torchvision's Resize(256), CenterCrop(224). With
+    "pad" no side is longer, and the output has the levels `fill` around it; with "squash" both sides are as long.
+    Raises: ValueError for an invalid size or fit, or a fraction outside (0, 1].
     """
 
-    image_size: int
+    image_size: ImageSize
     crop_fraction: float = 0.875
-
-    has_margin = True
+    fit: str = Fit.CROP
+    fill: Sequence[int] = MEAN_COLOUR
 
     def __post_init__(self) -> None:
-        require(self.image_size >= 1, "must be at least 1 pixel", image_size=self.image_size)
+        _check_output(self.image_size, self.fit, fill=self.fill)
         require(0 < self.crop_fraction <= 1, "must be above 0 and at most 1", crop_fraction=self.crop_fraction)
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Height and width in pixels to which images are resized."""
+        height, width = height_and_width(self.image_size)
+        return round(height / self.crop_fraction), round(width / self.crop_fraction)
 
     def crops(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> CropWindows:
         """Return the central crop of each image; samples, seed and epoch do not matter.
 
         Only the crop and the reach of the resize filter are decoded, which gives the same pixels.
         """
-        # (N, 2), torchvision truncates the longer side
-        resized = round(self.image_size / self.crop_fraction) * sizes // sizes.min(axis=1, keepdims=True)
-        corner = np.rint((resized - self.image_size) / 2)  # Python's rounding, as torchvision's
+        output = np.array(height_and_width(self.image_size))
+        resized = self._resize(sizes)
+        taken = np.minimum(resized, output)
+        corner = np.rint((resized - taken) / 2)  # Python's rounding, as torchvision's
         pixels = sizes / resized  # (N, 2) input pixels per output pixel
-        start, end = corner * pixels, (corner + self.image_size) * pixels
+        start, end = corner * pixels, (corner + taken) * pixels
         support = np.ceil(np.maximum(pixels, 1)) + 1  # reach of the triangular filter
         anchor = np.maximum(np.floor(start - support), 0)
         shape = (np.minimum(np.ceil(end + support), sizes) - anchor).astype(np.int32)
         roi_start, roi_end = (start - anchor).astype(np.float32), (end - anchor).astype(np.float32)
-        return CropWindows(anchor.astype(np.int32), shape, np.zeros(len(sizes), np.int32), roi_start, roi_end)
+        crops = CropWindows(anchor.astype(np.int32), shape, np.zeros(len(sizes), np.int32), roi_start, roi_end)
+        if self.fit != Fit.PAD:
+            return crops
+        offset = np.rint((output - taken) / 2)
+        return crops._replace(resized=taken.astype(np.float32), offset=offset.astype(np.int32))
+
+    def _resize(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the sizes of the images after the resize: (N, 2) -> (N, 2)."""
+        frame = np.array(self.frame)
+        if self.fit == Fit.SQUASH:
+            return np.broadcast_to(frame, sizes.shape)
+        if self.fit == Fit.PAD:
+            return _fit_within(frame, sizes)
+        tight = (frame / sizes).argmax(axis=1)[:, None]  # (N, 1) the axis that needs the most enlarging
+        covering: NDArray[np.int64] = frame[tight] * sizes // np.take_along_axis(sizes, tight, axis=1)
+        return covering  # torchvision too truncates the other side
+
+
+def _check_output(image_size: ImageSize, fit: str, *, fill: Sequence[int]) -> None:
+    height_and_width(image_size)
+    require(fit in list(Fit), f"is not one of {', '.join(Fit)}", fit=fit)
+    is_colour = len(fill) == 3 and all(isinstance(level, int) and 0 <= level <= 255 for level in fill)
+    require(is_colour, "must be three levels of 0 to 255", fill=list(fill))
+
+
+def _fit_within(frame: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the largest sizes of the same shape within a frame: (2,), (N, 2) -> (N, 2)."""
+    tight = (frame / sizes).argmin(axis=1)[:, None]  # (N, 1)
+    fitted: NDArray[np.int64] = frame[tight] * sizes // np.take_along_axis(sizes, tight, axis=1)
+    return np.maximum(fitted, 1)
 
 
 class Rectangles(NamedTuple):
@@ -125,15 +204,17 @@ def draw_rectangles(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     largest: NDArray[np.int64],
+    relative_to: NDArray[np.float64] | float = 1.0,
 ) -> Rectangles:
     """Draw a rectangle per image, with a share of the area in `scale` and width / height in `ratio`, as torchvision.
 
-    The first of ten attempts counts that is at most as large as `largest`.
-    Shapes: sizes and largest (N, 2) height and width, draws (N, 40) in [0, 1).
+    The first of ten attempts counts that is at most as large as `largest`. The ratio is multiplied by `relative_to`.
+    Shapes: sizes and largest (N, 2) height and width, draws (N, 40) in [0, 1), relative_to (N,) or (1,).
     """
     area_draw, ratio_draw, top_draw, left_draw = draws.reshape(len(draws), 4, ATTEMPTS).transpose(1, 0, 2)
     area = sizes.prod(axis=1)[:, None] * (scale[0] + area_draw * (scale[1] - scale[0]))  # (N, attempts)
     aspect = np.exp(np.log(ratio[0]) + ratio_draw * (np.log(ratio[1]) - np.log(ratio[0])))
+    aspect = aspect * np.atleast_1d(relative_to)[:, None]
     shape = np.stack([np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))], axis=2).astype(np.int64)
     fits = ((shape > 0) & (shape <= largest[:, None])).all(axis=2)  # (N, attempts)
     image, attempt = np.arange(len(sizes)), fits.argmax(axis=1)
@@ -144,17 +225,28 @@ def draw_rectangles(
 
 
 def random_resized_crop(
-    sizes: NDArray[np.int64], draws: NDArray[np.float64], *, scale: tuple[float, float], ratio: tuple[float, float]
+    sizes: NDArray[np.int64],
+    draws: NDArray[np.float64],
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    relative_to: NDArray[np.float64] | float = 1.0,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Compute torchvision's RandomResizedCrop: sizes (N, 2), draws (N, 40) in [0, 1) -> anchors and shapes (N, 2)."""
-    found = draw_rectangles(sizes, draws, scale=scale, ratio=ratio, largest=sizes)
-    largest, fits = _largest_within(sizes, ratio), found.fits[:, None]  # otherwise the largest central crop
+    """Compute torchvision's RandomResizedCrop: sizes (N, 2), draws (N, 40) in [0, 1) -> anchors and shapes (N, 2).
+
+    The ratio of width and height is multiplied by `relative_to`, (N,) or (1,).
+    """
+    found = draw_rectangles(sizes, draws, scale=scale, ratio=ratio, largest=sizes, relative_to=relative_to)
+    largest, fits = _largest_within(sizes, ratio, relative_to=relative_to), found.fits[:, None]
+    # An image in which none fits has the largest central crop.
     return np.where(fits, found.anchor, (sizes - largest) // 2), np.where(fits, found.shape, largest)
 
 
-def _largest_within(sizes: NDArray[np.int64], ratio: tuple[float, float]) -> NDArray[np.int64]:
+def _largest_within(
+    sizes: NDArray[np.int64], ratio: tuple[float, float], *, relative_to: NDArray[np.float64] | float
+) -> NDArray[np.int64]:
     height, width = sizes[:, 0], sizes[:, 1]
-    aspect = width / height
-    fitted_height = np.where(aspect < ratio[0], np.rint(width / ratio[0]), height)
-    fitted_width = np.where(aspect > ratio[1], np.rint(height * ratio[1]), width)
+    aspect, (low, high) = width / height, (bound * relative_to for bound in ratio)
+    fitted_height = np.where(aspect < low, np.rint(width / low), height)
+    fitted_width = np.where(aspect > high, np.rint(height * high), width)
     return np.stack([fitted_height, fitted_width], axis=1).astype(np.int64)  # (N, 2)

@@ -44,16 +44,9 @@ def rotate(degrees: Tensor, size: tuple[int, int]) -> Affine:
     return cosine, -sine, zero, sine, cosine, zero
 
 
-def shift(images: Tensor, pixels: int, *, axis: int, fill: Fill) -> Tensor:
-    """Move images along an axis, 1 or 2, by an integer number of pixels.
-
-    The result is that of `warp`, at a twentieth of its cost on a CPU.
-    """
-    left = max(images.shape[axis] - abs(pixels), 0)  # of the image
-    moved = torch.empty_like(images).copy_(torch.tensor(fill, dtype=images.dtype))
-    if left:
-        moved.narrow(axis, max(pixels, 0), left).copy_(images.narrow(axis, max(-pixels, 0), left))
-    return moved
+GEOMETRIC_OPERATIONS: dict[str, Geometry] = {
+    operation.__name__: operation for operation in (shear_x, shear_y, translate_x, translate_y, rotate)
+}
 
 
 def warp(images: Tensor, affine: Affine, *, fill: Fill) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+GREY = (0.2989, 0.587, 0.114)  # weights of the channels: ITU-R BT.601
 BLUR_REACH, MAX_SIGMA = 8, 2.0  # pixels on each side, which are four of the largest deviation
 HALF = 128  # of the levels: only what is below gets brighter in `solarize_add`
 
@@ -25,7 +26,7 @@ def contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Blend with the mean of the grey image; 0 is grey, 1 the image itself."""
     grey = _grey(images)  # (N, H, W, 1)
     mean = (grey.to(torch.int64).sum((1, 2, 3)).double() / grey[0].numel()).float()
-    return _blend(images, _per_image(mean), factors=factors)
+    return blend(images, _per_image(mean), factors=factors)
 
 
 def saturation(images: Tensor, factors: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def sharpness(images: Tensor, factors: Tensor) -> Tensor:
     inner = levels[:, 1:-1, 1:-1]  # (N, H - 2, W - 2, 3)
     total = columns[:, :-2] + columns[:, 1:-1] + columns[:, 2:] + 4 * inner  # weights 1, and 5 in the middle
     sharpened = images.clone()
-    sharpened[:, 1:-1, 1:-1] = _blend(inner, (total / 13).round_(), factors=factors)
+    sharpened[:, 1:-1, 1:-1] = blend(inner, (total / 13).round_(), factors=factors)
     return sharpened
 
 
@@ -68,7 +69,12 @@ def solarize_add(images: Tensor, levels: Tensor) -> Tensor:
 
 def autocontrast(images: Tensor, _: Tensor) -> Tensor:
     """Stretch each channel to all levels; a channel of one level stays."""
-    low, high = images.amin(1).amin(1).float(), images.amax(1).amax(1).float()  # (N, 3); one axis is vectorised
+    low, high = images.amin(1).amin(1), images.amax(1).amax(1)  # (N, 3); one axis is vectorised
+    return stretch(images, low.float(), high=high.float())
+
+
+def stretch(images: Tensor, low: Tensor, *, high: Tensor) -> Tensor:
+    """Give the lowest level of each channel 0, and the highest 255: float32 (N, 3) each."""
     is_flat = high == low
     low, unit = low.masked_fill(is_flat, 0.0), ((high - low) * (1 / 255)).masked_fill(is_flat, 1.0)
     rows = images.flatten(2)  # (N, H, W * 3)
@@ -77,17 +83,22 @@ def autocontrast(images: Tensor, _: Tensor) -> Tensor:
 
 def equalize(images: Tensor, _: Tensor) -> Tensor:
     """Make the levels of each channel equally frequent."""
-    num_images, height, width, _channels = images.shape
+    num_images = len(images)
     first = 256 * torch.arange(num_images * 3, device=images.device).view(num_images, 3)
     places = (images.flatten(2) + _per_row(first, images)).view(-1)  # one histogram after another
     counts = torch.zeros(num_images * 3 * 256, dtype=torch.int64, device=images.device)
     counts = counts.scatter_add_(0, places, torch.ones_like(places)).view(-1, 256)  # (N * 3, 256)
-    last = counts.gather(1, images.amax(1).amax(1).view(-1, 1).long())  # of the highest level
-    step = (height * width - last) // 255  # (N * 3, 1)
+    return equalizing_tables(counts).view(-1).gather(0, places).view_as(images)
+
+
+def equalizing_tables(counts: Tensor) -> Tensor:
+    """Return the level for each level of a channel with so many pixels of each: int64 (M, 256) -> uint8 (M, 256)."""
+    levels = torch.arange(256, device=counts.device)
+    highest = ((counts > 0) * levels).amax(1, keepdim=True)  # (M, 1)
+    step = (counts.sum(1, keepdim=True) - counts.gather(1, highest)) // 255
     below = functional.pad(counts.cumsum(1), (1, -1))  # pixels with a lower level
-    tables = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255).to(torch.uint8)
-    tables = torch.where(step == 0, torch.arange(256, device=images.device, dtype=torch.uint8), tables)
-    return tables.view(-1).gather(0, places).view_as(images)
+    tables = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
+    return torch.where(step == 0, levels, tables).to(torch.uint8)
 
 
 def invert(images: Tensor, _: Tensor) -> Tensor:
@@ -125,6 +136,15 @@ def blur(images: Tensor, sigmas: Tensor) -> Tensor:
     return _to_levels(blurred.round_())
 
 
+PIXEL_OPERATIONS: dict[str, Operation] = {
+    operation.__name__: operation
+    for operation in (
+        *(brightness, contrast, saturation, sharpness, posterize, solarize, solarize_add, invert),
+        *(autocontrast, equalize, hue, blur),
+    )
+}
+
+
 def _mirrored(size: int, offset: int, *, device: torch.device) -> Tensor:
     """Return the places of 0..size-1 plus an offset, mirrored at the first and the last."""
     if size == 1:
@@ -134,12 +154,13 @@ def _mirrored(size: int, offset: int, *, device: torch.device) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """Weigh the channels as ITU-R BT.601 does: (N, H, W, 3) -> float32 (N, H, W, 1), integers."""
-    red, green, blue = images.unbind(3)
-    return (red * 0.2989 + green * 0.587 + blue * 0.114).floor_().unsqueeze(3)
+    """Weigh the channels: (N, H, W, 3) -> float32 (N, H, W, 1), integers."""
+    red, green, blue = (channel * weight for channel, weight in zip(images.unbind(3), GREY, strict=True))
+    return (red + green + blue).floor_().unsqueeze(3)
 
 
-def _blend(images: Tensor, others: Tensor, *, factors: Tensor) -> Tensor:
+def blend(images: Tensor, others: Tensor, *, factors: Tensor) -> Tensor:
+    """Return factor * image + (1 - factor) * other, without the fraction."""
     share = _per_image(factors)
     return _to_levels(images * share + others * (1 - share))
 

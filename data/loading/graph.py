@@ -1,6 +1,6 @@
 """From encoded images to batches: one DALI graph for every combination of decoder and device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -13,16 +13,23 @@ from nvidia.dali.tensors import TensorGPU, TensorListCPU, TensorListGPU
 from torch import Tensor
 
 from data.augment.augmentation import Augmentation
-from data.augment.crops import CropPolicy
+from data.augment.crops import MEAN_COLOUR, CropPolicy, CropWindows
 from data.loading.decoder import DecodeSettings, GpuDecoder
-from data.loading.steps import TorchOperations, TorchResize
+from data.loading.steps import PolicyOperations, TorchResize
 
 Resizer = Literal["torch", "dali"]
+PLAIN = CropWindows._fields[:3]  # of crops without a margin or padding
 
 
 def choose_resizer(decode: DecodeSettings, crop: CropPolicy) -> Resizer:
-    """Choose torch on a CPU, where it is a third cheaper, unless the crop has a margin, which only DALI supports."""
-    return "torch" if decode.graph_device is None and not crop.has_margin else "dali"
+    """Choose torch on a CPU, where it is a third cheaper, except for crops with a margin or padding."""
+    return "torch" if decode.graph_device is None and _arrays_of(crop) == PLAIN else "dali"
+
+
+def _arrays_of(crop: CropPolicy) -> tuple[str, ...]:
+    """Return the names of the arrays of a crop's windows."""
+    windows = crop.crops(np.ones((1, 2), np.int64), np.zeros(1, np.int64), seed=0, epoch=0)
+    return tuple(name for name, array in windows._asdict().items() if array is not None)
 
 
 def build_pipeline(
@@ -32,12 +39,12 @@ def build_pipeline(
     augment: Augmentation,
     batch_size: int,
 ) -> Pipeline:
-    """Build the graph: decode a rectangle, resize the crop in it, mirror, change, normalise to float32 (N, H, W, 3).
+    """Build the graph: decode a rectangle, resize its part, mirror, change, normalise to float32 (N, H, W, 3).
 
     With `decode.crops_only` it ends at the mirror, with uint8. `source` returns a list of encoded images, then the
     arrays of their `CropWindows`; then, with a policy and without `crops_only`, those of its `Operations`.
     """
-    crop, has_policy = augment.crop, augment.policy is not None and not decode.crops_only
+    arrays, has_policy = _arrays_of(augment.crop), augment.policy is not None and not decode.crops_only
     # exec_dynamic: the other executor overwrites batches that are still referenced. FULL: a batch is decoded while the
     # one before it is resized.
     with Pipeline(
@@ -48,11 +55,10 @@ def build_pipeline(
         exec_dynamic=True,
         concurrency=OperatorConcurrency.FULL,
     ) as pipeline:
-        num_outputs = (6 if crop.has_margin else 4) + (2 if has_policy else 0)
-        encoded, anchor, shape, mirror, *rest = fn.external_source(
-            source=source, num_outputs=num_outputs, batch=True, no_copy=True
-        )
-        region, operations = rest[: 2 * crop.has_margin], rest[2 * crop.has_margin :]
+        num_outputs = 1 + len(arrays) + (2 if has_policy else 0)
+        encoded, *inputs = fn.external_source(source=source, num_outputs=num_outputs, batch=True, no_copy=True)
+        windows, operations = dict(zip(arrays, inputs, strict=False)), inputs[len(arrays) :]
+        anchor, shape, mirror = (windows[name] for name in PLAIN)
         # Headers are parsed first: a decoder that meets one it cannot parse ends the process with SIGSEGV now and then.
         zero = 0 * fn.peek_image_shape(encoded, dtype=types.DALIDataType.INT32)[0]
         if decode.gpu_decoder is None or decode.gpu_decoder.regions:
@@ -60,11 +66,11 @@ def build_pipeline(
         else:
             encoded += fn.cast(zero, dtype=types.DALIDataType.UINT8)
         decoded = decode_crops(encoded, (anchor, shape), decoder=decode.gpu_decoder)
-        resized = _resize(decoded, region, augment=augment, decode=decode, batch_size=batch_size)
+        resized = _resize(decoded, windows, augment=augment, decode=decode, batch_size=batch_size)
         if decode.crops_only:
             output = mirror_images(resized, mirror, on_gpu=decode.graph_device is not None)
         elif augment.policy is not None:
-            change = TorchOperations(batch_size, augment.size, fill=augment.policy.fill, threads=decode.threads)
+            change = PolicyOperations(batch_size, augment.size, fill=augment.policy.fill, threads=decode.threads)
             mirrored = mirror_images(resized, mirror, on_gpu=False)
             changed = fn.python_function(
                 mirrored, *operations, function=change, batch_processing=True, output_layouts="HWC"
@@ -78,15 +84,26 @@ def build_pipeline(
 
 
 def _resize(
-    images: DataNode, region: Sequence[DataNode], *, augment: Augmentation, decode: DecodeSettings, batch_size: int
+    images: DataNode,
+    windows: Mapping[str, DataNode],
+    *,
+    augment: Augmentation,
+    decode: DecodeSettings,
+    batch_size: int,
 ) -> DataNode:
-    """Resize the decoded rectangles, or the region in each: uint8 (h, w, 3) -> (H, W, 3)."""
+    """Resize the decoded rectangles, or the part of each, and pad it: uint8 (h, w, 3) -> (H, W, 3)."""
     if choose_resizer(decode, augment.crop) == "torch":
         resize = TorchResize(batch_size, augment.size, threads=decode.threads)
         return fn.python_function(images, function=resize, batch_processing=True, output_layouts="HWC")
-    linear = types.DALIInterpType.INTERP_LINEAR
-    part = dict(zip(("roi_start", "roi_end"), region, strict=False))  # empty without a margin
-    return fn.resize(images, size=augment.size, interp_type=linear, antialias=True, **part)
+    options = {name: windows[name] for name in ("roi_start", "roi_end") if name in windows}
+    options |= {"interp_type": types.DALIInterpType.INTERP_LINEAR, "antialias": True}
+    if "resized" not in windows:
+        return fn.resize(images, size=augment.size, **options)
+    resized, fill = fn.resize(images, size=windows["resized"], **options), getattr(augment.crop, "fill", MEAN_COLOUR)
+    levels, start = [float(level) for level in fill], -windows["offset"]
+    return fn.slice(
+        resized, start=start, shape=augment.size, axis_names="HW", out_of_bounds_policy="pad", fill_values=levels
+    )
 
 
 def decode_crops(encoded: DataNode, rectangle: tuple[DataNode, DataNode], *, decoder: GpuDecoder | None) -> DataNode:

@@ -1,4 +1,4 @@
-"""Steps of the DALI graph that torch computes on a CPU, each on several threads."""
+"""Steps of the DALI graph that torch or OpenCV computes on a CPU, each on several threads."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +63,7 @@ class TorchResize:
             torch.ops.aten._upsample_bilinear2d_aa.out(image, size, align_corners=False, out=resized)
 
 
-class TorchOperations:
+class PolicyOperations:
     """The operations of a policy. Shapes: uint8 (H, W, 3), codes and magnitudes (S,) -> (H, W, 3)."""
 
     def __init__(self, batch_size: int, size: tuple[int, int], *, fill: Fill, threads: int) -> None:

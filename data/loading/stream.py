@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.augment.augmentation import Augmentation
-from data.augment.crops import CropPolicy
+from data.augment.crops import CropPolicy, height_and_width
 from data.loading.decoder import DecodeSettings
 from data.loading.graph import as_torch, build_pipeline, can_decode
 from data.loading.inputs import Source
@@ -68,7 +68,7 @@ class ImageStream:
             while more:
                 more = yield from self._decode_until_damage()
             if self._left:
-                yield self._finished(self._left, torch.empty(0, 3, self._crop.image_size, self._crop.image_size))
+                yield self._finished(self._left, torch.empty(0, 3, *height_and_width(self._crop.image_size)))
 
     def _decode_until_damage(self) -> Generator[DecodedBatch, None, bool]:
         """Yield batches; return whether some have to be decoded again."""

@@ -11,6 +11,11 @@ def cosine(progress: float, *, final_fraction: float = 0.0) -> float:
     return final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def linear(progress: float, *, final_fraction: float = 0.0) -> float:
+    """Fall by a straight line to `final_fraction`."""
+    return final_fraction + (1 - final_fraction) * (1 - progress)
+
+
 def exponential(progress: float, *, final_fraction: float = 0.01) -> float:
     """Fall by a constant factor per step to `final_fraction`.
 

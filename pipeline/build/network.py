@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from data.augment.crops import ImageSize, describe_size, height_and_width
 from models.analysis.trace import FORWARD_ERRORS, TraceError, dtype_of, trace
 from models.learning.averaging import Averaging
 from models.learning.recipe import Recipe
@@ -80,20 +81,20 @@ def network_name(config: DictConfig) -> str:
     return str(config.model.get("variant", config.model._target_))
 
 
-def check_image_sizes(config: DictConfig, net: nn.Module, *, sizes: Sequence[int]) -> None:
-    """Raise ValueError unless the network accepts square images of all these sides in pixels."""
-    for size in sorted({*sizes}):
+def check_image_sizes(config: DictConfig, net: nn.Module, *, sizes: Sequence[ImageSize]) -> None:
+    """Raise ValueError unless the network accepts images of all these sizes in pixels."""
+    for size in sorted({height_and_width(size) for size in sizes}):
         try:
             check_forward(net, size)
         except ValueError as error:
             network = f"{network_name(config)}, built for {config.model.get('image_size', 'other sizes')}"
-            raise ValueError(f"data.image_size={size} does not suit {network}: {error}") from error
+            raise ValueError(f"data.image_size={describe_size(size)} does not suit {network}: {error}") from error
 
 
-def check_forward(net: nn.Module, image_size: int) -> None:
-    """Raise ValueError, with the reason, unless a network accepts square RGB images of this side in pixels."""
+def check_forward(net: nn.Module, image_size: ImageSize) -> None:
+    """Raise ValueError, with the reason, unless a network accepts RGB images of this size in pixels."""
     try:
-        _run_forward(net, (2, 3, image_size, image_size))
+        _run_forward(net, (2, 3, *height_and_width(image_size)))
     except FORWARD_ERRORS as error:
         raise ValueError(str(error).partition("\n")[0]) from error
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 from omegaconf import OmegaConf
 from torch import nn
 
-from data.augment.crops import CropPolicy
+from data.augment.crops import CropPolicy, ImageSize
 from data.shards.dataset import Dataset
 from data.storage.local import Storage
 from data.storage.location import parse_root
@@ -39,7 +39,7 @@ class DatasetFacts(NamedTuple):
 class RecordedConfig:
     """The config that a run has recorded; network, recipe and data set are built on demand.
 
-    `trust` accepts any `_target_` in it. Images are squares of `image_size` pixels; `norm_eps` is None where the run
+    `trust` accepts any `_target_` in it. Images have `image_size` pixels; `norm_eps` is None where the run
     kept the network's own. Raises: ValueError for another file; ConfigError for an untrusted target.
     """
 
@@ -51,7 +51,7 @@ class RecordedConfig:
         self._config.trust = trust
         check_targets(self._config)
         self.network = network_name(config)
-        self.image_size: int = config.data.image_size
+        self.image_size: ImageSize = config.data.image_size
         self.num_classes: int = config.model.num_classes
         self.in_channels: int = config.model.get("in_channels", 3)
         self.batch_size: int = config.data.batch_size

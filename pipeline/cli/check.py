@@ -254,8 +254,9 @@ def _check_type(override: Override, default: object) -> None:
     key, value = override.key_or_group, override.value()
     name, allowed = KINDS[type(default)]
     is_interpolation = isinstance(value, str) and "${" in value
+    is_rectangle = key.endswith("image_size") and isinstance(value, list)  # height and width
     fits = isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
-    if not fits and not is_interpolation:
+    if not (fits or is_interpolation or is_rectangle):
         raise ConfigError(f"{key}={override.get_value_string()} is not {name} (default {default})")
 
 

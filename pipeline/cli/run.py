@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from data.children import end_with_parent
 from pipeline.cli.check import HELP, check_command_line, overrides_in
@@ -61,8 +61,10 @@ def check_config(config: DictConfig, overrides: Sequence[str], *, verb: Verb) ->
         check_server(OmegaConf.select(config, "tracking.uri"))
     for key, minimum in verb.minimums.items():
         value = OmegaConf.select(config, key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
-            raise ConfigError(f"{key}={value} must be an integer of at least {minimum}")
+        is_pair = key.endswith("image_size") and isinstance(value, ListConfig) and len(value) == 2
+        for number in value if is_pair else [value]:
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < minimum):
+                raise ConfigError(f"{key}={value} must be an integer of at least {minimum}")
     out = config.get("out")
     if out is not None and verb.out_is_folder and (out == "" or Path(str(out)).is_file()):
         raise ConfigError(f"out={out} {'is a file' if out else 'has no value'}: give a folder")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from data.augment.crops import describe_size, height_and_width
 from models.analysis.summary import summarize
 from models.learning.evaluation import top1_of
 from pipeline.build.network import build_without_values
@@ -43,7 +44,7 @@ class ComparedRun:
     dataset: str
     training_images: str
     top1_images: str
-    image_size: int
+    image_size: str
     top1: float | None
     interval: tuple[float, float] | None
     images: int | None
@@ -93,11 +94,11 @@ def read_run(restored: RestoredRun, *, split: str | None) -> ComparedRun:
 
     Raises: ValueError for a run that has not finished, or whose files are damaged.
     """
-    run, size = restored.run, restored.image_size
+    run, size = restored.run, height_and_width(restored.image_size)
     if not run.is_finished:
         raise ValueError(f"{run.folder} has not finished: train it to its end, or leave it out")
     net = build_without_values(restored.build_network)
-    summary = summarize(net, (restored.in_channels, size, size))
+    summary = summarize(net, (restored.in_channels, *size))
     last = summary.last_local_layer
     result, interval, images, answers = run.result(), None, None, Answers()
     top1 = result.get(top1_of(result.get("chosen_by")).key)
@@ -109,7 +110,8 @@ def read_run(restored: RestoredRun, *, split: str | None) -> ComparedRun:
         answers = _answers(folder / PREDICTIONS)
     return ComparedRun(
         run.name, str(run.folder), restored.network, restored.dataset_facts().name,
-        restored.split_digest("train") or "", restored.split_digest(split or "val") or "", size, top1, interval, images,
+        restored.split_digest("train") or "", restored.split_digest(split or "val") or "",
+        describe_size(size), top1, interval, images,
         summary.num_parameters, summary.macs / 1e9,
         None if last is None or last.local_size is None else float(max(last.local_size)),
         _rate(run), restored.build_recipe().epochs, _hours(run), answers,
@@ -146,14 +148,14 @@ def find_pareto_front(runs: Sequence[ComparedRun], costs: Sequence[float | None]
 
 def _evaluations(restored: RestoredRun) -> dict[str, Path]:
     """Return the folders of evaluations of the run's own images with its best weights, by split."""
-    image_size = restored.build_evaluation_crop().image_size
+    image_size = describe_size(restored.build_evaluation_crop().image_size)
     own = {"weights_sha256": restored.weights_sha256, "image_size": image_size}
     found: dict[str, Path] = {}
     for file in sorted(restored.run.evaluation.glob(f"*/{EVALUATION}")):
         try:
             evaluation = json.loads(file.read_text())
             images = restored.split_digest(str(evaluation["split"]))
-            is_own = all(evaluation[name] == value for name, value in own.items())
+            is_own = all(str(evaluation[name]) == value for name, value in own.items())
             is_own = is_own and evaluation.get("split_digest") == images
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error}): evaluate the run again") from error

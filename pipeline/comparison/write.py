@@ -16,8 +16,10 @@ from pipeline.pages.runs_page import Front, render_runs
 PAGE, TABLE, NUMBERS = "index.html", "comparison.parquet", "comparison.json"
 COSTS = {"parameters": "parameters, M", "gmacs": "multiply-adds, G", "images_per_second": "training, ms an image"}
 TYPES = {
-    **dict.fromkeys(("name", "folder", "network", "dataset", "training_images", "top1_images"), pa.string()),
-    **dict.fromkeys(("image_size", "images", "parameters", "epochs"), pa.int64()),
+    **dict.fromkeys(
+        ("name", "folder", "network", "dataset", "training_images", "top1_images", "image_size"), pa.string()
+    ),
+    **dict.fromkeys(("images", "parameters", "epochs"), pa.int64()),
 }
 
 

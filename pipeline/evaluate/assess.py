@@ -55,7 +55,7 @@ class Evaluation:
     reliability: Reliability
     calibrated_reliability: Reliability
     abstention: Abstention | None
-    sizes: Mapping[int, float]
+    sizes: Mapping[str, float]
     versus: Comparison | None = None
 
     @property
@@ -77,7 +77,7 @@ def assess(
     classes: Sequence[str],
     calibration: Calibration,
     fitted_on: str,
-    sizes: Mapping[int, float],
+    sizes: Mapping[str, float],
     seed: int = 0,
 ) -> Evaluation:
     """Compute everything that a page shows."""

@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.arguments import ArgumentError
 from data.augment.augmentation import Augmentation
-from data.augment.crops import CropPolicy, EvaluationCrop
+from data.augment.crops import CropPolicy, EvaluationCrop, ImageSize, height_and_width
 from data.loading.loader import Batch, Loader
 from data.loading.order import EvaluationPlan, StridedPlan
 from data.memory import memory_errors
@@ -94,7 +96,7 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join([*names[:NAMED], *(["..."] if len(names) > NAMED else [])])
 
 
-def crops_of_sizes(crop: CropPolicy, size: str | int | None) -> list[CropPolicy]:
+def crops_of_sizes(crop: CropPolicy, size: str | ImageSize | None) -> list[CropPolicy]:
     """Return the crops to try: the run's own, one of `size` pixels, or for "auto" up to 10 / 7 of its own.
 
     Raises: ValueError for anything else, or a crop that has no size to change.
@@ -104,9 +106,11 @@ def crops_of_sizes(crop: CropPolicy, size: str | int | None) -> list[CropPolicy]
     if not isinstance(crop, EvaluationCrop):
         raise ValueError(f"size={size} needs the run to evaluate with EvaluationCrop, not {type(crop).__name__}")
     if size == "auto":
-        step = STEP if crop.image_size % STEP == 0 else 1
-        sides = {round(crop.image_size * factor / step) * step for factor in SIZES}
-        return [replace(crop, image_size=side) for side in sorted(sides)]
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"size={size} is not auto, null or a number of pixels")
-    return [replace(crop, image_size=size)]
+        own = height_and_width(crop.image_size)
+        step = STEP if all(side % STEP == 0 for side in own) else 1
+        sizes = {tuple(round(side * factor / step) * step for side in own) for factor in SIZES}
+        return [replace(crop, image_size=one) for one in sorted(sizes)]
+    try:
+        return [replace(crop, image_size=cast(ImageSize, size))]
+    except ArgumentError as error:
+        raise ValueError(f"size={size} is not auto, null, a number of pixels or [HEIGHT,WIDTH]") from error

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from data.augment.crops import CropPolicy
+from data.augment.crops import CropPolicy, describe_size
 from data.shards.dataset import Dataset
 from data.shards.indexing import open_dataset
 from data.shards.parallel import share_of_cores
@@ -82,8 +82,9 @@ class EvaluationJob:
             evaluation = replace(evaluation, versus=compare(answers, versus, name=self.other.run.run.name))
         return evaluation, crop
 
-    def _sizes(self, accuracies: Sequence[float]) -> Mapping[int, float]:
-        return {crop.image_size: accuracy for crop, accuracy in zip(self.crops, accuracies, strict=True)}
+    def _sizes(self, accuracies: Sequence[float]) -> Mapping[str, float]:
+        sizes = [describe_size(crop.image_size) for crop in self.crops]
+        return dict(zip(sizes, accuracies, strict=True))
 
     def _answers(self, model: TrainedModel, *, split: str, crop: CropPolicy) -> Answers | None:
         answers = answer_split(
@@ -215,8 +216,10 @@ def _accepted(crops: Sequence[CropPolicy], model: TrainedModel, *, size: object)
         except ValueError as error:
             reason = str(error)
     if not accepted:
-        raise ValueError(f"size={size} does not suit {model.run.network}, trained with {model.image_size} px: {reason}")
+        raise ValueError(
+            f"size={size} does not suit {model.run.network}, trained with {describe_size(model.size)} px: {reason}"
+        )
     if len(accepted) == 1 and len(crops) > 1:
-        text = f"size={size}: {model.run.network} takes only {accepted[0].image_size} px"
+        text = f"size={size}: {model.run.network} takes only {describe_size(accepted[0].image_size)} px"
         print_line(main_console(), text)
     return accepted

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.metrics import confusion_matrix
 
-from data.augment.crops import CropPolicy
+from data.augment.crops import CropPolicy, describe_size
 from data.shards.dataset import Dataset, Index, write_atomically
 from data.shards.images import UnreadableImage, shrink
 from data.storage.local import Storage, read_bytes
@@ -39,7 +39,7 @@ class Subject(NamedTuple):
     dataset: str
     split: str
     split_digest: str
-    image_size: int
+    image_size: str
 
 
 def subject_of(model: TrainedModel, dataset: Dataset, *, split: str, crop: CropPolicy) -> Subject:
@@ -53,7 +53,7 @@ def subject_of(model: TrainedModel, dataset: Dataset, *, split: str, crop: CropP
         dataset=dataset.name,
         split=split,
         split_digest=dataset.splits[split].digest,
-        image_size=crop.image_size,
+        image_size=describe_size(crop.image_size),
     )
 
 
@@ -119,7 +119,7 @@ def numbers(evaluation: Evaluation, subject: Subject) -> dict[str, Any]:
             {"class": evaluation.classes[label], "predicted": evaluation.classes[predicted], "images": count}
             for label, predicted, count in worst_confusions(evaluation.answers, CONFUSIONS)
         ],
-        "sizes": {str(size): accuracy for size, accuracy in evaluation.sizes.items()},
+        "sizes": dict(evaluation.sizes),
         "versus": None
         if versus is None
         else {

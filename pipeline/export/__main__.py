@@ -18,6 +18,7 @@ from pipeline.cli.verb import Verb
 from pipeline.export.settings import MIN_OPSET, ONNX, Form, read_forms
 
 if TYPE_CHECKING:
+    from data.augment.crops import ImageSize
     from pipeline.export.files import Checks, Exported
     from pipeline.runs.restore import RestoredRun
     from pipeline.runs.trained import TrainedModel
@@ -67,7 +68,7 @@ def _default_folder(run: RestoredRun) -> Path:
     return run.run.export if run.is_best else run.run.export / run.weights_file.stem
 
 
-def _resize(model: TrainedModel, image_size: int) -> None:
+def _resize(model: TrainedModel, image_size: ImageSize) -> None:
     """Evaluate crops of another size. Raises: ConfigError when the network or the crop does not take it."""
     import torch
 
@@ -78,7 +79,7 @@ def _resize(model: TrainedModel, image_size: int) -> None:
         raise ConfigError(f"image_size={image_size}: {type(model.crop).__name__} has only its own size")
     model.crop = replace(model.crop, image_size=image_size)
     try:
-        model(torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8))
+        model(torch.zeros(1, *model.size, 3, dtype=torch.uint8))
     except FORWARD_ERRORS as error:
         built_for = getattr(model.net, "image_size", model.run.image_size)
         reason = str(error).partition("\n")[0]

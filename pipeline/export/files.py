@@ -102,7 +102,7 @@ def _write(model: TrainedModel, form: Form, *, path: Path, opset: int) -> str | 
         return write_tensors(model, form, path=path)
     stores_bfloat16 = form.format == ONNX and form.precision == "bfloat16"
     module = in_precision(model, "float32" if stores_bfloat16 else form.precision)
-    program = export_program(module, model.image_size)
+    program = export_program(module, model.size)
     if form.format == PROGRAM:
         write_program(program, path)
         return None

@@ -36,9 +36,9 @@ def in_precision(model: TrainedModel, precision: str) -> Probabilities:
     return Probabilities(net, model.facts, temperature=model.calibration.temperature).eval()
 
 
-def export_program(module: Probabilities, image_size: int) -> ExportedProgram:
+def export_program(module: Probabilities, size: tuple[int, int]) -> ExportedProgram:
     """Trace the model: uint8 (N, H, W, 3) -> float32 (N, K). Raises: ValueError if its steps depend on values."""
-    images = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
+    images = torch.zeros(2, *size, 3, dtype=torch.uint8)
     try:
         with torch.no_grad():
             program = torch.export.export(module, (images,), dynamic_shapes={INPUT: {0: Dim(BATCH, min=1)}})

@@ -43,10 +43,13 @@ def describe_model(model: TrainedModel) -> dict[str, object]:
 
 
 def describe_preprocessing(model: TrainedModel) -> dict[str, object]:
-    """Return crop, mean and standard deviation; `resize_shorter_side` only for the central crop."""
-    values: dict[str, object] = {"image_size": model.image_size}
-    if type(model.crop) is EvaluationCrop:
-        values |= {"resize_shorter_side": round(model.image_size / model.crop.crop_fraction), "crop": "center"}
+    """Return height and width, mean and standard deviation; how images get that size only for `EvaluationCrop`.
+
+    There an image is resized to at least, at most or exactly `frame`, depending on `fit`, and its centre is shown.
+    """
+    crop, values = model.crop, dict[str, object](size=list(model.size))
+    if type(crop) is EvaluationCrop:
+        values |= {"frame": list(crop.frame), "fit": str(crop.fit), "fill": list(crop.fill)}
         values["filter"] = "triangle, antialiased; beyond an edge its pixels repeat"
     else:
         values["crop"] = model.run.values("augment.evaluation")
@@ -54,15 +57,10 @@ def describe_preprocessing(model: TrainedModel) -> dict[str, object]:
 
 
 def onnx_facts(model: TrainedModel) -> dict[str, str]:
-    """Return the metadata of an ONNX file: everything between an image file and a class name."""
-    described = describe_model(model)
-    preprocessing = describe_preprocessing(model)
-    names = ("image_size", "resize_shorter_side")
-    facts = {name: str(preprocessing[name]) for name in names if name in preprocessing}
-    facts |= {name: str(described[name]) for name in ("run", "network", "temperature", "weights_sha256")}
-    if model.calibration.threshold is not None:
-        facts["threshold"] = str(model.calibration.threshold)
-    return facts | {"classes": json.dumps(model.classes, ensure_ascii=False)}
+    """Return the metadata of an ONNX file: everything between an image file and a class name, each value in JSON."""
+    names = ("size", "frame", "fit", "fill", "run", "network", "temperature", "threshold", "weights_sha256", "classes")
+    facts = {**describe_preprocessing(model), **describe_model(model)}
+    return {name: json.dumps(facts[name], ensure_ascii=False) for name in names if facts.get(name) is not None}
 
 
 def earlier_files(folder: Path, described: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:

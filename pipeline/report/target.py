@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from data.augment.crops import height_and_width
 from pipeline.build.network import build_module, build_network, build_recipe, build_without_values, network_name
 from pipeline.build.objects import build_object
 from pipeline.build.weights import WeightsFile
@@ -79,7 +80,7 @@ def _target_of_model(config: DictConfig) -> Target:
     if published is None and isinstance(timm_config, dict):
         channels, published, _ = timm_config["input_size"]
     size = config.data.image_size or published
-    if not isinstance(size, int):
+    if size is None:
         raise ValueError(f"{network_name(config)} is not built for one image size: add data.image_size=PIXELS")
 
     def load() -> nn.Module:
@@ -94,7 +95,9 @@ def _target_of_model(config: DictConfig) -> Target:
 
     optimizer = build_recipe(config).optimizer_factory()
     training = TrainingSettings(config.batch_size or BATCH_SIZE, config.precision or PRECISION, optimizer)
-    return Target(network_name(config), skeleton, (channels, size, size), training, weights.description, load)
+    return Target(
+        network_name(config), skeleton, (channels, *height_and_width(size)), training, weights.description, load
+    )
 
 
 def _find_run(config: DictConfig) -> FoundRun:
@@ -114,7 +117,7 @@ def _target_of_run(config: DictConfig) -> Target:
         weights.load_into(net, norm_eps=run.norm_eps)
         return net
 
-    optimizer, image_shape = run.build_recipe().optimizer_factory(), (run.in_channels, size, size)
+    optimizer, image_shape = run.build_recipe().optimizer_factory(), (run.in_channels, *height_and_width(size))
     training = TrainingSettings(config.batch_size or run.batch_size, config.precision or run.precision, optimizer)
     skeleton = build_without_values(run.build_network)
     return Target(run.network, skeleton, image_shape, training, weights.description, load)

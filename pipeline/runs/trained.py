@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from data.augment.crops import describe_size, height_and_width
 from data.loading.decoder import DecodeSettings
 from data.loading.inputs import Source, file_source
 from data.loading.stream import DecodedBatch, ImageStream
@@ -79,7 +80,7 @@ class Probabilities(nn.Module):
 class TrainedModel:
     """A run's network with its best weights, its classes and its preparation of images, in evaluation mode.
 
-    `model(images)` takes uint8 RGB crops (N, H, W, 3) of `image_size` and returns probabilities (N, K) on their device;
+    `model(images)` takes uint8 RGB crops (N, H, W, 3) of `size` and returns probabilities (N, K) on their device;
     `model.predict(["a.jpg"])` reads, crops and resizes files as an evaluation does.
     """
 
@@ -96,9 +97,9 @@ class TrainedModel:
         self.decode_settings = decode_settings_on(device, self.facts)
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the crops that the network takes."""
-        return self.crop.image_size
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the crops that the network takes."""
+        return height_and_width(self.crop.image_size)
 
     @property
     def calibration_advice(self) -> str | None:
@@ -110,7 +111,7 @@ class TrainedModel:
 
     def __repr__(self) -> str:
         """Name the run, the network, and what it takes and returns."""
-        shape = f"{self.image_size} px, {len(self.classes)} classes"
+        shape = f"{describe_size(self.size)} px, {len(self.classes)} classes"
         return f"{type(self).__name__}({self.run.run.folder}: {self.run.network}, {shape}, {self.device})"
 
     @torch.inference_mode()
@@ -120,9 +121,9 @@ class TrainedModel:
         Raises: ValueError for another type or shape.
         """
         images = torch.as_tensor(images)
-        side, shape = self.image_size, tuple(images.shape)
-        if images.dtype != torch.uint8 or images.ndim != 4 or shape[1:] != (side, side, 3):
-            raise ValueError(f"images are {images.dtype} {shape}, not torch.uint8 (N, {side}, {side}, 3)")
+        (height, width), shape = self.size, tuple(images.shape)
+        if images.dtype != torch.uint8 or images.ndim != 4 or shape[1:] != (height, width, 3):
+            raise ValueError(f"images are {images.dtype} {shape}, not torch.uint8 (N, {height}, {width}, 3)")
         probabilities: Tensor = self.probabilities(images.to(self.device))
         return probabilities
 

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from omegaconf import DictConfig, OmegaConf
 
+from data.augment.crops import describe_size
 from pipeline.build.augmentation import build_augmentation, build_evaluation_crop
 from pipeline.build.choice import build_choice
 from pipeline.build.network import (
@@ -33,7 +34,7 @@ def check_training(config: DictConfig) -> None:
     build_averaging(config)
     build_object(config, "weights", kind=WeightsFile)
     sizes = [build_augmentation(config).crop.image_size, build_evaluation_crop(config).image_size]
-    network = json.dumps([OmegaConf.to_container(config.model, resolve=True), sizes])
+    network = json.dumps([OmegaConf.to_container(config.model, resolve=True), [describe_size(one) for one in sizes]])
     if network not in _accepted:
         num_classes = config.model.get("num_classes") or CLASSES
         net = build_without_values(lambda: build_network(config, num_classes=num_classes))

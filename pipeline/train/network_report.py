@@ -24,11 +24,11 @@ def record_network_report(job: Job, *, precision: str) -> None:
 
 def report_network(job: Job, *, precision: str) -> Report:
     """Report on the network with its initial weights. Raises: ValueError for a network that cannot be traced."""
-    net, size = job.module.net, job.data.training_augment.crop.image_size
+    net, size = job.module.net, job.data.training_augment.size
     training = measure.TrainingSettings(job.data.settings.batch_size, precision, job.module.recipe.optimizer_factory())
-    report = measure.measure_network(net, job.settings.network, image_shape=(3, size, size), training=training)
+    report = measure.measure_network(net, job.settings.network, image_shape=(3, *size), training=training)
     if report.memory.activations > MAX_ACTIVATION_BYTES * report.batch_size:
         print_facts(main_console(), {"report": "without the effective field, which would need gigabytes here"})
         return report
-    samples = sample_images(None, NUM_SAMPLE_IMAGES, size=(size, size))
+    samples = sample_images(None, NUM_SAMPLE_IMAGES, size=size)
     return measure.measure_effective_field(report, net, samples=samples, weights=job.initial_weights.description)

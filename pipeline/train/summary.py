@@ -6,6 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from data.augment.crops import describe_size
 from data.loading.datamodule import ShardData
 from data.loading.decoder import DecoderChoice
 from models.learning.classifier import Classifier
@@ -30,11 +31,11 @@ def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice, resume:
     device_name = torch.cuda.get_device_name(device) if is_gpu else on_cpu
     accumulate = f" x {settings.accumulate} accumulated" if settings.accumulate > 1 else ""
     folder = job.run.folder
-    image_size, link, command = job.data.training_augment.crop.image_size, job.tracker.link, job.tracker.command
+    size, link, command = describe_size(job.data.training_augment.size), job.tracker.link, job.tracker.command
     share = job.data.core_share(trainer.num_devices)
     return {
         "model": f"{job.settings.network}, {job.num_parameters:,} parameters",
-        "data": f"{dataset.name}: {splits}, {len(dataset.classes)} classes, {image_size} pixels",
+        "data": f"{dataset.name}: {splits}, {len(dataset.classes)} classes, {size} pixels",
         **describe_evaluation(job),
         "batch": f"{trainer.world_size} x {settings.batch_size}{accumulate} on {device_name}",
         "decoding": f"{decoder}; {share.cores} threads a rank ({share.reason})",

@@ -22,6 +22,8 @@ from data.augment.policies import AutoAugment, ColorJitter, TrivialAugment
 from tests.support.images import make_jpeg
 from tests.support.paths import CIFAR
 
+Changed = Callable[..., Tensor]  # an operation and its magnitude -> images (N, H, W, 3)
+
 PHOTOGRAPHS, BLACK = 50, (0, 0, 0)
 
 
@@ -41,12 +43,21 @@ def photographs() -> Tensor:
     return torch.from_numpy(np.stack(images))
 
 
-def changed(name: str, magnitude: float, *, fill: Fill = BLACK, images: Tensor | None = None) -> Tensor:
-    result = (photographs() if images is None else images).clone()
-    shape = (len(result), 1)
-    drawn = Operations(np.full(shape, CODES[name], np.int32), np.full(shape, magnitude, np.float32))
-    apply_singly(result, drawn, fill=fill)
-    return result
+@pytest.fixture(params=["together", "singly"])
+def changed(request: pytest.FixtureRequest) -> Changed:
+    """Apply an operation to the photographs, or other images: by torch, as on a GPU, or by OpenCV, as on a CPU."""
+
+    def change(name: str, magnitude: float, *, fill: Fill = BLACK, images: Tensor | None = None) -> Tensor:
+        result = (photographs() if images is None else images).clone()
+        shape = (len(result), 1)
+        drawn = Operations(np.full(shape, CODES[name], np.int32), np.full(shape, magnitude, np.float32))
+        if request.param == "together":
+            apply_together(result, drawn, fill=fill)
+        else:
+            apply_singly(result.numpy(), drawn, fill=fill)
+        return result
+
+    return change
 
 
 def difference(images: Tensor, planes: Tensor) -> int:
@@ -85,8 +96,11 @@ REFERENCES: dict[str, tuple[Callable[[Tensor, float], Tensor], list[float]]] = {
 }
 
 
+BLENDS = ("brightness", "contrast", "saturation", "sharpness")
+
+
 @pytest.mark.parametrize("name", REFERENCES)
-def test_an_operation_is_torchvisions_within_a_level(name: str) -> None:
+def test_an_operation_is_torchvisions_within_a_level(changed: Changed, name: str) -> None:
     reference, magnitudes = REFERENCES[name]
     for magnitude in magnitudes:
         expected = reference(photographs().permute(0, 3, 1, 2), magnitude)
@@ -97,28 +111,35 @@ def test_every_operation_has_a_reference() -> None:
     assert {*REFERENCES} == {*NAMES} - {"identity", "solarize_add"}  # torchvision has no solarize_add
 
 
-def test_solarize_add_is_timms() -> None:
+def test_solarize_add_is_timms(changed: Changed) -> None:
     from timm.data.auto_augment import solarize_add
 
     for image, result in zip(photographs(), changed("solarize_add", 37), strict=True):
         assert np.array_equal(result.numpy(), np.asarray(solarize_add(Image.fromarray(image.numpy()), 37)))
 
 
-def test_integer_operations_are_pillows_to_the_bit() -> None:
+def test_integer_operations_are_pillows_to_the_bit(changed: Changed) -> None:
     for image, equal, grey in zip(photographs(), changed("equalize", 0), changed("posterize", 3), strict=True):
         pillow = Image.fromarray(image.numpy())
         assert np.array_equal(equal.numpy(), np.asarray(ImageOps.equalize(pillow)))
         assert np.array_equal(grey.numpy(), np.asarray(ImageOps.posterize(pillow, 3)))
 
 
-@pytest.mark.parametrize("name", ["autocontrast", "equalize", "hue", "sharpness"])
-def test_flat_and_tiny_images_stay_images(name: str) -> None:
+@pytest.mark.parametrize("name", ["autocontrast", "equalize", "hue", "sharpness", "blur"])
+def test_flat_and_tiny_images_stay_images(changed: Changed, name: str) -> None:
     for shape in ((2, 5, 5, 3), (2, 1, 1, 3), (2, 2, 7, 3)):
         flat = torch.full(shape, 77, dtype=torch.uint8)
         assert torch.equal(changed(name, 0.4, images=flat), flat)
 
 
-def test_the_fill_comes_in_from_outside() -> None:
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+def test_an_operation_of_no_effect_changes_nothing(changed: Changed, name: str) -> None:
+    neutral = {"solarize": 256, "posterize": 8, **dict.fromkeys(BLENDS, 1)}.get(name, 0)
+    if name not in ("invert", "autocontrast", "equalize", "blur"):
+        assert torch.equal(changed(name, neutral), photographs())
+
+
+def test_the_fill_comes_in_from_outside(changed: Changed) -> None:
     moved, fill = changed("translate_x", 20, fill=(10, 20, 30)), torch.tensor([10, 20, 30])
     assert torch.equal(moved[:, :, 20:], photographs()[:, :, :-20])
     assert bool((moved[:, :, :20] == fill).all())
@@ -131,16 +152,22 @@ def test_the_fill_comes_in_from_outside() -> None:
 
 
 @pytest.mark.parametrize("policy", [TrivialAugment(), AutoAugment(), ColorJitter(0.4, 0.4, 0.4, 0.1, 0.2, 0.5)])
-def test_images_change_alike_alone_and_together(policy: TrivialAugment) -> None:
+def test_a_batch_does_not_change_its_images(policy: TrivialAugment) -> None:
+    """To the bit, since other ranks have other batches; within two levels between torch and OpenCV."""
     numbers = np.arange(200)
     drawn = policy.draw(numbers, size=(53, 64), seed=3, epoch=1)
     images = photographs().repeat(4, 1, 1, 1)
     alone, together = images.clone(), images.clone()
-    apply_singly(alone, drawn, fill=BLACK)
+    apply_singly(alone.numpy(), drawn, fill=BLACK)
     apply_together(together, drawn, fill=BLACK)
-    assert torch.equal(alone, together)  # to the bit, since other ranks have other batches
-    shuffled = np.random.default_rng(0).permutation(200)
-    again = images[shuffled].contiguous()
-    apply_together(again, Operations(*(array[shuffled] for array in drawn)), fill=BLACK)
-    assert torch.equal(again, alone[shuffled])
+    equal = (alone.int() - together.int()).abs() <= 2
+    assert float(equal.float().mean()) > 0.99  # later operations can enlarge differences
     assert not torch.equal(alone, images)
+    order = np.random.default_rng(0).permutation(200)
+    shuffled = Operations(*(array[order] for array in drawn))
+    again = images[order].contiguous()
+    apply_together(again, shuffled, fill=BLACK)
+    assert torch.equal(again, together[order])
+    again = images[order].contiguous()
+    apply_singly(again.numpy(), shuffled, fill=BLACK)
+    assert torch.equal(again, alone[order])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
 from data.shards.dataset import Dataset
 from models.learning.mixing import Mixing
@@ -28,9 +29,14 @@ def test_every_part_replaces_that_of_every_recipe(recipe: str) -> None:
     for part, choice in changes:
         config = compose("train", ["+model=resnet", f"recipe={recipe}", f"{part}={choice}"])
         build_recipe(config)
-        alone = compose("train", ["+model=resnet", "recipe=sgd", f"{part}={choice}"])
         for key in KEYS[part]:
-            assert config.recipe[key] == alone.recipe[key], (part, choice, key)
+            assert config.recipe[key] == alone(part, choice).recipe[key], (part, choice, key)
+
+
+@lru_cache
+def alone(part: str, choice: str) -> DictConfig:
+    """A config with a part beside the values of one recipe."""
+    return compose("train", ["+model=resnet", "recipe=sgd", f"{part}={choice}"])
 
 
 def test_parts_are_called_without_hydra() -> None:

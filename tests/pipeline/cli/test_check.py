@@ -244,7 +244,7 @@ def test_errors_name_the_keys_of_nested_arguments() -> None:
         ValueError, match=r"^recipe.loss=cross_entropy: recipe.loss.label_smoothing=2 must be at least 0"
     ):
         build_recipe(compose("train", ["+model=resnet", "recipe.loss.label_smoothing=2"]))
-    with pytest.raises(ValueError, match=r"^augment.training.image_size=0 must be at least 1 pixel$"):
+    with pytest.raises(ValueError, match=r"^augment.training.image_size=0 must be a number of pixels of at least 1"):
         build_object(compose("train", ["+model=resnet", "augment.training.image_size=0"]), "augment", kind=dict)
 
 

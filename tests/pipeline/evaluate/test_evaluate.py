@@ -153,7 +153,7 @@ def test_a_threshold_keeps_its_promise_on_the_images_it_was_fitted_on(
         (("run=nothing",), "run=nothing is not one of the 1 runs in runs"),
         (("run=latest", "split=test"), "split=test is not one of those of digits: train, val"),
         (("run=latest", "device=tpu"), "device=tpu is not cpu, cuda or cuda:NUMBER"),
-        (("run=latest", "size=large"), "size=large is not auto, null or a number of pixels"),
+        (("run=latest", "size=large"), "size=large is not auto, null, a number of pixels or [HEIGHT,WIDTH]"),
         (("run=latest", "precision=2"), "precision=2 must be a share above 0 and at most 1, such as 0.95"),
         (("run=latest", "batch_size=0"), "batch_size=0 must be an integer of at least 1"),
         (("run=latest", "data=nowhere"), "data=nowhere is not a folder: pack one with python -m pipeline.pack"),

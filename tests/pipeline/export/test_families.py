@@ -29,7 +29,7 @@ def test_every_family_can_be_exported(architecture: str, tmp_path: Path) -> None
     side = 32 if architecture == "lenet" else 64
     net = build(architecture, SMALLEST[architecture], num_classes=5, in_channels=3, image_size=side)
     module = with_preparation(net)
-    program = export_program(module, side)
+    program = export_program(module, (side, side))
     write_program(program, tmp_path / "model.pt2")
     write_onnx(program, tmp_path / "model.onnx", opset=20, facts={})
     answers = {
@@ -49,4 +49,4 @@ def test_every_family_can_be_exported(architecture: str, tmp_path: Path) -> None
 
 def test_a_network_that_depends_on_values_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^torch.export cannot trace this network: [^\n]+$"):
-        export_program(with_preparation(by_numbers(num_classes=5)), 32)
+        export_program(with_preparation(by_numbers(num_classes=5)), (32, 32))

@@ -102,7 +102,7 @@ def test_safetensors_are_the_checkpoints_and_the_json_says_the_rest(exported: Pa
     assert values["classes"] == [str(number) for number in range(10)]
     assert values["temperature"] == 0.2
     preprocessing = values["preprocessing"]
-    assert (preprocessing["image_size"], preprocessing["resize_shorter_side"]) == (32, 32)
+    assert (preprocessing["size"], preprocessing["frame"], preprocessing["fit"]) == ([32, 32], [32, 32], "crop")
     assert preprocessing["mean"] == pytest.approx(model.facts.mean)
     assert {tensor.dtype for tensor in load_file(exported / "model.float16.safetensors").values()} == {torch.float16}
 
