@@ -16,7 +16,7 @@ def shorten_windows(net: nn.Module, num_batches: int) -> str | None:
     """
     least, before = min(MAX_MOMENTUM, WINDOWS / num_batches), set()
     for norm in batch_norms(net):
-        if norm.momentum is not None and norm.momentum < least:
+        if norm.training and norm.momentum is not None and norm.momentum < least:  # frozen ones keep their averages
             before.add(norm.momentum)
             norm.momentum = least
     if not before:

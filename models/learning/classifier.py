@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import pytorch_lightning as pl
 import torch
@@ -17,6 +17,7 @@ from models.learning.evaluation import AVERAGED, RAW
 from models.learning.losses import Loss, cross_entropy
 from models.learning.metrics import EvaluationMetrics, TrainingMetricAccumulator
 from models.learning.recipe import OptimizerFactory, Recipe, computes_gradients
+from models.parts import RateGroup, frozen_parts, groups_by_part
 
 Forward = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> logits (N, K)
 
@@ -46,6 +47,9 @@ class Classifier(pl.LightningModule):
         self.num_classes, self.top_k = num_classes, 5 if num_classes > 5 else 1
         self.initialize()
         zero_last_norms(self.net)
+        self._frozen = frozen_parts(self.net, recipe.freeze or ())
+        for part in self._frozen:
+            part.requires_grad_(False).eval()
         self.training_metrics = TrainingMetricAccumulator(self.top_k)
         self.images_per_step: int | None = None  # of all ranks, which scales the learning rate
         self.average: AveragedWeights | None = None  # where a training averages its weights
@@ -56,6 +60,13 @@ class Classifier(pl.LightningModule):
 
     def initialize(self) -> None:
         """Set initial weights that differ from torch's; families override it."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, in which frozen parts stay as in an evaluation: no dropout, and batch norms keep averages."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Shapes: (N, C, H, W) -> (N, K)."""
@@ -123,19 +134,32 @@ class Classifier(pl.LightningModule):
             self.average.load(checkpoint[self.average.key])
 
     def weight_decay_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Return the kernels and matrices that decay (He et al. 2019, section 3.1, and `no_decay`), and the others."""
+        """Return the kernels and matrices that decay (He et al. 2019, section 3.1, and `no_decay`), and the others.
+
+        Frozen ones are in neither.
+        """
         undecayed = undecayed_parameters(self.net)
-        decayed = [one for one in self.parameters() if one.ndim > 1 and one not in undecayed]
-        others = set(self.parameters()).difference(decayed)
-        return decayed, [one for one in self.parameters() if one in others]
+        trained = [one for one in self.parameters() if one.requires_grad]
+        decayed = [one for one in trained if one.ndim > 1 and one not in undecayed]
+        others = set(trained).difference(decayed)
+        return decayed, [one for one in trained if one in others]
+
+    def rate_groups(self) -> list[RateGroup]:
+        """Return the trained parameters in groups: by weight decay, and in fine-tuning by part of the network."""
+        (decayed, free), recipe = self.weight_decay_groups(), self.recipe
+        if recipe.layer_decay is None and not recipe.head_warmup:
+            return [RateGroup(decayed, decays=True), RateGroup(free, decays=False)]
+        return groups_by_part(self.net, decayed, layer_decay=recipe.layer_decay or 1.0)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return the recipe's optimizer over both groups, and its schedule by optimizer step."""
-        decayed, free = self.weight_decay_groups()
+        """Return the recipe's optimizer over the groups, and their schedules by optimizer step."""
+        groups = self.rate_groups()
         clips_mixed = self.recipe.clip_norm is not None and str(self.trainer.precision).endswith("mixed")
         factory = self.recipe.optimizer_factory(self.images_per_step)
         factory = factory if clips_mixed else fused_on(self.device, factory)
-        optimizer = factory([{"params": decayed}, {"params": free, "weight_decay": 0.0}])
+        optimizer = factory([group.options for group in groups])
+        for group, options in zip(groups, optimizer.param_groups, strict=True):
+            options["lr"] *= group.scale
         # In mixed precision Lightning refuses to clip gradients for every optimizer that could unscale them itself.
         if clips_mixed:
             fits = not getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -145,7 +169,8 @@ class Classifier(pl.LightningModule):
             require(self.trainer.precision != "16-mixed", rule, precision=self.trainer.precision)
         num_steps = int(self.trainer.estimated_stepping_batches)
         lengths = {"steps_per_epoch": num_steps // self.recipe.epochs, "num_steps": num_steps}
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(self.recipe.lr_factor, **lengths))
+        factors = [self.recipe.body_lr_factor if group.waits else self.recipe.lr_factor for group in groups]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [partial(factor, **lengths) for factor in factors])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _mix(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

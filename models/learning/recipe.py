@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -81,6 +81,9 @@ class Recipe:
     at all ("none"); without a `base_lr` it is the optimizer's default. It rises linearly (Goyal et al. 2017, section
     2.2) over `warmup`, a fraction of the steps, or over `warmup_epochs` or `warmup_steps`; then `schedule` multiplies
     it. `clip_norm` is the maximum norm of the gradient, None for no clipping; `mix` mixes images, None for none.
+
+    `layer_decay` is the learning rate of a stage relative to the next one, `freeze` names parts of the network that do
+    not train, and during `head_warmup`, a fraction of the steps, only the head does.
     Raises: ValueError for impossible values.
     """
 
@@ -97,11 +100,15 @@ class Recipe:
     clip_norm: float | None = None
     loss: Loss = cross_entropy
     mix: Mixing | None = None
+    layer_decay: float | None = None
+    head_warmup: float | None = None
+    freeze: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "must be at least 1", epochs=self.epochs)
         self._check_learning_rate()
         self._check_warmup()
+        self._check_finetuning()
         _check("optimizer", self.optimizer, call=self._build_example)
         rule = "does not go with an optimizer that needs all gradients of a step at once: use 1"
         fits = self.accumulate == 1 or not computes_gradients(self._build_example())
@@ -126,6 +133,16 @@ class Recipe:
         for name, value in lengths.items():
             require(value is None or value == 0 or _is_positive(value), "must be at least 0", **{name: value})
         require(None in lengths.values(), "does not go with warmup_epochs: choose one", warmup_steps=self.warmup_steps)
+
+    def _check_finetuning(self) -> None:
+        decay, alone = self.layer_decay, self.head_warmup
+        rule = "must be a number above 0 and at most 1, or null for one rate"
+        require(decay is None or (_is_positive(decay) and decay <= 1), rule, layer_decay=decay)
+        rule = "must be a fraction of the training, at least 0 and less than 1"
+        require(alone is None or alone == 0 or (_is_positive(alone) and alone < 1), rule, head_warmup=alone)
+        is_list = isinstance(self.freeze, list | tuple) and all(isinstance(name, str) for name in self.freeze)
+        rule = "must be a list of parts of the network, as in [stem,stage1], or null"
+        require(self.freeze is None or is_list, rule, freeze=self.freeze)
 
     def _build_example(self) -> torch.optim.Optimizer:
         return self.optimizer_factory()([{"params": [nn.Parameter(torch.zeros(1))]}])
@@ -160,6 +177,22 @@ class Recipe:
         if step < rise:
             return (step + 1) / rise * self.schedule(0.0)
         return self.schedule(min((step - rise) / max(1, num_steps - rise), 1.0))
+
+    def body_lr_factor(self, step: int, *, steps_per_epoch: int, num_steps: int) -> float:
+        """Return the factor for everything but the head: 0 while the head trains alone, after which it rises again.
+
+        Howard & Ruder 2018, section 3.3, whose gradual unfreezing has more stages.
+        """
+        alone = self.count_head_steps(num_steps)
+        if step < alone:
+            return 0.0
+        rise = self._count_warmup_steps(steps_per_epoch, num_steps) if alone else 0
+        share = min((step - alone + 1) / max(rise, 1), 1.0)
+        return share * self.lr_factor(step, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+
+    def count_head_steps(self, num_steps: int) -> int:
+        """Return the number of steps, of `num_steps`, in which only the head trains."""
+        return round((self.head_warmup or 0) * num_steps)
 
     def _count_warmup_steps(self, steps_per_epoch: int, num_steps: int) -> int:
         if self.warmup_steps is not None:

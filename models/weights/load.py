@@ -14,6 +14,7 @@ from models.arguments import require
 from models.attention import RelativeBias
 from models.layers import batch_norms, set_batch_norm
 from models.weights.files import SAFETENSORS, read, shorten
+from models.weights.head import ClassNames, choose_last_layer, copy_rows
 from models.weights.match import Side, Tensors, fit, match
 from models.weights.names import OURS, UNKNOWN, Layout, recognize
 
@@ -33,6 +34,7 @@ class LoadedWeights:
     kept: tuple[str, ...]  # names of the network, which keep their initial values
     norm_eps: float | None  # of all batch norms; None without batch norms or where they keep theirs
     image_size: int | None  # of the file's network, if recorded
+    head: str | None  # what became of the last layer, where the classes decided
 
     @property
     def is_ours(self) -> bool:
@@ -95,20 +97,22 @@ def load_weights(
     net: nn.Module,
     path: Path,
     *,
-    head: str = "keep",
+    head: str | ClassNames = "keep",
     stem: str = "keep",
     skip: Sequence[object] = (),
     norm_eps: float | None = None,
 ) -> LoadedWeights:
     """Load a file by torchvision, timm, Facebook's ConvNeXt or this project into `net`.
 
-    `head="replace"` leaves out the last linear layer, for other classes. `stem="adapt"` fits the first convolution to
+    `head="replace"` leaves out the last linear layer, for other classes; with class names, its rows are copied where
+    file and network have a class of that name. `stem="adapt"` fits the first convolution to
     other input channels: the sum of its kernels for one channel, else its kernels in turn, scaled to the same total.
     `skip` names tensors or modules, of either side, that may be left out. `norm_eps` replaces the publisher's.
     Raises: FileNotFoundError; ValueError when the file cannot be read, or a tensor of either side has no match.
     """
     for name, value, other in (("head", head, "replace"), ("stem", stem, "adapt")):
-        require(value in ("keep", other), f"must be keep or {other}", **{name: value})
+        is_given = isinstance(value, ClassNames) or value in ("keep", other)
+        require(is_given, f"must be keep or {other}", **{name: value})
     file, own = read(path), net.state_dict()
     skipped = _expand(skip, [*file.tensors, *own])
     tensors = {name: tensor for name, tensor in file.tensors.items() if name not in skipped}
@@ -121,12 +125,15 @@ def load_weights(
     theirs = Side(_sort(tensors, own, layout=layout, path=path), tensors)
     tables = frozenset(f"{name}.table" for name, layer in net.named_modules() if isinstance(layer, RelativeBias))
     ours = Side([name for name in own if name not in skipped], own, tables)
-    if head == "replace":
+    last, complete = choose_last_layer(head, theirs, ours=ours), (theirs, ours)
+    if not last.is_kept:
         theirs, ours = theirs.without_last_layer(), ours.without_last_layer()
     if stem == "adapt":
         theirs = _adapt_stem(theirs, ours)
     pairs = match(theirs, ours, layout=layout, path=path)
     net.load_state_dict({target: fit(theirs.tensors[source], own[target]) for source, target in pairs}, strict=False)
+    if last.rows:
+        copy_rows(last.rows, complete[0], ours=complete[1])
     eps = norm_eps or file.norm_eps or layout.norm_eps
     set_batch_norm(net, eps=eps)
     return LoadedWeights(
@@ -138,4 +145,5 @@ def load_weights(
         kept=tuple(name for name in own if name not in ours.names and not name.endswith(COUNTER)),
         norm_eps=eps if batch_norms(net) else None,
         image_size=file.image_size,
+        head=last.description,
     )

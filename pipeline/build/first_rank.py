@@ -1,4 +1,4 @@
-"""The data set of a training or evaluation of several ranks: rank 0 lists and checks its files, the others follow."""
+"""What rank 0 decides for all ranks, such as the data set of a training, whose files only it lists and checks."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from pipeline.cli.errors import USER_ERROR, FailureError, exit_code
 
 POLL_SECONDS = 0.1  # short, because a signal waits as long
 CONNECT_SECONDS = 600.0  # limit for rank 0 to start
-_numbers = count()  # of the data sets that have been opened
+_numbers = count()  # of the answers so far
 _servers: list[TCPStore] = []  # lives on, for ranks that ask later; torch shares it with its own on this port
 
 
@@ -35,24 +35,45 @@ def open_on_first_rank(open_all: Callable[[], Dataset], *, root: Root, folder: P
     Raises: as `open_all`, on the other ranks ValueError or FailureError with the words of rank 0; FailureError when it
     does not answer.
     """
-    ranks = _launched()
-    if ranks is None:
+    if _launched() is None:
         # Lightning starts the other ranks of a machine after the first has opened the data set.
         is_started_by_first = int(os.environ.get("LOCAL_RANK", "0")) > 0
         return (follow_dataset(root, folder) if is_started_by_first else None) or open_all()
-    key = f"convoy/dataset-{next(_numbers)}"
+    opened: list[Dataset] = []
+
+    def open_and_digest() -> str:
+        opened.append(open_all())
+        return manifest_digest(opened[0])
+
+    digest = answer_of_first_rank(open_and_digest)
+    return opened[0] if opened else follow_dataset(root, folder, digest=digest) or open_all()
+
+
+def answer_of_first_rank(compute: Callable[[], str]) -> str:
+    """Return what `compute` returns on rank 0 of those that torchrun or srun has started; without them, call it.
+
+    Raises: as `compute`, on the other ranks ValueError or FailureError with the words of rank 0; FailureError when it
+    does not answer.
+    """
+    ranks = _launched()
+    if ranks is None:
+        return compute()
+    key = f"convoy/answer-{next(_numbers)}"
     store = _connect(ranks)
     if ranks.global_rank() > 0:
-        return _follow(open_all, _wait(store, key), root=root, folder=folder)
+        found = json.loads(_wait(store, key))
+        if "error" in found:
+            raise (ValueError if found["code"] == USER_ERROR else FailureError)(found["error"])
+        return str(found["answer"])
     followers = ranks.world_size() - 1
     try:
-        dataset = open_all()
+        answer = compute()
     except (ValueError, OSError) as error:
         with suppress(FailureError):  # the error is this one, whoever else has ended
             _share(store, key, answer={"error": str(error), "code": exit_code(error)}, followers=followers)
         raise
-    _share(store, key, answer={"digest": manifest_digest(dataset)}, followers=followers)
-    return dataset
+    _share(store, key, answer={"answer": answer}, followers=followers)
+    return answer
 
 
 def _launched() -> ClusterEnvironment | None:
@@ -77,13 +98,6 @@ def _share(store: TCPStore, key: str, *, answer: dict[str, object], followers: i
         if time.monotonic() > end:
             raise FailureError(f"another rank has not started in {CONNECT_SECONDS:.0f} seconds")
         time.sleep(POLL_SECONDS)
-
-
-def _follow(open_all: Callable[[], Dataset], answer: str, *, root: Root, folder: Path) -> Dataset:
-    found = json.loads(answer)
-    if "error" in found:
-        raise (ValueError if found["code"] == USER_ERROR else FailureError)(found["error"])
-    return follow_dataset(root, folder, digest=found["digest"]) or open_all()
 
 
 def _connect(ranks: ClusterEnvironment) -> TCPStore:
@@ -116,7 +130,7 @@ def _wait(store: TCPStore, key: str) -> str:
     try:
         while not store.check([key]):
             if time.monotonic() > end:
-                raise FailureError(f"rank 0 has not opened the data set in {LOCK_SECONDS / 3600:.0f} hours")
+                raise FailureError(f"rank 0 has not answered in {LOCK_SECONDS / 3600:.0f} hours")
             time.sleep(POLL_SECONDS)
         answer: str = store.get(key).decode()
         store.add(f"{key}/read", 1)

@@ -15,6 +15,7 @@ from models.analysis.trace import FORWARD_ERRORS, TraceError, dtype_of, trace
 from models.learning.averaging import Averaging
 from models.learning.recipe import Recipe
 from pipeline.build.objects import build_object
+from pipeline.cli.errors import config_keys_in_errors
 
 if TYPE_CHECKING:  # reports load neither Lightning nor DALI
     from data.shards.dataset import Dataset
@@ -53,7 +54,8 @@ def build_module(config: DictConfig, net: nn.Module, *, num_classes: int, recipe
     """Build the Lightning module, which initialises the network. Raises: ValueError."""
     from models.learning.classifier import Classifier
 
-    return build_object(config, "classifier", kind=Classifier, net=net, num_classes=num_classes, recipe=recipe)
+    with config_keys_in_errors({"freeze": "recipe.freeze"}):
+        return build_object(config, "classifier", kind=Classifier, net=net, num_classes=num_classes, recipe=recipe)
 
 
 def count_classes(config: DictConfig, dataset: Dataset) -> int:

@@ -1,7 +1,10 @@
 """The parameters of a run, as its folder records them."""
 
 import hashlib
+import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import CSafeLoader, YAMLError, parse  # type: ignore[import-untyped]  # it has no stubs
@@ -63,3 +66,20 @@ def recorded_parameters(path: Path) -> dict[str, object]:
     config = load_record(path)
     config.pop("dataset", None)
     return flatten(config)
+
+
+def recorded_classes(weights: Path) -> list[str] | None:
+    """Return the classes of a file of weights: those that its run, or the JSON beside an export, records, if any.
+
+    Raises: ValueError where the record of the run is damaged.
+    """
+    run, beside = weights.absolute().parent.parent / "config.yaml", weights.with_suffix(".json")
+    content: Any = None
+    if weights.absolute().parent.name == "checkpoints" and run.is_file():
+        config: Any = OmegaConf.to_container(load_record(run), resolve=False)
+        content = config.get("dataset")
+    elif weights.suffix == ".safetensors" and beside.is_file():
+        with suppress(ValueError):  # of another program
+            content = json.loads(beside.read_bytes())
+    classes = content.get("classes") if isinstance(content, dict) else None
+    return [*map(str, classes)] if isinstance(classes, list) else None

@@ -1,5 +1,6 @@
 """The values of a config that decide the result of a run: its name, its fingerprint and its record."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 
@@ -47,6 +48,9 @@ NOT_IN_NAME = (
 )
 # A run may resume on other devices if the global batch stays the same; the resolved precision is compared.
 NOT_IN_FINGERPRINT = (*NOT_IN_NAME, "data.batch_size", "recipe.accumulate", "trainer.precision")
+
+
+SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}  # of the units of a budget
 
 
 class Again(StrEnum):
@@ -98,7 +102,8 @@ class RunSettings:
             values = mask_secrets(flatten(config)) | {"weights.sha256": weights_sha256} | resolved_choice
         given = {key: value for key, value in values.items() if value not in (None, unset.get(key))}
         deciding = {key: _without_location(key, value) for key, value in given.items()}
-        self.in_name = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_NAME)}
+        left_out = NOT_IN_NAME if config.budget is None else (*NOT_IN_NAME, "recipe.epochs")  # known after the name
+        self.in_name = {key: value for key, value in deciding.items() if not key.startswith(left_out)}
         self.in_fingerprint = {key: value for key, value in deciding.items() if not key.startswith(NOT_IN_FINGERPRINT)}
         resolved = {"model": {"num_classes": num_classes}, "weights": {"sha256": weights_sha256}}
         with without_secrets():
@@ -113,6 +118,14 @@ class RunSettings:
             described = {"name": dataset.name, **colours, "classes": list(dataset.classes)}
             record = OmegaConf.merge(record, {"dataset": described})
         self.record = OmegaConf.to_yaml(record)
+
+
+def parse_budget(budget: object) -> float:
+    """Return the seconds of a budget such as 20m. Raises: ValueError for another text."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", str(budget))
+    require(found is not None and float(found[1]) > 0, "must be a time, as 90s, 20m or 2.5h", budget=budget)
+    assert found is not None
+    return float(found[1]) * SECONDS[found[2]]
 
 
 def _without_location(key: str, value: object) -> object:

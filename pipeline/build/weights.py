@@ -8,12 +8,15 @@ from pathlib import Path
 from torch import nn
 
 from models.arguments import require
+from models.weights.head import ClassNames
 from models.weights.load import LoadedWeights, load_weights
+from pipeline.build.parameters import recorded_classes
 from pipeline.cli.errors import config_keys_in_errors
 
 # Parameters in errors, and the config keys that set them.
 KEYS = {name: f"weights.{name}" for name in ("head", "stem", "skip")}
 KEYS |= {name: f"model.{name}" for name in ("image_size", "variant")}
+HEADS = ("keep", "replace", "auto")
 DIGEST_LENGTH = 2 * hashlib.sha256().digest_size  # hexadecimal digits
 
 
@@ -32,9 +35,10 @@ class WeightsFile:
         skip: Sequence[str] = (),
         sha256: str | None = None,
     ) -> None:
+        require(head in HEADS, f"is not one of {', '.join(HEADS)}", head=head)
         options = {"head": head, "stem": stem, "skip": list(skip), "sha256": sha256}
         for name, value in options.items():
-            is_allowed = file is not None or value in (None, "keep", [])
+            is_allowed = file is not None or value in (None, "keep", "auto", [])
             require(is_allowed, "needs a file: add weights=FILE", **{name: value})
         self.file = None if file is None else Path(str(file))
         self.head, self.stem, self.skip = head, stem, list(skip)
@@ -65,10 +69,11 @@ class WeightsFile:
             raise ValueError(f"weights={self.file} has the SHA-256 {digest}, not weights.sha256={expected}")
         return digest
 
-    def load_into(self, net: nn.Module, *, norm_eps: float | None = None) -> LoadedWeights:
-        """Give a network the weights. Raises: FileNotFoundError; ValueError when they do not fit."""
+    def load_into(self, net: nn.Module, *, norm_eps: float | None = None, classes: Sequence[str] = ()) -> LoadedWeights:
+        """Give a network of these classes the weights. Raises: FileNotFoundError; ValueError when they do not fit."""
         assert self.file is not None
         if not self.file.is_file():
             raise FileNotFoundError(f"weights={self.file}: there is no such file")
+        head = ClassNames(recorded_classes(self.file), classes) if self.head == "auto" else self.head
         with config_keys_in_errors(KEYS):
-            return load_weights(net, self.file, head=self.head, stem=self.stem, skip=self.skip, norm_eps=norm_eps)
+            return load_weights(net, self.file, head=head, stem=self.stem, skip=self.skip, norm_eps=norm_eps)

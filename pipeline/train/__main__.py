@@ -45,6 +45,7 @@ def main(config: DictConfig) -> None:
     with fast_imports():
         from pipeline.build import data, network, trainer
         from pipeline.train import fit
+        from pipeline.train.budget import settle_epochs
         from pipeline.train.job import build_job
 
     fit.prepare_process(config.seed)
@@ -54,6 +55,7 @@ def main(config: DictConfig) -> None:
     net = network.build_network(config, num_classes=num_classes)
     module = network.build_module(config, net, num_classes=num_classes, recipe=recipe)
     job = build_job(config, module, data=loaders, num_classes=num_classes)
+    job = settle_epochs(config, job, num_classes=num_classes)
     sizes = (loaders.training_augment.crop.image_size, loaders.evaluation_crop.image_size)
     network.check_image_sizes(config, net, sizes=sizes)
     callbacks, plugins = [*fit.own_callbacks(job), *trainer.build_callbacks(config)], fit.own_plugins(job)

@@ -20,6 +20,10 @@ from pipeline.train.callbacks.early_stopping import StopEarly
 from pipeline.train.callbacks.saving import SaveCheckpoints
 from pipeline.train.job import Job
 
+# Parameters an image, above which a training without weights has few images. The most of a published one that the
+# recipes here follow: 730, of WRN-28-10 on CIFAR-10 (Zagoruyko & Komodakis 2016).
+MANY_PARAMETERS = 1000
+
 
 def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice, resume: Checkpoint | None) -> dict[str, str]:
     """Return the settings and places of a run by name."""
@@ -36,6 +40,7 @@ def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice, resume:
     return {
         "model": f"{job.settings.network}, {job.num_parameters:,} parameters",
         "data": f"{dataset.name}: {splits}, {len(dataset.classes)} classes, {size} pixels",
+        **describe_start(job),
         **describe_evaluation(job),
         "batch": f"{trainer.world_size} x {settings.batch_size}{accumulate} on {device_name}",
         "decoding": f"{decoder}; {share.cores} threads a rank ({share.reason})",
@@ -43,9 +48,23 @@ def run_header(job: Job, trainer: pl.Trainer, *, decoder: DecoderChoice, resume:
         "steps": describe_steps(job, trainer),
         **describe_learning_rate(job.module),
         **describe_mixing(job.module.recipe),
+        **describe_finetuning(job.module.recipe, num_steps=trainer.max_steps),
         "folder": f"{folder} (continues after step {resume.step})" if resume else str(folder),
         "dashboard": f"{link}{f' ({command})' if command else ''}" if link else "none",
     }
+
+
+def describe_start(job: Job) -> dict[str, str]:
+    """Return a caution for a training that starts with random weights and should not."""
+    images, weights = job.data.dataset.splits["train"].samples, job.initial_weights
+    if weights.file is not None:
+        return {}
+    if weights.head == "auto":
+        return {"weights": "none: this recipe is for trained ones, add weights=FILE"}
+    if job.num_parameters <= MANY_PARAMETERS * images:
+        return {}
+    advice = "weights=FILE recipe=finetune starts with trained ones, a smaller network has fewer"
+    return {"few images": f"{images:,} for {job.num_parameters:,} random parameters: {advice}"}
 
 
 def describe_evaluation(job: Job) -> dict[str, str]:
@@ -94,6 +113,18 @@ def describe_learning_rate(module: Classifier) -> dict[str, str]:
 def describe_mixing(recipe: Recipe) -> dict[str, str]:
     """Return how images are mixed, nothing where they are not."""
     return {} if recipe.mix is None else {"mixing": recipe.mix.describe(recipe.epochs)}
+
+
+def describe_finetuning(recipe: Recipe, *, num_steps: int) -> dict[str, str]:
+    """Return which parts train, when and how fast, nothing where all train alike."""
+    alone, facts = recipe.count_head_steps(num_steps), list[str]()
+    if alone:
+        facts.append(f"the head alone in the first {alone:,} steps")
+    if recipe.layer_decay is not None:
+        facts.append(f"each stage at {recipe.layer_decay:g} of the rate of the next")
+    if recipe.freeze:
+        facts.append(f"{', '.join(recipe.freeze)} frozen")
+    return {"tuning": "; ".join(facts)} if facts else {}
 
 
 def saving_of(trainer: pl.Trainer) -> SaveCheckpoints:

@@ -16,8 +16,9 @@ def load_initial_weights(job: Job, *, norm_eps: float | None, is_resumed: bool) 
     if is_resumed:
         print_facts(main_console(), {"weights": f"{file} is not read: the run continues with its own weights"})
         return
-    loaded = job.initial_weights.load_into(job.module.net, norm_eps=norm_eps)
-    facts = {"weights": f"{file}: {loaded}"}
+    classes = job.data.dataset.classes
+    loaded = job.initial_weights.load_into(job.module.net, norm_eps=norm_eps, classes=classes)
+    facts = {"weights": f"{file}: {loaded}", **({"head": loaded.head} if loaded.head else {})}
     own = getattr(job.module.net, "image_size", None)
     theirs = loaded.image_size if loaded.is_ours else SMALL_IMAGE + 1  # publishers' networks are for large images
     if own and theirs and (own <= SMALL_IMAGE) != (theirs <= SMALL_IMAGE):

@@ -25,6 +25,7 @@ from data.shards import indexing
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pipeline.build.data import DataConfig
+from pipeline.build.first_rank import answer_of_first_rank
 environment = TorchElasticEnvironment() if TorchElasticEnvironment.detect() else SLURMEnvironment()
 rank, listed, found = environment.global_rank(), [], indexing.list_tars
 indexing.list_tars = lambda root: listed.append(root) or found(root)
@@ -33,6 +34,7 @@ answer = {"error": None}
 try:
     datasets = [DataConfig(sys.argv[1], 32, 8, 100, 1, 1, index=index).open_dataset() for _ in range(2)]
     answer["digests"] = [one.splits["train"].digest for one in datasets]
+    answer["decided"] = answer_of_first_rank(lambda: f"by rank {rank}")
 except ValueError as error:
     answer["error"] = str(error)
 os.environ |= {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
@@ -81,6 +83,7 @@ def tars(digits: Dataset, tmp_path: Path) -> Path:
 def test_the_first_rank_alone_lists_the_tars(launcher: str, tars: Path, digits: Dataset, tmp_path: Path) -> None:
     answers = launch(launcher, tmp_path, str(tars), str(tmp_path / "index"))
     assert [answer["listed"] for answer in answers] == [2, 0]
+    assert [answer["decided"] for answer in answers] == ["by rank 0"] * 2
     assert all(answer["digests"] == [digits.splits["train"].digest] * 2 for answer in answers)
 
 

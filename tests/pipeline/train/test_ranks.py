@@ -35,8 +35,9 @@ def assert_same_curves(one: list[dict[str, float]], other: list[dict[str, float]
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(run_verb: Run, train: Typed, with_digits: Path) -> None:
+    tuning = ("recipe.freeze=[stem]", "recipe.head_warmup=0.1", "recipe.layer_decay=0.9")
     # More steps per point than the metrics keep unsummed.
-    common = (*PLAIN, "recipe.epochs=2", "log_every=70", "averaging=ema", "averaging.min_windows=0")
+    common = (*PLAIN, *tuning, "recipe.epochs=2", "log_every=70", "averaging=ema", "averaging.min_windows=0")
     one = train(*common, "name=one", "trainer=cpu", "data.batch_size=32", "tracking=none")
     two = run_verb("train", *common, "name=two", *TWO_RANKS, "data.batch_size=16")
     assert two.returncode == 0, two.stderr
@@ -46,6 +47,10 @@ def test_two_ranks_equal_one_with_twice_the_batch(run_verb: Run, train: Typed, w
     assert_same_curves(*curves)
     for printed in (one, two.stdout):
         assert printed.count("images 359") == 2
+        assert (
+            "tuning      the head alone in the first 9 steps; each stage at 0.9 of the rate of the next; stem frozen\n"
+            in (printed)
+        )
     assert "batch       2 x 16" in two.stdout
     client = MlflowClient(f"sqlite:///{with_digits / 'mlflow.db'}")
     (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])

@@ -12,7 +12,9 @@ import torch
 import torchvision
 from hydra.errors import HydraException
 
+from pipeline.cli.compose import compose
 from tests.support.commands import Typed, journal
+from tests.support.shards import make_samples, write_tar
 
 
 def test_a_training_starts_with_the_weights_of_a_run(train: Typed, with_digits: Path) -> None:
@@ -48,6 +50,31 @@ def test_a_training_starts_with_the_weights_of_a_run(train: Typed, with_digits: 
     assert "is not read: the run continues" in train(*short, *frozen, f"weights={moved}", f"weights.sha256={digest}")
 
 
+def test_fine_tuning_needs_no_number(train: Typed, with_digits: Path) -> None:
+    train("+model=lenet", "tracking=none", "recipe.epochs=1", "name=first")
+    for split, count in (("train", 12), ("val", 6)):  # of the classes 0 to 2
+        write_tar(with_digits / "tars" / f"{split}-0.tar", make_samples(count))
+    words = ("+model=lenet", "recipe=finetune", "data.root=tars", "data.image_size=32", "data.batch_size=4")
+    few = ("recipe.epochs=2", "tracking=none")
+    printed = train(*words, *few, "weights=runs/first/checkpoints/best.ckpt", "name=tuned")
+    assert "\nhead        rows of 0, 1, 2 copied by class name\n" in printed
+    assert "\ntuning      the head alone in the first 1 steps; each stage at 0.7 of the rate of the next\n" in printed
+    assert "\nfew images  " not in printed
+    other = train(*words, *few, "name=random")
+    assert "\nweights     none: this recipe is for trained ones, add weights=FILE\n" in other
+    config = compose("train", ["data=shards", *words])
+    assert config.recipe.epochs == 20, "without a number, there are few epochs"
+
+
+def test_few_images_for_a_network_are_pointed_out(train: Typed, with_digits: Path) -> None:
+    for split, count in (("train", 40), ("test", 4)):
+        write_tar(with_digits / "tars" / f"{split}-0.tar", make_samples(count, classes=2))
+    words = ("+model=lenet", "data.root=tars", "data.image_size=32", "recipe.epochs=1", "tracking=none")
+    printed = train(*words, "data.batch_size=8")
+    assert "\nfew images  40 for 61,326 random parameters: weights=FILE recipe=finetune starts with trained" in printed
+    assert "\nfew images  " not in train("+model=lenet", "recipe.epochs=1", "tracking=none")  # 1,438 digits
+
+
 def test_weights_that_do_not_fit_leave_no_run(train: Typed, with_digits: Path) -> None:
     torch.save(torchvision.models.resnet18().state_dict(), with_digits / "resnet18.pth")
     for words, message in (
@@ -63,7 +90,7 @@ def test_weights_that_do_not_fit_leave_no_run(train: Typed, with_digits: Path) -
         (["weights=resnet18.pth"], "built for small images, model.image_size=224 builds the published one"),
         (["weights=resnet18.pth", "model.image_size=224"], "weights.head=replace leaves out the last layer"),
         (["weights=resnet18.pth", "weights.sha256=00"], "not weights.sha256=0"),
-        (["weights=resnet18.pth", "weights.head=drop"], "weights.head=drop must be keep or replace"),
+        (["weights=resnet18.pth", "weights.head=drop"], "weights.head=drop is not one of keep, replace, auto"),
     ):
         with pytest.raises((ValueError, OSError)) as error:
             train("+model=resnet", "tracking=none", *words)
