@@ -28,12 +28,12 @@ test-all: .venv/ready  ## also run the slow tests, of every variant of every net
 
 # Three at a time even on two cores: these tests wait more than they compute.
 test-faults: .venv/ready  ## kill, signal, damage and starve trainings, in 6 minutes on two cores
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m faults
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "faults and not soak"
 
 test-soak: .venv/ready  ## the same for an hour
 	$(BIN)/python -m pytest -m soak
 
-test-engines: .venv/ready .workflow/ready  ## run studies on Snakemake, jobs on a Slurm played here, web servers, in 10 minutes on two cores
+test-engines: .venv/ready .workflow/ready  ## run studies on Snakemake, jobs on a Slurm played here, web servers, the commands of the documentation, in 12 minutes on two cores
 	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m engines -rs
 
 lint: .venv/ready  ## run ruff and mypy

@@ -217,6 +217,7 @@ def assert_in_order(folder: Path) -> None:
         assert answer.returncode == 0, f"{words}: {answer.stdout[-2000:]}{answer.stderr[-500:]}"
 
 
+@pytest.mark.engines
 def test_a_network_and_parts_of_a_training_are_a_file_and_a_config_each(tmp_path: Path, digits: Dataset) -> None:
     folder = copy_project(tmp_path)
     shutil.copytree(digits.root, folder / "datasets" / "digits")

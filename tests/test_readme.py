@@ -115,6 +115,7 @@ def run_for_large_images(folder: Path) -> Path:
     return next(file.parent for file in (folder / "runs").glob("*/config.yaml") if "image_size: 65" in file.read_text())
 
 
+@pytest.mark.engines
 def test_everything_that_is_shown_works(
     tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,7 +29,7 @@ from tests.support.serving import served_answers
 COUNT, TOLERANCE = 100, 1e-4
 MODES = {1: "L", 2: "CMYK"}  # of an image by the last digit of its number
 TRAIN = (
-    *("+model=resnet", "data=shards", "data.root=datasets/photos", "data.image_size=[40,56]", "data.batch_size=8"),
+    *("+model=resnet", "data=shards", "data.root=datasets/photos", "data.image_size=[24,40]", "data.batch_size=8"),
     *("recipe.epochs=10", "recipe.warmup_epochs=1", "recipe.optimizer.lr=0.02", "+trainer.limit_val_batches=1"),
     *("name=photos", "trainer=cpu", "augment=gentle", "fit=pad"),
 )
@@ -67,6 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.engines
 def test_all_ways_agree(root: Path) -> None:
     model, export = load(root / "runs" / "photos", device="cpu"), root / "runs" / "photos" / "export"
     paths = sorted((root / "photos" / "val").rglob("*.jpg"))

@@ -91,7 +91,7 @@ def test_every_image_is_answered_as_predict_does(evaluate: Typed, main_job: Fini
     assert [one.is_unsure for one in predictions] == table["unsure"]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_any_number_of_ranks_finds_the_same_numbers(
     evaluate: Typed, main_job: FinishedRun, tmp_path: Path, world_size: int
 ) -> None:

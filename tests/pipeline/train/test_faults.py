@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
 import subprocess
 import time
 from pathlib import Path
+from signal import SIGINT, SIGTERM, SIGUSR1
 
 import pytest
 
@@ -49,6 +51,16 @@ def killed_at_random(root: Path, name: str, *, kills: int, seed: int) -> int:
     return hits
 
 
+def signals() -> list[object]:
+    """Every way to send every signal; those that are rare are left to the soak tests."""
+    pairs = itertools.product(["process", "group", "rank 1", "torchrun"], [SIGTERM, SIGINT, SIGUSR1])
+    often = {("process", SIGINT), ("group", SIGTERM), ("group", SIGINT), ("rank 1", SIGTERM), ("torchrun", SIGUSR1)}
+    return [
+        pytest.param(*pair, id=f"{pair[0]}-{pair[1].name}", marks=() if pair in often else pytest.mark.soak)
+        for pair in pairs
+    ]
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
     """A folder with the digits, and the undisturbed run of two ranks."""
@@ -76,8 +88,7 @@ def test_kills_more_frequent_than_epochs_still_progress(root: Path) -> None:
     assert differences(results(root / "runs" / "complete"), results(root / "runs" / "slow")) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda one: one.name)
-@pytest.mark.parametrize("to", ["process", "group", "rank 1", "torchrun"])
+@pytest.mark.parametrize(("to", "number"), signals())
 def test_a_signal_stops_all_ranks_after_the_same_step(root: Path, to: str, number: signal.Signals) -> None:
     name = f"{to}-{number.name}".replace(" ", "")
     words = ENDLESS if to == "process" else two_ranks(*ENDLESS)
@@ -91,11 +102,11 @@ def test_a_signal_stops_all_ranks_after_the_same_step(root: Path, to: str, numbe
         else:
             training.process.send_signal(number)
         ended = training.end()
-    code = 130 if number == signal.SIGINT else 143
+    code = 130 if number == SIGINT else 143
     # torchrun hides the codes of its processes; SIGUSR1 kills it, and its processes get SIGTERM from the kernel.
-    assert ended.code == ({signal.SIGUSR1: -signal.SIGUSR1}.get(number, 1) if to == "torchrun" else code)
+    assert ended.code == ({SIGUSR1: -SIGUSR1}.get(number, 1) if to == "torchrun" else code)
     assert (ended.status["state"], ended.status["exit_code"]) == ("stopped", code)
-    assert ended.status["reason"] == ("SIGTERM" if (to, number) == ("torchrun", signal.SIGUSR1) else number.name)
+    assert ended.status["reason"] == ("SIGTERM" if (to, number) == ("torchrun", SIGUSR1) else number.name)
     assert f"stopped: the same command continues after step {ended.status['step']}" in ended.stdout
     assert checkpoint(training.folder)["global_step"] == ended.status["step"] >= 60
     if to != "torchrun":
@@ -110,11 +121,11 @@ def test_a_signal_before_the_first_step_stops_all_ranks(root: Path) -> None:
             training = Training(root, "early", *two_ranks(*ENDLESS))
             with pytest.raises(subprocess.TimeoutExpired):
                 training.process.wait(draw.uniform(1, 6))
-            number = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+            number = draw.choice([SIGTERM, SIGINT, SIGUSR1])
             training.signal_group(number) if draw.random() < 0.5 else training.process.send_signal(number)
             began = time.monotonic()
             ended = training.end()
-            assert ended.code == (130 if number == signal.SIGINT else 143), ended
+            assert ended.code == (130 if number == SIGINT else 143), ended
             assert time.monotonic() - began < 12
             assert ended.status.get("state") in (None, "stopped")
 
