@@ -24,7 +24,7 @@ from tests.support.images import make_jpeg, orientation
 settings.register_profile("convoy", deadline=None, derandomize=True)
 settings.load_profile("convoy")
 
-FIRST = ("test_readme.py", "test_adding.py")  # the longest tests
+FIRST = ("test_readme.py", "test_adding.py", "test_digits_study.py", "test_slurm.py")  # the longest tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

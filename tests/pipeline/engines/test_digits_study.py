@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.runs.run import Run
 from tests.support.commands import ran_steps, run_module
-from tests.support.digits_study import NAMES, STEPS, STUDY, compared
+from tests.support.digits_study import FAMILIES, NAMES, STUDY, compared, steps_of, without_others
 
 pytestmark = pytest.mark.engines
 
@@ -17,15 +17,16 @@ FAILS = "study.train.runs.resnet=[+model=resnet,recipe.optimizer.lr=1e30]"
 OF_RESNET = {"train/resnet", "evaluate/resnet/val", "compare/all"}
 
 
-def test_a_study_that_fails_once(clone: Path) -> None:
-    words = ("pipeline.workflow", *STUDY, "name=local", "jobs=2")
+@pytest.mark.parametrize("names", [FAMILIES, pytest.param(NAMES, marks=pytest.mark.soak)], ids=["families", "all"])
+def test_a_study_that_fails_once(clone: Path, names: tuple[str, ...]) -> None:
+    words = ("pipeline.workflow", *STUDY, *without_others(names), "name=local", "jobs=2")
     failed = run_module(clone, *words, FAILS, root=clone)
     assert failed.returncode == 2, failed.stdout + failed.stderr
-    assert set(ran_steps(failed)) == STEPS - OF_RESNET | {"train/resnet!"}
+    assert set(ran_steps(failed)) == steps_of(names) - OF_RESNET | {"train/resnet!"}
     again = run_module(clone, *words, root=clone)
     assert again.returncode == 0, again.stdout + again.stderr
     assert set(ran_steps(again)) == OF_RESNET
-    assert compared(clone / "studies" / "local") == set(NAMES)
+    assert compared(clone / "studies" / "local") == set(names)
 
     described = json.loads((clone / "studies" / "local" / "steps" / "train" / "lenet.json").read_text())
     overrides = [word for word in described["overrides"] if not word.startswith("out=")]

@@ -15,11 +15,9 @@ import pytest
 
 from pipeline.runs.run import Run
 from tests.support.commands import ran_steps, run_module
-from tests.support.digits_study import NAMES, STEPS, STUDY, compared
+from tests.support.digits_study import FAMILIES, STUDY, compared, steps_of, without_others
 from tests.support.images import make_folder
 from tests.support.paths import ROOT
-
-FAMILIES = ("lenet", "resnet", "mobilenet", "convnext")  # a network each
 
 pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("slurm")]
 
@@ -75,18 +73,15 @@ def no_jobs() -> Iterator[None]:
 
 
 def test_a_study_of_every_family(clone: Path) -> None:
-    """All nine architectures run locally; a job of Slurm is the same command."""
-    others = [f"~study.train.runs.{name}" for name in NAMES if name not in FAMILIES]
-    words = (*STUDY, *others, "+study.data.digits.parts=2", "name=slurm", *ON_SLURM)
+    words = (*STUDY, *without_others(FAMILIES), "+study.data.digits.parts=2", "name=slurm", *ON_SLURM)
     answer = run_module(clone, "pipeline.workflow", *words, root=clone)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    steps = {step for step in STEPS if step.split("/")[1] in (*FAMILIES, "digits", "all")}
-    assert sorted(ran_steps(answer)) == sorted({*steps, "pack/digits@1of2", "pack/digits@2of2"})
+    assert sorted(ran_steps(answer)) == sorted({*steps_of(FAMILIES), "pack/digits@1of2", "pack/digits@2of2"})
     assert compared(clone / "studies" / "slurm") == set(FAMILIES)
 
 
 def test_a_mistake_in_a_study_is_made_once_and_shown_in_its_own_words(clone: Path) -> None:
-    others = [f"~study.train.runs.{name}" for name in NAMES[1:]]
+    others = without_others(["lenet"])
     mistake = "study.train.overrides=[tracking=none,data.batch_size=100000]"
     words = (*STUDY, mistake, *others, "~study.evaluate", "~study.compare", "name=mistake", *ON_SLURM)
     answer = run_module(clone, "pipeline.workflow", *words, root=clone)
