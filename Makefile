@@ -28,13 +28,13 @@ test-all: .venv/ready  ## also run the slow tests, of every variant of every net
 
 # Three at a time even on two cores: these tests wait more than they compute.
 test-faults: .venv/ready  ## kill, signal, damage and starve trainings, in 6 minutes on two cores
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "faults and not soak"
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "faults and not soak" --durations=12
 
 test-soak: .venv/ready .workflow/ready  ## the same for an hour, and what is rare
 	$(BIN)/python -m pytest -m soak
 
 test-engines: .venv/ready .workflow/ready  ## run studies on Snakemake, jobs on a Slurm played here, web servers, the commands of the documentation, in 12 minutes on two cores
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "engines and not soak" -rs
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "engines and not soak" -rs --durations=12
 
 lint: .venv/ready  ## run ruff and mypy
 	$(BIN)/ruff check .

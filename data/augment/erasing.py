@@ -4,6 +4,7 @@ Zhong et al. 2020. Rectangles are torchvision's RandomErasing; like timm's, the 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from data.augment.crops import ATTEMPTS, draw_rectangles
 from data.draws import ERASE, NOISE, Samples, key, uniform
 
 FILLS = ("pixel", "constant")
+TABLE = 2**20  # numbers of noise: more than the pixels of any rectangle of common images
 Boxes = NDArray[np.int64]  # (N, 4) top, left, height and width in pixels; a height of 0 erases nothing
 
 
@@ -53,14 +55,22 @@ class RandomErasing:
     def erase(self, images: Tensor, boxes: Boxes, *, samples: Samples, seed: int, epoch: int) -> None:
         """Erase the rectangles in place: images (N, 3, H, W), normalised, on any device.
 
-        The noise is a function of (seed, epoch, sample) and of the kind of device.
+        The noise is a function of (seed, epoch, sample): a part of a table, from a place that is drawn.
         """
+        largest = 3 * int((boxes[:, 2] * boxes[:, 3]).max(initial=0))
         for number in np.flatnonzero(boxes[:, 2]).tolist():
             top, left, height, width = boxes[number].tolist()
-            box = images[number, :, top : top + height, left : left + width]  # (3, height, width)
+            box = images[number, :, top : top + height, left : left + width].permute(1, 2, 0)  # (height, width, 3)
             if self.fill == "constant":
                 box.zero_()
                 continue
-            generator = torch.Generator(images.device)
-            generator.manual_seed(int(key(NOISE, seed, epoch, int(samples[number]))))
-            box.copy_(torch.randn(box.shape, generator=generator, device=images.device))
+            start = int(key(NOISE, seed, epoch, int(samples[number])) % np.uint64(TABLE))
+            noise = _noise(images.device, repeats=2 + largest // TABLE)  # enough numbers follow every place
+            box.copy_(noise[start : start + box.numel()].view(box.shape))
+
+
+@lru_cache(maxsize=8)
+def _noise(device: torch.device, *, repeats: int) -> Tensor:
+    """Return the table several times, one after another: numbers from N(0, 1), the same on every device."""
+    table = np.random.Generator(np.random.PCG64(0)).standard_normal(TABLE, np.float32)
+    return torch.from_numpy(table).to(device).repeat(repeats)

@@ -38,14 +38,16 @@ def change_image(name: str, image: Image, *, magnitude: float, fill: Fill) -> Im
 
 
 def _contrast(image: Image, factor: float) -> MatLike:
-    grey = cv2.transform(image, np.array([[*GREY, TRUNCATE]]))  # (H, W)
-    mean = torch.tensor(cv2.mean(grey)[0])
-    return _look_up(image, operations.blend(LEVELS, mean, factors=torch.tensor([factor])))
+    mean = torch.tensor(cv2.mean(_grey(image))[0])
+    return _look_up(image, operations.blend(LEVELS, mean, factors=torch.tensor([factor]))[..., 0])
 
 
 def _saturation(image: Image, factor: float) -> MatLike:
-    weights = np.eye(3) * factor + np.array(GREY) * (1 - factor)  # of three channels in each
-    return cv2.transform(image, np.hstack([weights, np.full((3, 1), TRUNCATE)]))
+    return cv2.addWeighted(image, factor, cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB), 1 - factor, TRUNCATE)
+
+
+def _grey(image: Image) -> MatLike:
+    return cv2.transform(image, np.array([[*GREY, TRUNCATE]]))  # (H, W)
 
 
 def _sharpness(image: Image, factor: float) -> Image:
@@ -56,8 +58,9 @@ def _sharpness(image: Image, factor: float) -> Image:
 
 
 def _autocontrast(image: Image, _: float) -> MatLike:
-    low, high = (torch.from_numpy(level.astype(np.float32))[None] for level in (image.min((0, 1)), image.max((0, 1))))
-    return _look_up(image, operations.stretch(LEVELS, low, high=high))
+    levels = torch.from_numpy(image)
+    low, high = levels.amin(0).amin(0)[None], levels.amax(0).amax(0)[None]  # (1, 3); NumPy takes ten times as long
+    return _look_up(image, operations.stretch(LEVELS, low.float(), high=high.float()))
 
 
 def _equalize(image: Image, _: float) -> MatLike:
@@ -73,12 +76,12 @@ def _blur(image: Image, sigma: float) -> MatLike:
 
 
 def _by_table(image: Image, magnitude: float, *, operation: Operation) -> MatLike:
-    return _look_up(image, operation(LEVELS, torch.tensor([magnitude])))
+    return _look_up(image, operation(LEVELS, torch.tensor([magnitude]))[..., 0])
 
 
 def _look_up(image: Image, tables: Tensor) -> MatLike:
-    """Replace each level by that of its channel's table, 256 x 3 levels."""
-    return cv2.LUT(image, tables.contiguous().view(256, 1, 3).numpy())
+    """Replace each level by that of a table of 256, or of its channel's: tables of 256 x 3."""
+    return cv2.LUT(image, tables.contiguous().view(256, 1, -1).numpy())
 
 
 def _by_torch(image: Image, magnitude: float, *, operation: Operation) -> Image:

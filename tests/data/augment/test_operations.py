@@ -76,11 +76,12 @@ def sheared(images: Tensor, slope: float, *, axis: int) -> Tensor:
     return affine(images, shear=angles, center=[0, 0])
 
 
+FACTORS = [number / 20 for number in range(41)]
 REFERENCES: dict[str, tuple[Callable[[Tensor, float], Tensor], list[float]]] = {
-    "brightness": (v2.adjust_brightness, [0.0, 0.3, 1.0, 1.7]),
-    "contrast": (v2.adjust_contrast, [0.0, 0.3, 1.0, 1.9]),
-    "saturation": (v2.adjust_saturation, [0.0, 0.3, 1.0, 1.9]),
-    "sharpness": (v2.adjust_sharpness, [0.0, 0.3, 1.0, 1.9]),
+    "brightness": (v2.adjust_brightness, FACTORS),
+    "contrast": (v2.adjust_contrast, FACTORS),
+    "saturation": (v2.adjust_saturation, FACTORS),
+    "sharpness": (v2.adjust_sharpness, FACTORS),
     "posterize": (lambda images, bits: v2.posterize(images, int(bits)), [0, 2, 5, 8]),
     "solarize": (v2.solarize, [0, 100, 128.5, 255]),
     "invert": (lambda images, _: v2.invert(images), [0]),
@@ -153,15 +154,18 @@ def test_the_fill_comes_in_from_outside(changed: Changed) -> None:
 
 @pytest.mark.parametrize("policy", [TrivialAugment(), AutoAugment(), ColorJitter(0.4, 0.4, 0.4, 0.1, 0.2, 0.5)])
 def test_a_batch_does_not_change_its_images(policy: TrivialAugment) -> None:
-    """To the bit, since other ranks have other batches; within two levels between torch and OpenCV."""
+    """To the bit, since other ranks have other batches; torch and OpenCV differ by a level in each operation."""
     numbers = np.arange(200)
     drawn = policy.draw(numbers, size=(53, 64), seed=3, epoch=1)
     images = photographs().repeat(4, 1, 1, 1)
     alone, together = images.clone(), images.clone()
     apply_singly(alone.numpy(), drawn, fill=BLACK)
     apply_together(together, drawn, fill=BLACK)
-    equal = (alone.int() - together.int()).abs() <= 2
-    assert float(equal.float().mean()) > 0.99  # later operations can enlarge differences
+    differences = (alone.int() - together.int()).abs()
+    if drawn.codes.shape[1] == 1:
+        assert int(differences.max()) <= 2  # one more, the other less than torchvision's
+    else:  # a second operation can enlarge what the first one leaves
+        assert float((differences <= 2).float().mean()) > 0.99
     assert not torch.equal(alone, images)
     order = np.random.default_rng(0).permutation(200)
     shuffled = Operations(*(array[order] for array in drawn))

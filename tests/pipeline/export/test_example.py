@@ -73,7 +73,7 @@ def test_pillows_resize_would_not_do(exported: Path, pictures: list[Path]) -> No
 
 def test_the_example_is_short_and_needs_three_libraries() -> None:
     text = EXAMPLE.read_text()
-    assert sum(bool(line.strip()) for line in text.splitlines()) <= 30
+    assert text.count("\n") <= 30
     nodes = list(ast.walk(ast.parse(text)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
