@@ -66,7 +66,8 @@ def resolve_options(own: Settings, options: Options, *, at_least: int = 1) -> Se
     for name, value in sorted(options.items()):
         require(name in known, f"is not an option of networks: choose from {', '.join(known)}", **{name: value})
     given = {name: value for name, value in options.items() if value is not None}
-    if isinstance(sides := given.get("image_size"), Sequence) and sides:
+    sides = given.get("image_size")
+    if isinstance(sides, Sequence) and len(sides) == 2 and all(isinstance(side, int) for side in sides):
         given["image_size"] = max(sides)
     settings = Settings(**(own._asdict() | given))
     for name, value in settings._asdict().items():

@@ -64,7 +64,7 @@ class CropPolicy(Protocol):
 def height_and_width(image_size: ImageSize) -> tuple[int, int]:
     """Return both sides of a size in pixels. Raises: ValueError for anything that is none."""
     sides = list(image_size) if isinstance(image_size, Sequence) else [image_size, image_size]
-    is_size = len(sides) == 2 and all(isinstance(side, int) and side >= 1 for side in sides)
+    is_size = len(sides) == 2 and all(type(side) is int and side >= 1 for side in sides)  # no bool
     require(is_size, "must be a number of pixels of at least 1, or [HEIGHT,WIDTH]", image_size=image_size)
     return sides[0], sides[1]
 

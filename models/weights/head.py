@@ -25,8 +25,8 @@ class LastLayer(NamedTuple):
 
 
 def _compare(names: ClassNames, theirs: Side, *, ours: Side) -> LastLayer:
-    theirs.without_last_layer()
-    ours.without_last_layer()
+    for side in (theirs, ours):
+        side.without_last_layer()  # raises where there is none
     (num_theirs, width), (num_ours, own_width) = (
         side.tensors[side.names[-2]].flatten(1).shape for side in (theirs, ours)
     )

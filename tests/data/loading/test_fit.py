@@ -76,7 +76,9 @@ def test_an_evaluated_image_is_fitted_as_by_torchvision(
 def test_a_training_crop_is_fitted_as_by_torchvision(photographs: Dataset, fit: str, image_size: ImageSize) -> None:
     loader = training(photographs, crop=TrainingCrop(image_size, fit=fit))
     size = loader.augment.size
-    for batch in itertools.islice(loader, 2):
+    batches = list(itertools.islice(loader, 2))
+    assert sum(len(batch.samples) for batch in batches) == 16
+    for batch in batches:
         rows, numbers = loader.index.rows(batch.samples.numpy()), batch.samples.numpy()
         sizes = np.stack([rows.height, rows.width], axis=1).astype(np.int64)
         crops = loader.augment.crop.crops(sizes, numbers, seed=0, epoch=0)
@@ -120,7 +122,7 @@ def test_padding_keeps_all_of_an_image() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"image_size": size} for size in (0, [1, 2, 3], [0, 5], "32", [32.0, 32], [])),
+        *({"image_size": size} for size in (0, [1, 2, 3], [0, 5], "32", [32.0, 32], [], True)),
         *({"fit": fit} for fit in ("", "cut", None)),
         *({"fill": fill} for fill in ([1, 2], [1, 2, 256], [0.5, 1, 1])),
     ],
