@@ -30,8 +30,12 @@ class Variant(NamedTuple):
     stochastic_depth: float
 
 
-# Section 3 and table 5 of Liu et al.
+# Section 3 and table 5 of Liu et al.; the four smallest are timm's, which trains them without stochastic depth.
 CONVNEXTS = {
+    "convnext_atto": Variant((40, 80, 160, 320), (2, 2, 6, 2), 0.0),
+    "convnext_femto": Variant((48, 96, 192, 384), (2, 2, 6, 2), 0.0),
+    "convnext_pico": Variant((64, 128, 256, 512), (2, 2, 6, 2), 0.0),
+    "convnext_nano": Variant((80, 160, 320, 640), (2, 2, 8, 2), 0.0),
     "convnext_tiny": Variant((96, 192, 384, 768), (3, 3, 9, 3), 0.1),
     "convnext_small": Variant((96, 192, 384, 768), (3, 3, 27, 3), 0.4),
     "convnext_base": Variant((128, 256, 512, 1024), (3, 3, 27, 3), 0.5),
@@ -39,6 +43,7 @@ CONVNEXTS = {
 }
 # Tables 3 and 10 of Dai et al., S0 to S4, where S0 is the stem's two convolutions.
 COATNETS = {
+    "coatnet_mini": Variant((32, 48, 96, 192, 384), (2, 2, 3, 5, 2), 0.1),  # not published: coatnet_0, half as wide
     "coatnet_0": Variant((64, 96, 192, 384, 768), (2, 2, 3, 5, 2), 0.2),
     "coatnet_1": Variant((64, 96, 192, 384, 768), (2, 2, 6, 14, 2), 0.3),
     "coatnet_2": Variant((128, 128, 256, 512, 1024), (2, 2, 6, 14, 2), 0.5),

@@ -24,7 +24,7 @@ from tests.support.images import make_jpeg, orientation
 settings.register_profile("convoy", deadline=None, derandomize=True)
 settings.load_profile("convoy")
 
-FIRST = ("test_readme.py", "test_adding.py", "test_digits_study.py", "test_slurm.py")  # the longest tests
+FIRST = ("test_readme.py", "test_slurm.py", "test_workflow.py", "test_adding.py", "test_digits_study.py")  # the longest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,7 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the longest tests, so that no worker waits for them at the end."""
-    items.sort(key=lambda item: item.path.name not in FIRST)
+    ranks = {name: rank for rank, name in enumerate(FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture(scope="session")

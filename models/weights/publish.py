@@ -256,9 +256,12 @@ FAMILIES = {
         TORCHVISION: _Scheme(_efficientnet, {**STEM, **GROUPED_HEAD, r"head\.1\.linear": "classifier.1"}),
         TIMM: _Scheme(_timms_inverted, TIMM_EFFICIENTNET, networks=(r"net_v", "netv")),
     },
+    "convnext_(atto|femto|pico|nano)": {
+        TIMM: _Scheme(_timms_convnext, TIMM_CONVNEXT, MATRICES_AS_KERNELS),
+    },
     "convnext_.+": {
         TORCHVISION: _Scheme(_torchvisions_convnext, CONVNEXT, {r"layer_scale$": lambda scale: scale[:, None, None]}),
         TIMM: _Scheme(_timms_convnext, TIMM_CONVNEXT),
     },
-    "coatnet_.+": {TIMM: _Scheme(_coatnet, TIMM_COATNET, MATRICES_AS_KERNELS, (r"$", "_224"))},
+    r"coatnet_\d": {TIMM: _Scheme(_coatnet, TIMM_COATNET, MATRICES_AS_KERNELS, (r"$", "_224"))},
 }

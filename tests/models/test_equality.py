@@ -12,12 +12,12 @@ from torch import nn
 
 from models.weights.load import load_weights
 from tests.support.networks import build_published, logits_and_gradient, scatter, without_chance
-from tests.support.published import PUBLISHED, SMALLEST, TIMM, TV, Published
+from tests.support.published import HALVED, PUBLISHED, SMALLEST, TIMM, TV, Published
 
 SMALL_SIDE = 96  # pixels: enough for every network that takes any size, and quick
 FIXED = {"coatnet": 224}  # the only size of timm's
 NAMES = {"mobilenet_v1": "mobilenetv1_100"} | {f"coatnet_{number}": f"coatnet_{number}_224" for number in range(5)}
-QUICK = {*SMALLEST.values(), "mobilenet_v1", "mobilenet_v2", "efficientnet_v2_s"}
+QUICK = {*SMALLEST.values(), "mobilenet_v1", "mobilenet_v2", "efficientnet_v2_s", "convnext_tiny", "coatnet_0"}
 
 
 def rows() -> list[object]:
@@ -25,7 +25,7 @@ def rows() -> list[object]:
     return [
         pytest.param(row, id=row.variant, marks=() if row.variant in QUICK else pytest.mark.slow)
         for row in PUBLISHED
-        if row.source in (TV, TIMM)
+        if row.source in (TV, TIMM, HALVED)
     ]
 
 
@@ -33,7 +33,9 @@ def publishers(row: Published) -> nn.Module:
     """The publisher's network."""
     if row.source == TV:
         return torchvision.models.get_model(row.variant)
-    return timm.create_model(NAMES[row.variant])
+    if row.source == HALVED:
+        return timm.create_model("coatnet_0_224", embed_dim=(48, 96, 192, 384), stem_width=32, head_hidden_size=384)
+    return timm.create_model(NAMES.get(row.variant, row.variant))
 
 
 @pytest.mark.parametrize("row", rows())

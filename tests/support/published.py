@@ -25,6 +25,7 @@ class Published(NamedTuple):
 
 TV = "torchvision 0.29, weights' meta"
 TIMM = "timm 1.0"
+HALVED = "timm's coatnet_0 of half the width"
 PUBLISHED = (
     Published("lenet", "lenet5", 61_706, 0.000417, 32, "LeCun et al. 1998, full C3", num_classes=10, in_channels=1),
     Published("alexnet", "alexnet", 61_100_840, 0.714, 224, TV),
@@ -61,10 +62,15 @@ PUBLISHED = (
     Published("efficientnet", "efficientnet_v2_s", 21_458_488, 8.366, 384, TV),
     Published("efficientnet", "efficientnet_v2_m", 54_139_356, 24.582, 480, TV),
     Published("efficientnet", "efficientnet_v2_l", 118_515_272, 56.080, 480, TV),
+    Published("convnext", "convnext_atto", 3_695_520, 0.55, 224, TIMM),
+    Published("convnext", "convnext_femto", 5_217_784, 0.79, 224, TIMM),
+    Published("convnext", "convnext_pico", 9_045_672, 1.37, 224, TIMM),
+    Published("convnext", "convnext_nano", 15_593_560, 2.46, 224, TIMM),
     Published("convnext", "convnext_tiny", 28_589_128, 4.456, 224, TV),
     Published("convnext", "convnext_small", 50_223_688, 8.684, 224, TV),
     Published("convnext", "convnext_base", 88_591_464, 15.355, 224, TV),
     Published("convnext", "convnext_large", 197_767_336, 34.361, 224, TV),
+    Published("coatnet", "coatnet_mini", 6_488_574, 1.190, 224, HALVED),
     Published("coatnet", "coatnet_0", 25_036_820, 4.58, 224, TIMM),
     Published("coatnet", "coatnet_1", 42_225_776, 8.70, 224, TIMM),
     Published("coatnet", "coatnet_2", 74_684_744, 16.50, 224, TIMM),

@@ -80,6 +80,7 @@ def assert_same(net: ConvNet, original: nn.Module, side: int = 64) -> None:
         ("mobilenet", "mobilenet_v3_large:mobilenetv3_large_100", timms, "timm"),
         ("efficientnet", "efficientnet_b5", timms, "timm"),
         ("convnext", "convnext_tiny", timms, "timm"),
+        ("convnext", "convnext_nano", timms, "timm"),
         ("coatnet", "coatnet_0:coatnet_0_224", timms, "timm"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A Slurm of two nodes that this machine plays, and a clone of the project."""
+"""A Slurm of two nodes that this machine plays, and copies of the project."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.small_study import STUDY
 
 CLUSTER = ROOT.parent / "shared" / "cluster"  # beside some checkouts
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
@@ -61,4 +62,17 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("clone")
     for name in ("conf", "pipeline", "models", "data", ".venv"):
         (root / name).symlink_to(ROOT / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project's configs and code with the study `two`, and a folder `work` to run it in."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("conf", "pipeline", "models", "data"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(root)], check=True)
+    for name in (".workflow", ".venv", "Makefile", "requirements.lock"):
+        (root / name).symlink_to(ROOT / name)
+    (root / "conf" / "study" / "two.yaml").write_text(STUDY)
+    (root / "work").mkdir()
     return root

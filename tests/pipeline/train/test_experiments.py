@@ -1,4 +1,4 @@
-"""Published recipes: each is composed, built and trained for two steps."""
+"""Published recipes, and those for CIFAR-10: each is composed, built and trained for two steps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from pipeline.train.check import check_training
 from tests.support.commands import Typed
 from tests.support.resume import checkpoint
 
-PUBLISHED = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if not path.stem.startswith("cifar10"))
-SHORT = (
-    *("data.root=datasets/digits", "data.image_size=65", "data.batch_size=4", "recipe.accumulate=1", "recipe.epochs=1"),
-    *("augment.training.image_size=65", "+trainer.limit_train_batches=2", "+trainer.limit_val_batches=1"),
-    *("trainer=cpu", "tracking=none", "name=short"),
+NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+PUBLISHED = [name for name in NAMES if not name.startswith("cifar10")]
+CIFAR10 = [name for name in NAMES if name.startswith("cifar10")]
+TWO_STEPS = (
+    *("data.root=datasets/digits", "data.batch_size=4", "recipe.accumulate=1", "recipe.epochs=1"),
+    *("+trainer.limit_train_batches=2", "+trainer.limit_val_batches=1", "trainer=cpu", "tracking=none", "name=short"),
 )
+ABOVE_64_PIXELS = ("data.image_size=65", "augment.training.image_size=65")
 # Of one network; the others train in the slow tests.
+QUICK = ("cifar10_lenet", "cifar10_convnext_atto", "cifar10_coatnet_mini")
 VARIATIONS = ("ffcv_16", "ffcv_88", "nvidia_90", "timm_a1", "timm_a3", "torchvision_v1")
 
 
@@ -40,7 +43,24 @@ def test_a_recipe_is_complete(name: str) -> None:
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIATIONS)) for name in PUBLISHED]
 )
 def test_a_recipe_trains(train: Typed, with_digits: Path, name: str) -> None:
-    train(f"+experiment={name}", *SHORT)
+    train(f"+experiment={name}", *TWO_STEPS, *ABOVE_64_PIXELS)
     run = Run(with_digits / "runs" / "short")
     assert run.is_finished
     assert checkpoint(run.folder)["global_step"] == 2
+
+
+def test_every_architecture_has_a_recipe_for_cifar10() -> None:
+    models = {compose("train", [f"+experiment={name}"]).model._target_.rpartition(".")[2] for name in CIFAR10}
+    assert models == {path.stem for path in (CONF / "model").glob("*.yaml")}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CIFAR10]
+)
+def test_a_recipe_for_cifar10_trains(train: Typed, with_digits: Path, name: str) -> None:
+    words = [f"+experiment={name}", *TWO_STEPS]
+    config = compose("train", words)
+    check_training(config)
+    assert (config.data.image_size, config.recipe.epochs) == (32, 1)
+    train(*words)
+    assert checkpoint(with_digits / "runs" / "short")["global_step"] == 2

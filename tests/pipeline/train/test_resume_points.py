@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -58,10 +58,19 @@ def test_a_training_with_other_groups_or_optimizers_continues_to_the_same_bits(
 
 
 @pytest.mark.faults
-def test_all_pairs_of_resume_points_end_in_the_same_bits(complete: Path, with_digits: Path) -> None:
-    expected, pairs = results(complete), list(combinations(POINTS, 2))
-    assert len(pairs) == 66
-    for pair in [*pairs, *((stop, stop) for stop in EVALUATIONS)]:
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        pytest.param([*pairwise(POINTS), *((stop, stop) for stop in EVALUATIONS)], id="neighbours"),
+        pytest.param(list(combinations(POINTS, 2)), id="all", marks=pytest.mark.soak),
+    ],
+)
+def test_pairs_of_resume_points_end_in_the_same_bits(
+    complete: Path, with_digits: Path, pairs: list[tuple[Stop, Stop]]
+) -> None:
+    expected = results(complete)
+    assert len(pairs) in (11 + 3, 66)
+    for pair in pairs:
         assert differences(expected, results(train_in_parts(with_digits, *pair))) == [], pair
 
 

@@ -1,0 +1,1 @@
+"""Accuracies of short trainings on photographs of CIFAR-10."""

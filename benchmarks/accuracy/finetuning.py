@@ -1,0 +1,103 @@
+"""Fine-tuning on 900 photographs, beside timm's `train.py` with its defaults and with those of Ultralytics.
+
+    python -m benchmarks.accuracy.finetuning --images FOLDER --out FOLDER --timm CLONE
+
+`--images` has CIFAR-10 as class folders in `train` and `test`. MobileNetV3-Small is trained on 1,000 images of each of
+seven classes, then fine-tuned on 300 of each of the other three, all enlarged to 96 pixels; 500 of each are validated.
+Top-1 is that of the last epoch, with averaged weights theirs.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.accuracy.trials import ROOT, Trial, convoy, pack, run_trials, timm
+
+CLASSES = ("airplane", "automobile", "bird")
+OTHERS = ("cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SEEDS = (0, 1, 2)
+NETWORK = ("+model=mobilenet", "model.variant=mobilenet_v3_small", "data=shards", "data.image_size=96")
+CONVOY: Mapping[str, Sequence[str]] = {
+    "`recipe=finetune weights=FILE`": (),
+    "the same with `optimizer=sgd`": ("optimizer=sgd",),
+    "the same without decay by stage": ("recipe.layer_decay=null",),
+}
+TIMM_NETWORK = (
+    *("--train-split", "train", "--val-split", "val", "--model", "mobilenetv3_small_100", "--img-size", "96"),
+    *("--num-classes", "3", "--workers", "1", "--checkpoint-hist", "1", "--amp", "--amp-dtype", "bfloat16"),
+)
+ULTRALYTICS = (
+    *("--opt", "adamw", "--lr", "0.001429", "--weight-decay", "5e-4", "--batch-size", "16", "--grad-accum-steps", "4"),
+    *("--epochs", "100", "--sched", "poly", "--decay-rate", "1", "--min-lr", "1.4e-5", "--warmup-epochs", "3"),
+    *("--scale", "0.5", "1", "--color-jitter", "0", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.4"),
+    *("--smoothing", "0", "--crop-pct", "1", "--model-ema", "--model-ema-decay", "0.9999", "--model-ema-warmup"),
+)
+TIMM: Mapping[str, Sequence[str]] = {
+    "timm's defaults, 20 epochs": ("--epochs", "20"),
+    "timm's defaults, 300 epochs": (),
+    "timm with Ultralytics' defaults, 100 epochs": ULTRALYTICS,
+}
+
+
+def pretrain(images: Path, out: Path) -> Path:
+    """Train on the seven classes, once; return the weights, with timm's names."""
+    run, weights = out / "pretrained", out / "weights"
+    if not weights.exists():
+        pack(images, out / "others", classes=OTHERS, train=1000, val=100)
+        words = [
+            *NETWORK,
+            f"data.root={out / 'others' / 'shards'}",
+            "augment=small",
+            "recipe=adamw",
+            "recipe.epochs=20",
+        ]
+        own = [f"out={run}", "tracking=none", "trainer=cpu"]
+        subprocess.run([sys.executable, "-m", "pipeline.train", *words, *own], cwd=ROOT, check=True)
+        words = [f"run={run}", "format=safetensors", "names=timm", f"out={weights}", "tracking=none"]
+        subprocess.run([sys.executable, "-m", "pipeline.export", *words], cwd=ROOT, check=True)
+    return next(weights.glob("*.safetensors"))
+
+
+def make_trials(weights: Path, images: Path, *, out: Path, clone: Path | None) -> list[Trial]:
+    """All trainings, seed by seed; the longest one has one seed."""
+    trials = []
+    for seed in SEEDS:
+        recipe = ("recipe=finetune", f"weights={weights}", f"data.root={out / 'shards'}", f"seed={seed}")
+        trials += [
+            convoy(f"{name}, seed {seed}", [*NETWORK, *recipe, *words], out=out / "runs")
+            for name, words in CONVOY.items()
+        ]
+        own = ("--data-dir", str(images), "--pretrained", "--pretrained-path", str(weights), "--seed", str(seed))
+        if clone is not None:
+            trials += [
+                timm(f"{name}, seed {seed}", [*TIMM_NETWORK, *own, *words], out=out / "timm", clone=clone)
+                for name, words in TIMM.items()
+            ]
+    return trials
+
+
+def main() -> None:
+    """Print a table of mean and standard deviation."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--timm", type=Path, help="a clone of timm's repository")
+    options = parser.parse_args()
+    images = pack(options.images, options.out, classes=CLASSES, train=300, val=500)
+    weights = pretrain(options.images, options.out)
+    trials = make_trials(weights, images, out=options.out, clone=options.timm)
+    answers = run_trials(trials, answers=options.out / "answers.jsonl")
+    print("| training | top-1 | seconds |\n|---|--:|--:|")
+    for name in (*CONVOY, *TIMM):
+        found = [answers[key] for seed in SEEDS if (key := f"{name}, seed {seed}") in answers]
+        if len(found) > 1:
+            top1 = [100 * answer.top1[-1] for answer in found]
+            seconds = statistics.median(answer.seconds for answer in found)
+            print(f"| {name} | {statistics.mean(top1):.1f} ± {statistics.stdev(top1):.1f} | {seconds:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

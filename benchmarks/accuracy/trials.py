@@ -1,0 +1,117 @@
+"""Trainings whose accuracies are compared: each one a command, one thread each, as many at once as there are cores.
+
+The answers are lines of JSON in a file, so a comparison that was stopped continues where it was.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+from data.shards.parallel import available_cores
+from pipeline.runs.run import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Trial(NamedTuple):
+    """A training: its name, the command, the folders where it runs and writes, a reader of its curves."""
+
+    name: str
+    command: Sequence[str]
+    root: Path
+    out: Path
+    read_curves: Callable[[Path], Mapping[str, list[float]]]
+
+
+class Answer(NamedTuple):
+    """Validation after each epoch, and the seconds of the command."""
+
+    name: str
+    top1: list[float]
+    loss: list[float]
+    seconds: float
+
+
+def _folder(out: Path, name: str) -> Path:
+    return out / re.sub(r"[^\w.]+", "-", name).strip("-")
+
+
+def _convoy_curves(run: Path) -> Mapping[str, list[float]]:
+    values = [point.values for point in Run(run).journal.points()]
+    group = "val_ema" if any("val_ema/top1" in one for one in values) else "val"
+    return {key: [one[f"{group}/{key}"] for one in values if f"{group}/{key}" in one] for key in ("top1", "loss")}
+
+
+def convoy(name: str, words: Sequence[str], *, out: Path) -> Trial:
+    """A training by `python -m pipeline.train`."""
+    run = _folder(out, name)
+    command = [sys.executable, "-m", "pipeline.train", *words, f"out={run}", "tracking=none", "trainer=cpu"]
+    return Trial(name, command, ROOT, run, _convoy_curves)
+
+
+def _timm_curves(folder: Path) -> Mapping[str, list[float]]:
+    with (folder / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {"top1": [float(row["eval_top1"]) / 100 for row in rows], "loss": [float(row["eval_loss"]) for row in rows]}
+
+
+def timm(name: str, words: Sequence[str], *, out: Path, clone: Path) -> Trial:
+    """A training by `train.py` of a clone of timm."""
+    folder = _folder(out, name)
+    own = ["--output", str(out), "--experiment", folder.name, "--device", "cpu"]
+    return Trial(name, [sys.executable, "train.py", *words, *own], clone, folder, _timm_curves)
+
+
+def _run(trial: Trial) -> Answer:
+    shutil.rmtree(trial.out, ignore_errors=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(trial.root)}
+    start = time.monotonic()
+    ended = subprocess.run(trial.command, check=False, cwd=trial.root, env=environment, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(trial.command)}\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
+    return Answer(trial.name, **trial.read_curves(trial.out), seconds=time.monotonic() - start)
+
+
+def run_trials(trials: Iterable[Trial], *, answers: Path) -> dict[str, Answer]:
+    """Run those trials that have no answer yet; return all answers by name."""
+    lines = answers.read_text().splitlines() if answers.exists() else []
+    known = {answer.name: answer for answer in (Answer(**json.loads(line)) for line in lines)}
+    missing = [trial for trial in trials if trial.name not in known]
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for future in as_completed([pool.submit(_run, trial) for trial in missing]):
+            answer = future.result()
+            known[answer.name] = answer
+            with answers.open("a") as file:
+                file.write(json.dumps(answer._asdict()) + "\n")
+            print(
+                f"{answer.name}: top-1 {answer.top1[-1]:.4f} after {answer.seconds:.0f} s", file=sys.stderr, flush=True
+            )
+    return known
+
+
+def pack(images: Path, out: Path, *, classes: Sequence[str] | None = None, train: int, val: int) -> Path:
+    """Pack the first images of each class of `images/train` and `images/test`; return the class folders.
+
+    The data set is `out/shards`; nothing is done where it is already there.
+    """
+    folder = out / "images"
+    for split, name, count in (("train", "train", train), ("test", "val", val)):
+        for path in sorted((images / split).glob("*/")):
+            if classes is None or path.name in classes:
+                target = folder / name / path.name
+                target.mkdir(parents=True, exist_ok=True)
+                for image in sorted(path.glob("*.jpg"))[:count]:
+                    (target / image.name).write_bytes(image.read_bytes())
+    if not (out / "shards" / "dataset.json").exists():
+        words = [f"source.root={folder}", "source=folder", "name=photos", f"out={out / 'shards'}"]
+        subprocess.run([sys.executable, "-m", "pipeline.pack", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return folder
