@@ -37,7 +37,7 @@ def apply_singly(images: NDArray[np.uint8], drawn: Operations, *, fill: Fill) ->
     for image, codes, magnitudes in zip(images, drawn.codes.tolist(), drawn.magnitudes.tolist(), strict=True):
         for code, magnitude in zip(codes, magnitudes, strict=True):
             if code != CODES[IDENTITY]:
-                image[:] = change_image(NAMES[code], image, magnitude=magnitude, fill=fill)
+                change_image(NAMES[code], image, magnitude=magnitude, fill=fill)
 
 
 def apply_together(images: Tensor, drawn: Operations, *, fill: Fill) -> None:

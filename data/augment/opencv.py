@@ -1,10 +1,12 @@
 """Operations on one image on a CPU, by OpenCV, within a level of those of `operations` and `geometry`.
 
-Where an operation turns each level into another one, those functions compute a table of all levels.
+All work in place: results of 128 KiB or more in fresh memory would cost as much as the operations. Where an operation
+turns each level into another one, the functions of `operations` compute a table of all levels.
 """
 
+import threading
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import cv2
 import numpy as np
@@ -15,10 +17,10 @@ from torch import Tensor
 
 from data.augment import operations
 from data.augment.geometry import GEOMETRIC_OPERATIONS, Fill
-from data.augment.operations import BLUR_REACH, GREY, PIXEL_OPERATIONS, Operation
+from data.augment.operations import BLUR_REACH, GREY, PIXEL_OPERATIONS
 
-Image = NDArray[np.uint8]  # (H, W, 3)
-Change = Callable[[Image, float], Image | MatLike]  # an image and a magnitude -> another image, or the same one
+Image = NDArray[np.uint8]  # (H, W, 3), contiguous
+Change = Callable[[Image, float], None]  # an image, in place, and a magnitude
 
 AXES = {"translate_y": 0, "translate_x": 1}
 LEVELS = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).repeat(1, 1, 1, 3)  # an image of all levels
@@ -28,87 +30,119 @@ TRUNCATE = -0.499  # added before OpenCV rounds: numbers lose their fraction, an
 cv2.setNumThreads(1)  # the loader has threads, each with an image
 
 
-def change_image(name: str, image: Image, *, magnitude: float, fill: Fill) -> Image | MatLike:
-    """Apply the operation of this name; `fill` comes in from outside."""
+class _Memory(threading.local):
+    """An image of each size and number of channels, for results, in every thread."""
+
+    def __init__(self) -> None:
+        self._images: dict[tuple[int, ...], Image] = {}
+
+    def like(self, image: Image, *, channels: int = 3, number: int = 0) -> Image:
+        """Return memory for an image of this size; its content is undefined."""
+        key = (*image.shape[:2], channels, number)
+        if key not in self._images:
+            self._images[key] = np.empty(key[:3], np.uint8)
+        return self._images[key]
+
+
+memory = _Memory()
+
+
+def copy_image(image: Image, place: Image, *, mirror: bool) -> None:
+    """Copy an image to another place, from right to left if it is mirrored."""
+    if mirror:
+        cv2.flip(image, 1, dst=place)
+    else:
+        place[:] = image
+
+
+def change_image(name: str, image: Image, *, magnitude: float, fill: Fill) -> None:
+    """Apply the operation of this name in place; `fill` comes in from outside."""
     if name in CHANGES:
-        return CHANGES[name](image, magnitude)
-    if name in AXES and magnitude.is_integer():
-        return _shift(image, int(magnitude), axis=AXES[name], fill=fill)
-    return _warp(image, name, magnitude=magnitude, fill=fill)
+        CHANGES[name](image, magnitude)
+    elif name in AXES and magnitude.is_integer():
+        _shift(image, int(magnitude), axis=AXES[name], fill=fill)
+    else:
+        _warp(image, name, magnitude=magnitude, fill=fill)
 
 
-def _contrast(image: Image, factor: float) -> MatLike:
+def _contrast(image: Image, factor: float) -> None:
     mean = torch.tensor(cv2.mean(_grey(image))[0])
-    return _look_up(image, operations.blend(LEVELS, mean, factors=torch.tensor([factor]))[..., 0])
+    _look_up(image, operations.blend(LEVELS, mean, factors=torch.tensor([factor]))[0, 0, :, 0])
 
 
-def _saturation(image: Image, factor: float) -> MatLike:
-    return cv2.addWeighted(image, factor, cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB), 1 - factor, TRUNCATE)
+def _saturation(image: Image, factor: float) -> None:
+    grey = cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB, dst=memory.like(image))
+    cv2.addWeighted(image, factor, grey, 1 - factor, TRUNCATE, dst=image)
 
 
 def _grey(image: Image) -> MatLike:
-    return cv2.transform(image, np.array([[*GREY, TRUNCATE]]))  # (H, W)
+    return cv2.transform(image, np.array([[*GREY, TRUNCATE]]), dst=memory.like(image, channels=1))  # (H, W)
 
 
-def _sharpness(image: Image, factor: float) -> Image:
-    sharpened, smooth = image.copy(), cv2.filter2D(image, -1, SMOOTH)
-    blended = cv2.addWeighted(image, factor, smooth, 1 - factor, TRUNCATE)
-    sharpened[1:-1, 1:-1] = blended[1:-1, 1:-1]
-    return sharpened
+def _sharpness(image: Image, factor: float) -> None:
+    smooth = cv2.filter2D(image, -1, SMOOTH, dst=memory.like(image))
+    blended = cv2.addWeighted(image, factor, smooth, 1 - factor, TRUNCATE, dst=smooth)
+    image[1:-1, 1:-1] = blended[1:-1, 1:-1]
 
 
-def _autocontrast(image: Image, _: float) -> MatLike:
+def _autocontrast(image: Image, _: float) -> None:
     levels = torch.from_numpy(image)
     low, high = levels.amin(0).amin(0)[None], levels.amax(0).amax(0)[None]  # (1, 3); NumPy takes ten times as long
-    return _look_up(image, operations.stretch(LEVELS, low.float(), high=high.float()))
+    _look_up(image, operations.stretch(LEVELS, low.float(), high=high.float())[0, 0])
 
 
-def _equalize(image: Image, _: float) -> MatLike:
+def _equalize(image: Image, _: float) -> None:
     counts = [cv2.calcHist([image], [channel], None, [256], [0, 256]) for channel in range(3)]
     tables = operations.equalizing_tables(torch.from_numpy(np.stack(counts).reshape(3, 256).astype(np.int64)))
-    return _look_up(image, tables.T)
+    _look_up(image, tables.T)
 
 
-def _blur(image: Image, sigma: float) -> MatLike:
+def _blur(image: Image, sigma: float) -> None:
     weights = np.exp(-0.5 * (np.arange(-BLUR_REACH, BLUR_REACH + 1) / sigma) ** 2)
     weights /= weights.sum()
-    return cv2.sepFilter2D(image, -1, weights, weights, borderType=cv2.BORDER_REFLECT_101)
+    image[:] = cv2.sepFilter2D(image, -1, weights, weights, dst=memory.like(image), borderType=cv2.BORDER_REFLECT_101)
 
 
-def _by_table(image: Image, magnitude: float, *, operation: Operation) -> MatLike:
-    return _look_up(image, operation(LEVELS, torch.tensor([magnitude]))[..., 0])
+def _by_table(image: Image, magnitude: float, *, name: str) -> None:
+    _look_up(image, _table(name, magnitude))
 
 
-def _look_up(image: Image, tables: Tensor) -> MatLike:
+@lru_cache(maxsize=512)  # policies have few magnitudes
+def _table(name: str, magnitude: float) -> Tensor:
+    return PIXEL_OPERATIONS[name](LEVELS, torch.tensor([magnitude]))[0, 0, :, 0]  # (256,)
+
+
+def _look_up(image: Image, tables: Tensor) -> None:
     """Replace each level by that of a table of 256, or of its channel's: tables of 256 x 3."""
-    return cv2.LUT(image, tables.contiguous().view(256, 1, -1).numpy())
+    cv2.LUT(image, tables.contiguous().view(256, 1, -1).numpy(), dst=image)
 
 
-def _by_torch(image: Image, magnitude: float, *, operation: Operation) -> Image:
-    changed: Image = operation(torch.from_numpy(image)[None], torch.tensor([magnitude]))[0].numpy()
-    return changed
+def _hue(image: Image, turn: float) -> None:  # OpenCV has 180 hues
+    image[:] = PIXEL_OPERATIONS["hue"](torch.from_numpy(image)[None], torch.tensor([turn]))[0].numpy()
 
 
 CHANGES: dict[str, Change] = {
     **{
-        name: partial(_by_table, operation=PIXEL_OPERATIONS[name])
+        name: partial(_by_table, name=name)
         for name in ("brightness", "posterize", "solarize", "solarize_add", "invert")
     },
-    **{"contrast": _contrast, "saturation": _saturation, "sharpness": _sharpness},
+    **{"contrast": _contrast, "saturation": _saturation, "hue": _hue, "sharpness": _sharpness},
     **{"autocontrast": _autocontrast, "equalize": _equalize, "blur": _blur},
-    "hue": partial(_by_torch, operation=PIXEL_OPERATIONS["hue"]),  # OpenCV's has 180 hues
 }
 
 
-def _shift(image: Image, pixels: int, *, axis: int, fill: Fill) -> Image:
+def _shift(image: Image, pixels: int, *, axis: int, fill: Fill) -> None:
     """Move an image by an integer number of pixels."""
-    moved = np.roll(image, pixels, axis)
-    band = slice(0, pixels) if pixels >= 0 else slice(pixels, None)
-    np.moveaxis(moved, axis, 0)[band] = fill
-    return moved
+    old, new, length = memory.like(image).swapaxes(0, axis), image.swapaxes(0, axis), image.shape[axis]
+    old[:] = new
+    pixels = max(-length, min(pixels, length))
+    if pixels >= 0:
+        new[:pixels], new[pixels:] = fill, old[: length - pixels]
+    else:
+        new[pixels:], new[:pixels] = fill, old[-pixels:]
 
 
-def _warp(image: Image, name: str, *, magnitude: float, fill: Fill) -> MatLike:
+def _warp(image: Image, name: str, *, magnitude: float, fill: Fill) -> None:
     """Interpolate bilinearly at the places of a geometric operation."""
     size = image.shape[:2]
     numbers = GEOMETRIC_OPERATIONS[name](torch.tensor([magnitude]), size)
@@ -116,4 +150,8 @@ def _warp(image: Image, name: str, *, magnitude: float, fill: Fill) -> MatLike:
     centre = np.array([size[1] - 1, size[0] - 1]) / 2
     matrix[:, 2] += centre - matrix[:, :2] @ centre
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(image, matrix, size[::-1], flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
+    # Four channels take half as long as three.
+    four, warped = memory.like(image, channels=4), memory.like(image, channels=4, number=1)
+    cv2.cvtColor(image, cv2.COLOR_RGB2RGBA, dst=four)
+    cv2.warpAffine(four, matrix, size[::-1], dst=warped, flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
+    cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB, dst=image)

@@ -71,9 +71,8 @@ def build_pipeline(
             output = mirror_images(resized, mirror, on_gpu=decode.graph_device is not None)
         elif augment.policy is not None:
             change = PolicyOperations(batch_size, augment.size, fill=augment.policy.fill, threads=decode.threads)
-            mirrored = mirror_images(resized, mirror, on_gpu=False)
             changed = fn.python_function(
-                mirrored, *operations, function=change, batch_processing=True, output_layouts="HWC"
+                resized, mirror, *operations, function=change, batch_processing=True, output_layouts="HWC"
             )
             output = _normalize(changed, None, decode=decode)
         else:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.augment.apply import Operations, apply_operations
 from data.augment.geometry import Fill
+from data.augment.opencv import copy_image
 
 PART = 2**20  # bytes of images, at least, that a thread is given: each part costs some Python
 
@@ -64,20 +65,24 @@ class TorchResize:
 
 
 class PolicyOperations:
-    """The operations of a policy. Shapes: uint8 (H, W, 3), codes and magnitudes (S,) -> (H, W, 3)."""
+    """Mirror, then the operations of a policy: uint8 (H, W, 3), mirror (), codes and magnitudes (S,) -> (H, W, 3)."""
 
     def __init__(self, batch_size: int, size: tuple[int, int], *, fill: Fill, threads: int) -> None:
         self._parts, self._fill = _Parts((batch_size, *size, 3), threads=threads, name="augment"), fill
 
-    def __call__(self, images: Images, *drawn: Sequence[NDArray[Any]]) -> list[NDArray[np.uint8]]:
-        """Change a batch of at most `batch_size` images by their codes and magnitudes."""
+    def __call__(
+        self, images: Images, mirror: Sequence[NDArray[Any]], *drawn: Sequence[NDArray[Any]]
+    ) -> list[NDArray[np.uint8]]:
+        """Change a batch of at most `batch_size` images: mirror those of 1, then apply codes and magnitudes."""
         operations = Operations(*map(np.stack, drawn))
-        return self._parts.run(partial(self._change, images=images, operations=operations), images)
+        change = partial(self._change, images=images, mirror=np.stack(mirror), operations=operations)
+        return self._parts.run(change, images)
 
-    def _change(self, numbers: range, *, images: Images, operations: Operations) -> None:
+    def _change(self, numbers: range, *, images: Images, mirror: NDArray[np.int32], operations: Operations) -> None:
         part = slice(numbers.start, numbers.stop)
         changed = self._parts.results[part]
-        np.stack(images[part], out=changed.numpy())
+        for image, is_mirrored, place in zip(images[part], mirror[part].tolist(), changed.numpy(), strict=True):
+            copy_image(image, place, mirror=bool(is_mirrored))
         apply_operations(changed, Operations(operations.codes[part], operations.magnitudes[part]), fill=self._fill)
 
 

@@ -38,10 +38,11 @@ def test_threads_change_every_image_as_one_thread_does(monkeypatch: pytest.Monke
     monkeypatch.setattr(steps, "PART", 4000)  # bytes: two images a thread
     images = list(np.random.default_rng(0).integers(0, 256, (40, 24, 32, 3), dtype=np.uint8))
     drawn = TrivialAugment().draw(np.arange(40), size=(24, 32), seed=0, epoch=0)
-    expected = np.stack(images)
+    mirror = np.arange(40) // 2 % 2
+    expected = np.stack([image[:, ::-1] if one else image for image, one in zip(images, mirror, strict=True)])
     apply_singly(expected, drawn, fill=(0, 0, 0))
     changed = PolicyOperations(64, (24, 32), fill=(0, 0, 0), threads=4)(
-        images, list(drawn.codes), list(drawn.magnitudes)
+        images, list(mirror), list(drawn.codes), list(drawn.magnitudes)
     )
     assert np.array_equal(np.stack(changed), expected)
     assert len({*drawn.codes[:, 0].tolist()}) > 8
