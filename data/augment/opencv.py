@@ -5,7 +5,7 @@ turns each level into another one, the functions of `operations` compute a table
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import cv2
@@ -24,7 +24,7 @@ Change = Callable[[Image, float], None]  # an image, in place, and a magnitude
 
 AXES = {"translate_y": 0, "translate_x": 1}
 LEVELS = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).repeat(1, 1, 1, 3)  # an image of all levels
-SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+CENTRE = 4 / 13  # the smooth image is the mean of nine pixels, and this share of the central one in addition
 TRUNCATE = -0.499  # added before OpenCV rounds: numbers lose their fraction, and integers stay
 
 cv2.setNumThreads(1)  # the loader has threads, each with an image
@@ -34,14 +34,14 @@ class _Memory(threading.local):
     """An image of each size and number of channels, for results, in every thread."""
 
     def __init__(self) -> None:
-        self._images: dict[tuple[int, ...], Image] = {}
+        self._images: dict[tuple[tuple[int, ...], int], Image] = {}
 
     def like(self, image: Image, *, channels: int = 3, number: int = 0) -> Image:
-        """Return memory for an image of this size; its content is undefined."""
-        key = (*image.shape[:2], channels, number)
-        if key not in self._images:
-            self._images[key] = np.empty(key[:3], np.uint8)
-        return self._images[key]
+        """Return memory for an image of this size, (H, W, channels) or (H, W); its content is undefined."""
+        shape = (*image.shape[:2], channels)[: 3 if channels > 1 else 2]
+        if (shape, number) not in self._images:
+            self._images[shape, number] = np.empty(shape, np.uint8)
+        return self._images[shape, number]
 
 
 memory = _Memory()
@@ -80,21 +80,22 @@ def _grey(image: Image) -> MatLike:
 
 
 def _sharpness(image: Image, factor: float) -> None:
-    smooth = cv2.filter2D(image, -1, SMOOTH, dst=memory.like(image))
-    blended = cv2.addWeighted(image, factor, smooth, 1 - factor, TRUNCATE, dst=smooth)
+    mean, rest = cv2.boxFilter(image, -1, (3, 3), dst=memory.like(image)), 1 - factor
+    blended = cv2.addWeighted(image, factor + rest * CENTRE, mean, rest * (1 - CENTRE), TRUNCATE, dst=mean)
     image[1:-1, 1:-1] = blended[1:-1, 1:-1]
 
 
 def _autocontrast(image: Image, _: float) -> None:
-    levels = torch.from_numpy(image)
-    low, high = levels.amin(0).amin(0)[None], levels.amax(0).amax(0)[None]  # (1, 3); NumPy takes ten times as long
-    _look_up(image, operations.stretch(LEVELS, low.float(), high=high.float())[0, 0])
+    channels = _split(image)
+    low, high = torch.tensor([cv2.minMaxLoc(channel)[:2] for channel in channels]).T[:, None]  # (1, 3) each
+    _look_up_each(image, channels, tables=operations.stretch(LEVELS, low, high=high)[0, 0])
 
 
 def _equalize(image: Image, _: float) -> None:
-    counts = [cv2.calcHist([image], [channel], None, [256], [0, 256]) for channel in range(3)]
+    channels = _split(image)
+    counts = [cv2.calcHist([channel], [0], None, [256], [0, 256]) for channel in channels]
     tables = operations.equalizing_tables(torch.from_numpy(np.stack(counts).reshape(3, 256).astype(np.int64)))
-    _look_up(image, tables.T)
+    _look_up_each(image, channels, tables=tables.T)
 
 
 def _blur(image: Image, sigma: float) -> None:
@@ -112,9 +113,21 @@ def _table(name: str, magnitude: float) -> Tensor:
     return PIXEL_OPERATIONS[name](LEVELS, torch.tensor([magnitude]))[0, 0, :, 0]  # (256,)
 
 
-def _look_up(image: Image, tables: Tensor) -> None:
-    """Replace each level by that of a table of 256, or of its channel's: tables of 256 x 3."""
-    cv2.LUT(image, tables.contiguous().view(256, 1, -1).numpy(), dst=image)
+def _look_up(image: Image, table: Tensor) -> None:
+    """Replace each level by that of the table, (256,)."""
+    cv2.LUT(image, table.contiguous().numpy(), dst=image)
+
+
+def _split(image: Image) -> Sequence[MatLike]:
+    return cv2.split(image, [memory.like(image, channels=1, number=number) for number in range(3)])  # (H, W) each
+
+
+def _look_up_each(image: Image, channels: Sequence[MatLike], *, tables: Tensor) -> None:
+    """The same with a table for each channel, (256, 3)."""
+    replaced = [
+        cv2.LUT(one, table, dst=one) for one, table in zip(channels, tables.T.contiguous().numpy(), strict=True)
+    ]
+    cv2.merge(replaced, dst=image)
 
 
 def _hue(image: Image, turn: float) -> None:  # OpenCV has 180 hues
@@ -142,16 +155,26 @@ def _shift(image: Image, pixels: int, *, axis: int, fill: Fill) -> None:
         new[pixels:], new[:pixels] = fill, old[-pixels:]
 
 
-def _warp(image: Image, name: str, *, magnitude: float, fill: Fill) -> None:
-    """Interpolate bilinearly at the places of a geometric operation."""
-    size = image.shape[:2]
+@lru_cache(maxsize=512)
+def _matrix(name: str, magnitude: float, *, size: tuple[int, int]) -> NDArray[np.float64]:
+    """Return the affine map, (2, 3), from an output pixel's column and row to the input's."""
     numbers = GEOMETRIC_OPERATIONS[name](torch.tensor([magnitude]), size)
     matrix = torch.cat(numbers).double().view(2, 3).numpy()  # from the centre; OpenCV's is from the first pixel's
     centre = np.array([size[1] - 1, size[0] - 1]) / 2
     matrix[:, 2] += centre - matrix[:, :2] @ centre
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return matrix
+
+
+def _warp(image: Image, name: str, *, magnitude: float, fill: Fill) -> None:
+    """Interpolate bilinearly at the places of a geometric operation."""
+    height, width, _ = image.shape
+    matrix = _matrix(name, magnitude, size=(height, width))
     # Four channels take half as long as three.
     four, warped = memory.like(image, channels=4), memory.like(image, channels=4, number=1)
     cv2.cvtColor(image, cv2.COLOR_RGB2RGBA, dst=four)
-    cv2.warpAffine(four, matrix, size[::-1], dst=warped, flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    outside = (*fill, 0)
+    cv2.warpAffine(
+        four, matrix, (width, height), dst=warped, flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=outside
+    )
     cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB, dst=image)
