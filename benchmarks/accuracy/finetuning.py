@@ -27,7 +27,8 @@ CONVOY: Mapping[str, Sequence[str]] = {
 }
 TIMM_NETWORK = (
     *("--train-split", "train", "--val-split", "val", "--model", "mobilenetv3_small_100", "--img-size", "96"),
-    *("--num-classes", "3", "--workers", "1", "--checkpoint-hist", "1", "--amp", "--amp-dtype", "bfloat16"),
+    *("--num-classes", "3", "--bn-eps", "0.001", "--workers", "1", "--checkpoint-hist", "1"),
+    *("--amp", "--amp-dtype", "bfloat16"),
 )
 ULTRALYTICS = (
     *("--opt", "adamw", "--lr", "0.001429", "--weight-decay", "5e-4", "--batch-size", "16", "--grad-accum-steps", "4"),

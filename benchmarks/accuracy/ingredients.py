@@ -16,11 +16,11 @@ from benchmarks.accuracy.trials import Answer, Trial, convoy, pack, run_trials, 
 
 EPOCHS, SEEDS = 30, (0, 1, 2)
 CONVOY = (
-    *("+model=resnet", "model.image_size=224", "data=shards", "data.image_size=32", "augment=small"),
+    *("+model=resnet", "model.image_size=224", "data=shards", "data.image_size=64", "augment=small"),
     *(f"recipe.epochs={EPOCHS}", "recipe.warmup_epochs=2"),
 )
 TIMM = (
-    *("--train-split", "train", "--val-split", "val", "--model", "resnet18", "--num-classes", "10", "--img-size", "32"),
+    *("--train-split", "train", "--val-split", "val", "--model", "resnet18", "--num-classes", "10", "--img-size", "64"),
     *("--amp", "--amp-dtype", "bfloat16", "--channels-last", "--workers", "1", "--batch-size", "64"),
     *("--opt", "sgd", "--momentum", "0.9", "--weight-decay", "1e-4", "--lr", "0.064", "--epochs", str(EPOCHS)),
     *("--sched", "cosine", "--sched-on-updates", "--warmup-epochs", "2", "--warmup-lr", "0", "--checkpoint-hist", "1"),
