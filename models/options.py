@@ -66,9 +66,9 @@ def resolve_options(own: Settings, options: Options, *, at_least: int = 1) -> Se
     for name, value in sorted(options.items()):
         require(name in known, f"is not an option of networks: choose from {', '.join(known)}", **{name: value})
     given = {name: value for name, value in options.items() if value is not None}
-    sides = given.get("image_size")
-    if isinstance(sides, Sequence) and len(sides) == 2 and all(isinstance(side, int) for side in sides):
-        given["image_size"] = max(sides)
+    size, shortest = given.get("image_size"), None
+    if isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) for side in size):
+        given["image_size"], shortest = max(size), min(size)
     settings = Settings(**(own._asdict() | given))
     for name, value in settings._asdict().items():
         is_float = isinstance(Settings._field_defaults[name], float)
@@ -76,8 +76,9 @@ def resolve_options(own: Settings, options: Options, *, at_least: int = 1) -> Se
         require(isinstance(value, types) and not isinstance(value, bool), f"must be {words}", **{name: value})
     require(settings.num_classes >= 2, "must be at least 2 for a classifier", num_classes=settings.num_classes)
     require(settings.in_channels >= 1, "must be at least 1", in_channels=settings.in_channels)
-    rule, image_size = f"must be at least {at_least} for this network", settings.image_size
-    require(image_size >= at_least, rule, image_size=image_size)
+    rule = f"must be at least {at_least} for this network"
+    is_large_enough = (settings.image_size if shortest is None else shortest) >= at_least
+    require(is_large_enough, rule, image_size=size or settings.image_size)
     for name in ("dropout", "stochastic_depth"):
         rate = getattr(settings, name)
         require(0 <= rate < 1, "must be at least 0 and less than 1", **{name: rate})

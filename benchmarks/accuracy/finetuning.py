@@ -36,10 +36,11 @@ ULTRALYTICS = (
     *("--scale", "0.5", "1", "--color-jitter", "0", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.4"),
     *("--smoothing", "0", "--crop-pct", "1", "--model-ema", "--model-ema-decay", "0.9999", "--model-ema-warmup"),
 )
+LONGEST = "timm's defaults, 300 epochs"
 TIMM: Mapping[str, Sequence[str]] = {
     "timm's defaults, 20 epochs": ("--epochs", "20"),
-    "timm's defaults, 300 epochs": (),
     "timm with Ultralytics' defaults, 100 epochs": ULTRALYTICS,
+    LONGEST: (),
 }
 
 
@@ -63,21 +64,16 @@ def pretrain(images: Path, out: Path) -> Path:
 
 
 def make_trials(weights: Path, images: Path, *, out: Path, clone: Path | None) -> list[Trial]:
-    """All trainings, seed by seed; the longest one has one seed."""
-    trials = []
+    """All trainings, seed by seed; the longest one comes last, with one seed."""
+    trials, longest = list[Trial](), list[Trial]()
     for seed in SEEDS:
-        recipe = ("recipe=finetune", f"weights={weights}", f"data.root={out / 'shards'}", f"seed={seed}")
-        trials += [
-            convoy(f"{name}, seed {seed}", [*NETWORK, *recipe, *words], out=out / "runs")
-            for name, words in CONVOY.items()
-        ]
-        own = ("--data-dir", str(images), "--pretrained", "--pretrained-path", str(weights), "--seed", str(seed))
-        if clone is not None:
-            trials += [
-                timm(f"{name}, seed {seed}", [*TIMM_NETWORK, *own, *words], out=out / "timm", clone=clone)
-                for name, words in TIMM.items()
-            ]
-    return trials
+        ours = (*NETWORK, "recipe=finetune", f"weights={weights}", f"data.root={out / 'shards'}", f"seed={seed}")
+        trials += [convoy(f"{name}, seed {seed}", [*ours, *words], out=out / "runs") for name, words in CONVOY.items()]
+        theirs = ("--data-dir", str(images), "--pretrained", "--pretrained-path", str(weights), "--seed", str(seed))
+        for name, words in TIMM.items() if clone is not None else ():
+            trial = timm(f"{name}, seed {seed}", [*TIMM_NETWORK, *theirs, *words], out=out / "timm", clone=clone)
+            (longest if name == LONGEST else trials).append(trial)
+    return [*trials, *longest[:1]]
 
 
 def main() -> None:
@@ -94,10 +90,11 @@ def main() -> None:
     print("| training | top-1 | seconds |\n|---|--:|--:|")
     for name in (*CONVOY, *TIMM):
         found = [answers[key] for seed in SEEDS if (key := f"{name}, seed {seed}") in answers]
-        if len(found) > 1:
+        if found:
             top1 = [100 * answer.top1[-1] for answer in found]
+            deviation = f" ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
             seconds = statistics.median(answer.seconds for answer in found)
-            print(f"| {name} | {statistics.mean(top1):.1f} ± {statistics.stdev(top1):.1f} | {seconds:.0f} |")
+            print(f"| {name} | {statistics.mean(top1):.1f}{deviation} | {seconds:.0f} |")
 
 
 if __name__ == "__main__":

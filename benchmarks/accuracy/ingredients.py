@@ -42,7 +42,7 @@ RECIPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {  # wor
 }
 
 
-def make_trials(images: Path, out: Path, clone: Path | None) -> list[Trial]:
+def make_trials(images: Path, *, out: Path, clone: Path | None) -> list[Trial]:
     """All trainings, seed by seed."""
     trials = []
     for seed in SEEDS:
@@ -55,7 +55,7 @@ def make_trials(images: Path, out: Path, clone: Path | None) -> list[Trial]:
     return trials
 
 
-def _describe(answers: Mapping[str, Answer], who: str, name: str) -> str:
+def _describe(answers: Mapping[str, Answer], *, who: str, name: str) -> str:
     found = [answers.get(f"{who}, {name}, seed {seed}") for seed in SEEDS]
     top1 = [100 * answer.top1[-1] for answer in found if answer is not None]
     return f"{statistics.mean(top1):.1f} ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
@@ -69,10 +69,13 @@ def main() -> None:
     parser.add_argument("--timm", type=Path, help="a clone of timm's repository")
     options = parser.parse_args()
     images = pack(options.images, options.out, train=300, val=200)
-    answers = run_trials(make_trials(images, options.out, options.timm), answers=options.out / "answers.jsonl")
+    answers = run_trials(
+        make_trials(images, out=options.out, clone=options.timm), answers=options.out / "answers.jsonl"
+    )
     print("| recipe | Convoy | timm |\n|---|--:|--:|")
     for name in RECIPES:
-        print(f"| {name} | {_describe(answers, 'convoy', name)} | {_describe(answers, 'timm', name)} |")
+        ours, theirs = (_describe(answers, who=who, name=name) for who in ("convoy", "timm"))
+        print(f"| {name} | {ours} | {theirs} |")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def _folder(out: Path, name: str) -> Path:
 def _convoy_curves(run: Path) -> Mapping[str, list[float]]:
     values = [point.values for point in Run(run).journal.points()]
     group = "val_ema" if any("val_ema/top1" in one for one in values) else "val"
-    return {key: [one[f"{group}/{key}"] for one in values if f"{group}/{key}" in one] for key in ("top1", "loss")}
+    evaluations = [one for one in values if f"{group}/top1" in one]
+    return {key: [one[f"{group}/{key}"] for one in evaluations] for key in ("top1", "loss")}
 
 
 def convoy(name: str, words: Sequence[str], *, out: Path) -> Trial:
@@ -84,10 +85,14 @@ def _run(trial: Trial) -> Answer:
 def run_trials(trials: Iterable[Trial], *, answers: Path) -> dict[str, Answer]:
     """Run those trials that have no answer yet; return all answers by name."""
     lines = answers.read_text().splitlines() if answers.exists() else []
-    known = {answer.name: answer for answer in (Answer(**json.loads(line)) for line in lines)}
+    before = [Answer(**json.loads(line)) for line in lines]
+    known = {answer.name: answer for answer in before}
     missing = [trial for trial in trials if trial.name not in known]
     with ThreadPoolExecutor(available_cores()) as pool:
-        for future in as_completed([pool.submit(_run, trial) for trial in missing]):
+        futures = [pool.submit(_run, trial) for trial in missing]
+        for future in as_completed(futures):
+            if future.exception() is not None:
+                pool.shutdown(wait=False, cancel_futures=True)  # those that run end first
             answer = future.result()
             known[answer.name] = answer
             with answers.open("a") as file:
@@ -104,6 +109,8 @@ def pack(images: Path, out: Path, *, classes: Sequence[str] | None = None, train
     The data set is `out/shards`; nothing is done where it is already there.
     """
     folder = out / "images"
+    if (out / "shards" / "dataset.json").exists():
+        return folder
     for split, name, count in (("train", "train", train), ("test", "val", val)):
         for path in sorted((images / split).glob("*/")):
             if classes is None or path.name in classes:
@@ -111,7 +118,6 @@ def pack(images: Path, out: Path, *, classes: Sequence[str] | None = None, train
                 target.mkdir(parents=True, exist_ok=True)
                 for image in sorted(path.glob("*.jpg"))[:count]:
                     (target / image.name).write_bytes(image.read_bytes())
-    if not (out / "shards" / "dataset.json").exists():
-        words = [f"source.root={folder}", "source=folder", "name=photos", f"out={out / 'shards'}"]
-        subprocess.run([sys.executable, "-m", "pipeline.pack", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    words = [f"source.root={folder}", "source=folder", "name=photos", f"out={out / 'shards'}"]
+    subprocess.run([sys.executable, "-m", "pipeline.pack", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return folder

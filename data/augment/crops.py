@@ -48,7 +48,10 @@ class CropWindows(NamedTuple):
 
 @runtime_checkable
 class CropPolicy(Protocol):
-    """Chooses the crop of each image. To add one: a class with these members and a YAML in `conf/augment/`."""
+    """Chooses the crop of each image. To add one: a class with these members and a YAML in `conf/augment/`.
+
+    One whose crops have an `offset` may have `fill`, the levels of the padding; without it that is ImageNet's mean.
+    """
 
     @property
     def image_size(self) -> ImageSize:
@@ -249,4 +252,5 @@ def _largest_within(
     aspect, (low, high) = width / height, (bound * relative_to for bound in ratio)
     fitted_height = np.where(aspect < low, np.rint(width / low), height)
     fitted_width = np.where(aspect > high, np.rint(height * high), width)
-    return np.stack([fitted_height, fitted_width], axis=1).astype(np.int64)  # (N, 2)
+    fitted = np.stack([fitted_height, fitted_width], axis=1).astype(np.int64)  # (N, 2)
+    return np.maximum(fitted, 1)

@@ -108,7 +108,7 @@ def _by_table(image: Image, magnitude: float, *, name: str) -> None:
     _look_up(image, _table(name, magnitude))
 
 
-@lru_cache(maxsize=512)  # policies have few magnitudes
+@lru_cache(maxsize=512)  # TrivialAugment, RandAugment and AutoAugment have fewer magnitudes
 def _table(name: str, magnitude: float) -> Tensor:
     return PIXEL_OPERATIONS[name](LEVELS, torch.tensor([magnitude]))[0, 0, :, 0]  # (256,)
 

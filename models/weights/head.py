@@ -10,10 +10,10 @@ from models.weights.match import Side, fit
 
 
 class ClassNames(NamedTuple):
-    """The classes of a file, None if nothing names them, and those of the network."""
+    """The classes of a file and those of the network; None if nothing names them."""
 
     theirs: Sequence[str] | None
-    ours: Sequence[str]
+    ours: Sequence[str] | None
 
 
 class LastLayer(NamedTuple):
@@ -26,25 +26,33 @@ class LastLayer(NamedTuple):
 
 def _compare(names: ClassNames, theirs: Side, *, ours: Side) -> LastLayer:
     for side in (theirs, ours):
-        side.without_last_layer()  # raises where there is none
-    (num_theirs, width), (num_ours, own_width) = (
-        side.tensors[side.names[-2]].flatten(1).shape for side in (theirs, ours)
-    )
-    if names.theirs is None and num_theirs == num_ours:
-        return LastLayer(True, description=f"kept: the file has {num_theirs:,} classes too, and does not name them")
-    if names.theirs is None:
-        return LastLayer(
-            False, description=f"starts small: the file has {num_theirs:,} classes, the network {num_ours:,}"
-        )
+        side.without_last_layer("auto")  # raises where there is none
+    (num_theirs, width), (num_ours, own_width) = (_last_shape(side) for side in (theirs, ours))
+    if width != own_width:
+        return LastLayer(False, description=f"new: it has {own_width:,} inputs, the file's {width:,}")
+    if names.theirs is None or names.ours is None:
+        return _compare_numbers(num_theirs, num_ours)
     if num_theirs == num_ours and [*names.theirs] == [*names.ours]:
         return LastLayer(True, description="kept: the file has the same classes")
-    places = {name: number for number, name in enumerate(names.theirs)} if width == own_width else {}
+    places = {name: number for number, name in enumerate(names.theirs)}
     rows = [(places[name], number) for number, name in enumerate(names.ours) if name in places]
     if not rows:
-        return LastLayer(False, description="starts small: the file has other classes")
+        return LastLayer(False, description="new: the file has other classes")
     copied, num_others = shorten([names.ours[number] for _, number in rows]), num_ours - len(rows)
-    others = f"; {num_others:,} others start small" if num_others else ""
+    others = f"; {num_others:,} others are new" if num_others else ""
     return LastLayer(False, rows, f"rows of {copied} copied by class name{others}")
+
+
+def _last_shape(side: Side) -> tuple[int, int]:
+    """Return the classes and inputs of the last layer."""
+    num_classes, width = side.tensors[side.names[-2]].flatten(1).shape
+    return num_classes, width
+
+
+def _compare_numbers(num_theirs: int, num_ours: int) -> LastLayer:
+    if num_theirs == num_ours:
+        return LastLayer(True, description=f"kept: the file has {num_theirs:,} classes too, without names to compare")
+    return LastLayer(False, description=f"new: the file has {num_theirs:,} classes, the network {num_ours:,}")
 
 
 def choose_last_layer(head: str | ClassNames, theirs: Side, *, ours: Side) -> LastLayer:

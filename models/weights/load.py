@@ -34,7 +34,7 @@ class LoadedWeights:
     kept: tuple[str, ...]  # names of the network, which keep their initial values
     norm_eps: float | None  # of all batch norms; None without batch norms or where they keep theirs
     image_size: int | None  # of the file's network, if recorded
-    head: str | None  # what became of the last layer, where the classes decided
+    head: str | None  # treatment of the last layer, where the classes decided
 
     @property
     def is_ours(self) -> bool:
@@ -105,8 +105,9 @@ def load_weights(
     """Load a file by torchvision, timm, Facebook's ConvNeXt or this project into `net`.
 
     `head="replace"` leaves out the last linear layer, for other classes; with class names, its rows are copied where
-    file and network have a class of that name. `stem="adapt"` fits the first convolution to
-    other input channels: the sum of its kernels for one channel, else its kernels in turn, scaled to the same total.
+    file and network have a class of that name, and without them it is kept if the numbers of classes are equal.
+    `stem="adapt"` fits the first convolution to other input channels: the sum of its kernels for one channel, else
+    its kernels in turn, scaled to the same total.
     `skip` names tensors or modules, of either side, that may be left out. `norm_eps` replaces the publisher's.
     Raises: FileNotFoundError; ValueError when the file cannot be read, or a tensor of either side has no match.
     """

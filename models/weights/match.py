@@ -26,12 +26,15 @@ class Side(NamedTuple):
     tensors: Tensors
     tables: frozenset[str] = frozenset()  # relative biases, which may be resized
 
-    def without_last_layer(self) -> Side:
-        """Return all but the last weight and bias. Raises: ValueError when the last two tensors are no linear layer."""
+    def without_last_layer(self, head: str = "replace") -> Side:
+        """Return all but the last weight and bias, for this value of `head`.
+
+        Raises: ValueError when the last two tensors are no linear layer.
+        """
         shapes = [self.tensors[name].shape for name in self.names[-2:]]
         if len(shapes) < 2 or len(shapes[0]) not in (2, 4) or shapes[1] != shapes[0][:1]:
             last = self.describe(self.names[-2:])
-            raise ArgumentError(("head", "replace"), f": {last} are not the last layer of a classifier")
+            raise ArgumentError(("head", head), f": {last} are not the last layer of a classifier")
         return self._replace(names=self.names[:-2])
 
     def describe(self, names: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""What rank 0 decides for all ranks, such as the data set of a training, whose files only it lists and checks."""
+"""Decisions of rank 0 for all ranks, such as the data set of a training, whose files only it lists and checks."""
 
 import json
 import os

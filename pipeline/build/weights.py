@@ -69,8 +69,13 @@ class WeightsFile:
             raise ValueError(f"weights={self.file} has the SHA-256 {digest}, not weights.sha256={expected}")
         return digest
 
-    def load_into(self, net: nn.Module, *, norm_eps: float | None = None, classes: Sequence[str] = ()) -> LoadedWeights:
-        """Give a network of these classes the weights. Raises: FileNotFoundError; ValueError when they do not fit."""
+    def load_into(
+        self, net: nn.Module, *, norm_eps: float | None = None, classes: Sequence[str] | None = None
+    ) -> LoadedWeights:
+        """Give a network the weights; `classes` are its own, None if it has no data set.
+
+        Raises: FileNotFoundError; ValueError when they do not fit.
+        """
         assert self.file is not None
         if not self.file.is_file():
             raise FileNotFoundError(f"weights={self.file}: there is no such file")

@@ -191,7 +191,7 @@ def _check_keys(verb: Verb, base: DictConfig, *, overrides: list[Override]) -> N
         if key in known and key not in deleted and not override.is_sweep_override():
             if is_open:
                 _check_shape(override, known)
-            _check_type(override, known[key])
+            _check_type(verb, override, default=known[key])
 
 
 def _check_shape(override: Override, known: Mapping[str, object]) -> None:
@@ -248,7 +248,7 @@ def _is_addable(key: str, base: DictConfig) -> bool:
     return not difflib.get_close_matches(name, [str(other) for other in node], n=1, cutoff=0.85)
 
 
-def _check_type(override: Override, default: object) -> None:
+def _check_type(verb: Verb, override: Override, *, default: object) -> None:
     if type(default) not in KINDS:
         return
     key, value = override.key_or_group, override.value()
@@ -256,8 +256,13 @@ def _check_type(override: Override, default: object) -> None:
     is_interpolation = isinstance(value, str) and "${" in value
     is_rectangle = key.endswith("image_size") and isinstance(value, list)  # height and width
     fits = isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
-    if not (fits or is_interpolation or is_rectangle):
+    if not (fits or is_interpolation or is_rectangle or (value is None and _is_optional(verb, key))):
         raise ConfigError(f"{key}={override.get_value_string()} is not {name} (default {default})")
+
+
+def _is_optional(verb: Verb, key: str) -> bool:
+    """Return whether a key is null without the chosen groups, such as recipe.layer_decay without recipe=finetune."""
+    return known_keys(compose(verb.name, [])).get(key, key) is None
 
 
 def _sets(overrides: list[Override], *keys: str) -> bool:

@@ -5,7 +5,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 
 import pytorch_lightning as pl
 import torch
@@ -13,13 +14,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from data.loading.loader import Batch, Loader
+from models.learning.averaging import AveragedWeights
 from models.learning.classifier import Classifier
 from pipeline.build.first_rank import answer_of_first_rank
 from pipeline.build.network import build_recipe
 from pipeline.build.settings import Again, parse_budget
 from pipeline.build.trainer import build_trainer, limit_threads
 from pipeline.cli.console import main_console, print_facts
-from pipeline.train.fit import limit_epoch
+from pipeline.train.fit import check_mixing, explain_memory, limit_epoch
 from pipeline.train.job import Job, build_job
 
 UNTIMED, TIMED = 3, 12  # batches; the first ones allocate memory and fill queues
@@ -33,6 +35,7 @@ def settle_epochs(config: DictConfig, job: Job, *, num_classes: int) -> Job:
     """
     if config.budget is None:
         return job
+    check_mixing(job)
     config.recipe.epochs = int(answer_of_first_rank(lambda: str(_recorded_epochs(job) or _choose_epochs(config, job))))
     job.module.recipe = build_recipe(config)
     return build_job(config, job.module, data=job.data, num_classes=num_classes)
@@ -55,7 +58,13 @@ def _recorded_epochs(job: Job) -> int | None:
 def _choose_epochs(config: DictConfig, job: Job) -> int:
     trainer = build_trainer(config, job.module.recipe, callbacks=[], plugins=[], folder=job.run.folder)
     limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices)))
-    seconds = measure_epoch(job, trainer)
+    try:
+        seconds = measure_epoch(job, trainer)
+    except Exception as error:
+        explained = explain_memory(error, batch_size=job.data.settings.batch_size)
+        if explained is error:
+            raise
+        raise explained from error
     epochs = max(1, int(parse_budget(config.budget) / seconds))
     print_facts(main_console(), {"budget": f"{config.budget}: {epochs} epochs of {seconds:.3g} s, as measured"})
     return epochs
@@ -64,7 +73,7 @@ def _choose_epochs(config: DictConfig, job: Job) -> int:
 def measure_epoch(job: Job, trainer: pl.Trainer) -> float:
     """Return the seconds of an epoch with its evaluation, from a few batches on a copy of the network.
 
-    Gradients are not reduced over ranks, weights are not averaged, and nothing is saved.
+    Gradients are not reduced over ranks and nothing is saved; an evaluation also takes averaged weights, if configured.
     """
     data, device = job.data, trainer.strategy.root_device
     limit_epoch(trainer, data, num_epochs=1)
@@ -74,17 +83,24 @@ def measure_epoch(job: Job, trainer: pl.Trainer) -> float:
     module = precision.convert_module(copy.deepcopy(job.module)).to(device)
     assert isinstance(module, Classifier)
     module.batch_key = 0  # for mixed images
+    if job.averaging is not None:
+        module.average = AveragedWeights(module.net, job.averaging)
+        module.average.follow()
     optimizer = module.recipe.optimizer_factory()([group.options for group in module.rate_groups()])
+    numbers = count(1)
+
+    def gradients(batch: Batch) -> float:
+        with precision.forward_context():
+            loss: Tensor = module.training_step(precision.convert_input(batch), 0)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return 0.0  # no optimizer reads it
 
     def train(batch: Batch) -> None:
-        def gradients() -> float:
+        if next(numbers) % module.recipe.accumulate:
+            gradients(batch)
+        else:
+            optimizer.step(partial(gradients, batch))
             optimizer.zero_grad()
-            with precision.forward_context():
-                loss: Tensor = module.training_step(precision.convert_input(batch), 0)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            return 0.0  # no optimizer reads it
-
-        optimizer.step(gradients)
 
     def evaluate(batch: Batch) -> None:
         with torch.no_grad(), precision.forward_context():
@@ -94,7 +110,9 @@ def measure_epoch(job: Job, trainer: pl.Trainer) -> float:
         seconds = int(trainer.limit_train_batches) * _seconds_a_batch(train, data.train_dataloader(), device=device)
         module.eval()
         if isinstance(evaluation, Loader):
-            seconds += len(evaluation) * _seconds_a_batch(evaluate, evaluation, device=device)
+            limit = trainer.limit_val_batches  # a number, or a share as a float
+            num_batches = min(limit, len(evaluation)) if isinstance(limit, int) else limit * len(evaluation)
+            seconds += num_batches * _seconds_a_batch(evaluate, evaluation, device=device)
     data.limit_batches = None
     return seconds
 

@@ -20,8 +20,8 @@ from pipeline.train.callbacks.early_stopping import StopEarly
 from pipeline.train.callbacks.saving import SaveCheckpoints
 from pipeline.train.job import Job
 
-# Parameters an image, above which a training without weights has few images. The most of a published one that the
-# recipes here follow: 730, of WRN-28-10 on CIFAR-10 (Zagoruyko & Komodakis 2016).
+# Parameters an image, above which a training without weights has few images: more than the 730 of WRN-28-10 on CIFAR-10
+# (Zagoruyko & Komodakis 2016), which needs no weights.
 MANY_PARAMETERS = 1000
 
 

@@ -162,6 +162,7 @@ def test_the_smallest_images_are_as_documented(architecture: str) -> None:
         ("alexnet", {"image_size": 6}, "image_size=6 must be at least 7 for"),
         ("vgg", {"image_size": 8}, "image_size=8 must be at least 16 for"),
         ("convnext", {"image_size": 7}, "must be at least 8 for this network"),
+        ("convnext", {"image_size": [4, 96]}, "image_size=[4, 96] must be at least 8 for this network"),
         ("coatnet", {"image_size": 0}, "must be at least 1 for this network"),
         ("resnet", {"num_classes": 0}, "num_classes=0 must be at least 2 for a classifier"),
         ("efficientnet", {"num_classes": 1}, "num_classes=1 must be at least 2 for a classifier"),

@@ -11,7 +11,7 @@ from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms import functional as reference
 from torchvision.transforms._presets import ImageClassification
 
-from data.augment.crops import EvaluationCrop, TrainingCrop, random_resized_crop
+from data.augment.crops import EvaluationCrop, ImageSize, TrainingCrop, random_resized_crop
 from data.draws import uniform
 from pipeline.cli.compose import compose
 
@@ -64,6 +64,16 @@ def test_half_of_the_images_are_mirrored() -> None:
     assert mirrored(TrainingCrop(32)) == pytest.approx(0.5, abs=0.03)
     assert mirrored(TrainingCrop(32, flip=0.0)) == 0
     assert mirrored(TrainingCrop(32, flip=1.0)) == 1
+
+
+@pytest.mark.parametrize("image_size", [[32, 256], [256, 16]])
+def test_a_crop_of_a_tiny_image_has_a_pixel(image_size: ImageSize) -> None:
+    sizes = np.array([(1, 1), (2, 2), (1, 9), (9, 1), (3, 5)], np.int64)
+    for epoch in range(20):
+        windows = TrainingCrop(image_size).crops(sizes, np.arange(5), seed=0, epoch=epoch)
+        assert (windows.shape >= 1).all()
+        assert (windows.anchor >= 0).all()
+        assert (windows.anchor + windows.shape <= sizes).all()
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 375), (333, 517), (256, 256), (257, 300), (40, 31)])

@@ -24,7 +24,7 @@ SIZES = [64, (48, 96), (96, 40)]
 
 
 def resize_with_edges(image: torch.Tensor, size: list[int]) -> torch.Tensor:
-    """Resize by torchvision as if the pixels of each edge went on behind it, as in DALI: (3, h, w) -> (3, H, W)."""
+    """Resize by torchvision with the pixels of each edge repeated outside, as in DALI: (3, h, w) -> (3, H, W)."""
     height, width = image.shape[1:]
     large = v2.pad(image, [width, height, width, height], padding_mode="edge")
     resized = v2.resize(large, [3 * size[0], 3 * size[1]], antialias=True)

@@ -51,16 +51,16 @@ def rows_of(file: Path) -> Tensor:
             CATS_AND_DOGS,
             ("ant", "dog", "cow", "bird", "bee"),
             {1: 2, 3: 0},
-            "rows of dog, bird copied by class name; 3 others start small",
+            "rows of dog, bird copied by class name; 3 others are new",
         ),
-        (CATS_AND_DOGS, ("ant", "bee", "cow", "eel"), {}, "starts small: the file has other classes"),
+        (CATS_AND_DOGS, ("ant", "bee", "cow", "eel"), {}, "new: the file has other classes"),
         (
             None,
             ("ant", "bee", "cow", "eel"),
             {0: 0, 1: 1, 2: 2, 3: 3},
-            "kept: the file has 4 classes too, and does not",
+            "kept: the file has 4 classes too, without names",
         ),
-        (None, ("cat", "dog"), {}, "starts small: the file has 4 classes, the network 2"),
+        (None, ("cat", "dog"), {}, "new: the file has 4 classes, the network 2"),
     ],
 )
 def test_rows_follow_class_names(
@@ -78,10 +78,17 @@ def test_rows_follow_class_names(
     assert loaded.head.startswith(description)
 
 
-def test_outputs_without_a_class_start_small(file: Path) -> None:
+def test_a_network_without_classes_takes_as_many(file: Path) -> None:
+    net = plain(num_classes=4)
+    loaded = load_weights(net, file, head=ClassNames(CATS_AND_DOGS, None))
+    assert torch.equal(rows(net), rows_of(file))
+    assert loaded.head == "kept: the file has 4 classes too, without names to compare"
+
+
+def test_outputs_without_a_class_are_new(file: Path) -> None:
     net, loaded = load(file, CATS_AND_DOGS, "dog", "bird", extra=2)
     assert torch.equal(rows(net)[:2], rows_of(file)[[2, 0]])
-    assert loaded.head == "rows of dog, bird copied by class name; 2 others start small"
+    assert loaded.head == "rows of dog, bird copied by class name; 2 others are new"
 
 
 def test_a_kernel_of_another_publisher_is_a_row(tmp_path: Path) -> None:
@@ -97,5 +104,5 @@ def test_a_kernel_of_another_publisher_is_a_row(tmp_path: Path) -> None:
 
 def test_a_file_whose_last_tensors_are_no_layer_is_refused(tmp_path: Path) -> None:
     torch.save({"scale": torch.ones(3), "shift": torch.ones(3)}, tmp_path / "norm.pth")
-    with pytest.raises(ValueError, match=r"scale \(3,\), shift \(3,\) are not the last layer of a classifier"):
+    with pytest.raises(ValueError, match=r"head=auto: scale \(3,\), shift \(3,\) are not the last layer of a class"):
         load(tmp_path / "norm.pth", None, "cat", "dog")

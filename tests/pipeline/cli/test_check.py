@@ -95,6 +95,7 @@ def test_a_mistake_names_the_nearest_valid_word(words: list[str], answer: str) -
         ["+model=resnet,resnext", "model.image_size=32", "hydra/launcher=basic", "-m"],
         ["+model=resnet", "+trainer.limit_val_batches=3", "trainer.devices=[0]", "data.root='2024'", "data=shards"],
         ["+experiment=cifar10_resnet18"],
+        ["+model=resnet", "recipe=finetune", "recipe.layer_decay=null", "recipe.clip_norm=null"],
         ["--cfg", "job", "+model=resnet"],
         ["--help", "+model=resnet", "data=shards"],
         ["+model=resnet", "data.threads=2", "data.threads=null", "data.image_size=${data.batch_size}"],
@@ -198,6 +199,14 @@ def test_every_config_composes(path: Path) -> None:
         OmegaConf.update(config, key, "given")
     assert len(flatten(config)) > 5
     check_targets(config)
+
+
+@pytest.mark.parametrize("verb", ["report", "preview"])
+def test_every_recipe_composes_with_the_verbs_that_read_it(verb: str) -> None:
+    recipes = [path.stem for path in GROUPS if path.parent.name == "recipe"]
+    assert len(recipes) >= 6
+    for recipe in recipes:
+        assert compose(verb, ["+model=resnet", f"recipe={recipe}"]).recipe.epochs >= 1
 
 
 def test_a_model_selects_its_recipe_and_the_command_line_wins() -> None:

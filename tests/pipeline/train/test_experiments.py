@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.build.network import build_averaging
 from pipeline.cli.compose import CONF, compose
 from pipeline.runs.run import Run
 from pipeline.train.check import check_training
@@ -22,6 +23,7 @@ TWO_STEPS = (
 ABOVE_64_PIXELS = ("data.image_size=65", "augment.training.image_size=65")
 # Of one network; the others train in the slow tests.
 QUICK = ("cifar10_lenet", "cifar10_convnext_atto", "cifar10_coatnet_mini")
+IMAGENET_IMAGES, DEVICES = 1_281_167, 8
 VARIATIONS = ("ffcv_16", "ffcv_88", "nvidia_90", "timm_a1", "timm_a3", "torchvision_v1")
 
 
@@ -37,6 +39,9 @@ def test_a_recipe_is_complete(name: str) -> None:
     comment = " ".join(line for line in text.splitlines() if line.startswith("#"))
     assert "top-1" in comment
     assert "ImageNet-1k" in comment
+    averaging, recipe = build_averaging(config), config.recipe
+    steps = IMAGENET_IMAGES // (config.data.batch_size * recipe.accumulate * DEVICES) * recipe.epochs
+    assert averaging is None or averaging.is_long_enough(steps)
 
 
 @pytest.mark.parametrize(
