@@ -46,7 +46,7 @@ def make_images(folder: Path) -> None:
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(path, quality=QUALITY)
 
 
-def convoy(folder: Path, *, policy: str | None = None) -> Callable[[], Iterable[object]]:
+def convoy(folder: Path, *, policy: str | None = None, fit: str = "crop") -> Callable[[], Iterable[object]]:
     from data.augment import policies
     from data.augment.augmentation import Augmentation
     from data.augment.crops import TrainingCrop
@@ -61,7 +61,7 @@ def convoy(folder: Path, *, policy: str | None = None) -> Callable[[], Iterable[
     index = dataset.index("train")
     plan = TrainingPlan(index.shard_samples, seed=0, shuffle_window=4_000_000, batch_size=BATCH_SIZE)
     decode = DecodeSettings(MEAN, STD, threads=THREADS)
-    augment = Augmentation(TrainingCrop(IMAGE_SIZE))
+    augment = Augmentation(TrainingCrop(IMAGE_SIZE, fit=fit))
     if policy is not None:
         augment = replace(augment, policy=getattr(policies, policy)(), erasing=RandomErasing(ERASING))
     loader = TrainingLoader(index, LocalShards(dataset.root), plan=plan, augment=augment, decode=decode)
@@ -145,6 +145,8 @@ LOADERS = {
     "convoy": convoy,
     "convoy, TrivialAugment": partial(convoy, policy="TrivialAugment"),
     "convoy, RandAugment": partial(convoy, policy="TimmRandAugment"),
+    "convoy, fit=pad": partial(convoy, fit="pad"),
+    "convoy, fit=squash": partial(convoy, fit="squash"),
     "bare DALI": bare_dali,
     "torchvision, tensor": torchvision_tensor,
     "torchvision, PIL": torchvision_pil,

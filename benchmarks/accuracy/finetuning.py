@@ -24,6 +24,8 @@ CONVOY: Mapping[str, Sequence[str]] = {
     "`recipe=finetune weights=FILE`": (),
     "the same with `optimizer=sgd`": ("optimizer=sgd",),
     "the same without decay by stage": ("recipe.layer_decay=null",),
+    "the same without a warm-up of the head": ("recipe.head_warmup=null",),
+    "the same with stem and stages 1 to 3 frozen": ("recipe.freeze=[stem,stage1,stage2,stage3]",),
 }
 TIMM_NETWORK = (
     *("--train-split", "train", "--val-split", "val", "--model", "mobilenetv3_small_100", "--img-size", "96"),
