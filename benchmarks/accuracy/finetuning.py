@@ -35,7 +35,7 @@ TIMM_NETWORK = (
 ULTRALYTICS = (
     *("--opt", "adamw", "--lr", "0.001429", "--weight-decay", "5e-4", "--batch-size", "16", "--grad-accum-steps", "4"),
     *("--epochs", "100", "--sched", "poly", "--decay-rate", "1", "--min-lr", "1.4e-5", "--warmup-epochs", "3"),
-    *("--scale", "0.5", "1", "--color-jitter", "0", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.4"),
+    *("--scale", "0.5", "1", "--color-jitter", "0", "--aa", "rand-m9-mstd0-inc1", "--reprob", "0.4"),
     *("--smoothing", "0", "--crop-pct", "1", "--model-ema", "--model-ema-decay", "0.9999", "--model-ema-warmup"),
 )
 LONGEST = "timm's defaults, 300 epochs"

@@ -28,10 +28,10 @@ TIMM = (
     *("--color-jitter", "0", "--smoothing", "0.1"),
 )
 MIX, EMA = ("mix=mixup_cutmix",), ("averaging=ema",)
-RANDAUGMENT = ("policy=randaugment_timm",)
+RANDAUGMENT = ("policy=randaugment_timm", "augment.policy.magnitude_std=0")
 TIMM_MIX = ("--mixup", "0.2", "--cutmix", "1", "--mixup-switch-prob", "0.5")
 TIMM_EMA = ("--model-ema", "--model-ema-decay", "0.9998", "--model-ema-warmup")
-TIMM_RANDAUGMENT = ("--aa", "rand-m9-mstd0.5-inc1")
+TIMM_RANDAUGMENT = ("--aa", "rand-m9-mstd0-inc1")  # with a deviation Pillow refuses some posterisations
 RECIPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {  # words of Convoy, and of timm's train.py
     "base": ((), ()),
     "TrivialAugment": (("policy=trivial",), None),  # timm has none
