@@ -1,4 +1,4 @@
-"""Published recipes, and those for CIFAR-10: each is composed, built and trained for two steps."""
+"""Published recipes, those for CIFAR-10, and the one of the demo."""
 
 from __future__ import annotations
 
@@ -69,3 +69,9 @@ def test_a_recipe_for_cifar10_trains(train: Typed, with_digits: Path, name: str)
     assert (config.data.image_size, config.recipe.epochs) == (32, 1)
     train(*words)
     assert checkpoint(with_digits / "runs" / "short")["global_step"] == 2
+
+
+@pytest.mark.soak
+def test_the_demo_reaches_what_the_readme_states(train: Typed, with_digits: Path) -> None:
+    train("+model=resnet", "tracking=none", "name=demo")
+    assert Run(with_digits / "runs" / "demo").result()["val/top1"] >= 0.97
