@@ -7,14 +7,13 @@ seven classes, then fine-tuned on 300 of each of the other three, all enlarged t
 Top-1 is that of the last epoch, with averaged weights theirs.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.accuracy.trials import ROOT, Trial, convoy, pack, run_trials, timm
+from benchmarks.accuracy.trials import ROOT, Trial, convoy, describe_top1, option_parser, pack, run_trials, timm
 
 CLASSES = ("airplane", "automobile", "bird")
 OTHERS = ("cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -72,7 +71,9 @@ def make_trials(weights: Path, images: Path, *, out: Path, clone: Path | None) -
         ours = (*NETWORK, "recipe=finetune", f"weights={weights}", f"data.root={out / 'shards'}", f"seed={seed}")
         trials += [convoy(f"{name}, seed {seed}", [*ours, *words], out=out / "runs") for name, words in CONVOY.items()]
         theirs = ("--data-dir", str(images), "--pretrained", "--pretrained-path", str(weights), "--seed", str(seed))
-        for name, words in TIMM.items() if clone is not None else ():
+        if clone is None:
+            continue
+        for name, words in TIMM.items():
             trial = timm(f"{name}, seed {seed}", [*TIMM_NETWORK, *theirs, *words], out=out / "timm", clone=clone)
             (longest if name == LONGEST else trials).append(trial)
     return [*trials, *longest[:1]]
@@ -80,9 +81,7 @@ def make_trials(weights: Path, images: Path, *, out: Path, clone: Path | None) -
 
 def main() -> None:
     """Print a table of mean and standard deviation."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = option_parser(__doc__)
     parser.add_argument("--timm", type=Path, help="a clone of timm's repository")
     options = parser.parse_args()
     images = pack(options.images, options.out, classes=CLASSES, train=300, val=500)
@@ -93,10 +92,8 @@ def main() -> None:
     for name in (*CONVOY, *TIMM):
         found = [answers[key] for seed in SEEDS if (key := f"{name}, seed {seed}") in answers]
         if found:
-            top1 = [100 * answer.top1[-1] for answer in found]
-            deviation = f" ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
             seconds = statistics.median(answer.seconds for answer in found)
-            print(f"| {name} | {statistics.mean(top1):.1f}{deviation} | {seconds:.0f} |")
+            print(f"| {name} | {describe_top1(found)} | {seconds:.0f} |")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ is ResNet-18 with the stem for 224 pixels, which is timm's. Top-1 is that of the
 theirs.
 """
 
-import argparse
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.accuracy.trials import Answer, Trial, convoy, pack, run_trials, timm
+from benchmarks.accuracy.trials import Answer, Trial, convoy, describe_top1, option_parser, pack, run_trials, timm
 
 EPOCHS, SEEDS = 30, (0, 1, 2)
 CONVOY = (
@@ -56,16 +54,13 @@ def make_trials(images: Path, *, out: Path, clone: Path | None) -> list[Trial]:
 
 
 def _describe(answers: Mapping[str, Answer], *, who: str, name: str) -> str:
-    found = [answers.get(f"{who}, {name}, seed {seed}") for seed in SEEDS]
-    top1 = [100 * answer.top1[-1] for answer in found if answer is not None]
-    return f"{statistics.mean(top1):.1f} ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
+    names = [f"{who}, {name}, seed {seed}" for seed in SEEDS]
+    return describe_top1([answers[one] for one in names if one in answers])
 
 
 def main() -> None:
     """Print a table of mean and standard deviation."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = option_parser(__doc__)
     parser.add_argument("--timm", type=Path, help="a clone of timm's repository")
     options = parser.parse_args()
     images = pack(options.images, options.out, train=300, val=200)

@@ -6,13 +6,12 @@
 used, for 10 epochs. Rates are a ninth of the default to nine times the default.
 """
 
-import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from hydra.utils import instantiate
 
-from benchmarks.accuracy.trials import Answer, Trial, convoy, pack, run_trials
+from benchmarks.accuracy.trials import Answer, Trial, convoy, option_parser, pack, run_trials
 from pipeline.cli.compose import compose
 
 NETWORKS = ("lenet", "alexnet", "vgg", "resnet", "resnext", "mobilenet", "efficientnet", "convnext", "coatnet")
@@ -49,9 +48,7 @@ def _row(network: str, answers: Mapping[str, Answer]) -> str:
 
 def main() -> None:
     """Print a table of the last epoch's top-1, and the first and the last loss with the default rate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = option_parser(__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     options = parser.parse_args()
     pack(options.images, options.out, classes=CLASSES, train=200, val=100)

@@ -3,11 +3,13 @@
 The answers are lines of JSON in a file, so a comparison that was stopped continues where it was.
 """
 
+import argparse
 import csv
 import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -101,6 +103,21 @@ def run_trials(trials: Iterable[Trial], *, answers: Path) -> dict[str, Answer]:
                 f"{answer.name}: top-1 {answer.top1[-1]:.4f} after {answer.seconds:.0f} s", file=sys.stderr, flush=True
             )
     return known
+
+
+def describe_top1(answers: Sequence[Answer]) -> str:
+    """Return mean and standard deviation of the last epoch's top-1 in percent; nothing without an answer."""
+    top1 = [100 * answer.top1[-1] for answer in answers]
+    deviation = f" ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
+    return f"{statistics.mean(top1):.1f}{deviation}" if top1 else ""
+
+
+def option_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the options of every comparison: the photographs and the folder of its results."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
 
 
 def pack(images: Path, out: Path, *, classes: Sequence[str] | None = None, train: int, val: int) -> Path:

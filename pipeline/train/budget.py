@@ -60,7 +60,7 @@ def _choose_epochs(config: DictConfig, job: Job) -> int:
     limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices)))
     try:
         seconds = measure_epoch(job, trainer)
-    except Exception as error:
+    except (RuntimeError, MemoryError) as error:
         explained = explain_memory(error, batch_size=job.data.settings.batch_size)
         if explained is error:
             raise
