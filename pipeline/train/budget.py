@@ -109,8 +109,8 @@ def measure_epoch(job: Job, trainer: pl.Trainer) -> float:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         seconds = int(trainer.limit_train_batches) * _seconds_a_batch(train, data.train_dataloader(), device=device)
         module.eval()
-        if isinstance(evaluation, Loader):
-            limit = trainer.limit_val_batches  # a number, or a share as a float
+        limit = trainer.limit_val_batches  # a number, or a share as a float
+        if isinstance(evaluation, Loader) and limit:
             num_batches = min(limit, len(evaluation)) if isinstance(limit, int) else limit * len(evaluation)
             seconds += num_batches * _seconds_a_batch(evaluate, evaluation, device=device)
     data.limit_batches = None

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import pytest
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pipeline.build.settings import parse_budget
-from pipeline.train import budget
+from pipeline.train import budget, fit
 from tests.support.commands import Typed
 from tests.support.resume import Stop, checkpoint, differences, results, train_until
 
@@ -25,6 +30,27 @@ def epoch_takes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     seconds: list[float] = []
     monkeypatch.setattr(budget, "measure_epoch", lambda job, trainer: seconds.pop(0))
     return seconds
+
+
+class Measurement:
+    """In place of the clock: a batch of training takes a second, one of an evaluation 100; counts calls by class."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.answers = [1.0, 100.0]
+
+    def add(self, called: object, *rest: object) -> None:
+        """Count a call of a network or an optimizer."""
+        self.calls[type(called).__name__] += 1
+
+    def seconds_a_batch(self, step: Callable[[object], None], batches: Iterable[object], **options: object) -> float:
+        """Take four batches."""
+        hooks = [register_module_forward_hook(self.add), register_optimizer_step_post_hook(self.add)]
+        for batch in islice(batches, 4):
+            step(batch)
+        for hook in hooks:
+            hook.remove()
+        return self.answers.pop(0)
 
 
 def recorded(run: Path) -> tuple[object, object]:
@@ -76,6 +102,28 @@ def test_the_default_name_does_not_depend_on_what_was_measured(
     first, second = sorted((with_digits / "runs").iterdir(), key=lambda path: len(path.name))
     assert second.name == f"{first.name}-2", "after a finished run, another one with its own measurement"
     assert (recorded(first), recorded(second)) == ((1, 4), (3, 12))
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds", "calls"),  # of the network and of the optimizer
+    [
+        ((), 4 + 200, (4 + 4, 4)),
+        (("recipe.accumulate=2",), 4 + 200, (4 + 4, 2)),
+        (("averaging=ema", "averaging.min_windows=0"), 4 + 200, (4 + 2 * 4, 4)),
+        (("++trainer.limit_val_batches=0",), 4, (4, 4)),
+        (("++trainer.limit_val_batches=0.5",), 4 + 300, (4 + 4, 4)),  # half of 6
+        (("++trainer.limit_train_batches=0.5",), 11 + 200, (4 + 4, 4)),  # half of 22
+    ],
+)
+def test_what_is_measured_is_what_an_epoch_does(
+    words: tuple[str, ...], seconds: int, *, calls: tuple[int, int], train: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measurement = Measurement()
+    monkeypatch.setattr(budget, "_seconds_a_batch", measurement.seconds_a_batch)
+    monkeypatch.setattr(fit, "train", lambda *rest, **options: None)
+    printed = train(*WORDS, *words, "budget=1s")
+    assert f"budget      1s: 1 epochs of {seconds} s, as measured\n" in printed
+    assert (measurement.calls["ConvNet"], measurement.calls["SGD"]) == calls
 
 
 def test_a_measurement_changes_nothing(train: Typed, with_digits: Path) -> None:
