@@ -3,8 +3,8 @@
     python -m benchmarks.loader            makes 1,000 JPEGs of 500 x 375, then 5 rounds of 3 epochs each
 
 All follow torchvision's reference preset for training: decode, random resized crop to 224 with antialias, flip,
-normalise, batch. Those with a policy also erase a rectangle of a quarter of the images. Each loader has two threads or
-two worker processes. CPU time counts the process and its workers, after one epoch of warm-up.
+normalise, batch. Those with a policy also erase a rectangle of a quarter of the images ("erasing" only that). Each
+loader has two threads or two worker processes. CPU time counts the process and its workers, after one epoch of warm-up.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def make_images(folder: Path) -> None:
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(path, quality=QUALITY)
 
 
-def convoy(folder: Path, *, policy: str | None = None, fit: str = "crop") -> Callable[[], Iterable[object]]:
+def convoy(
+    folder: Path, *, policy: str | None = None, erases: bool = False, fit: str = "crop"
+) -> Callable[[], Iterable[object]]:
     from data.augment import policies
     from data.augment.augmentation import Augmentation
     from data.augment.crops import TrainingCrop
@@ -63,7 +65,9 @@ def convoy(folder: Path, *, policy: str | None = None, fit: str = "crop") -> Cal
     decode = DecodeSettings(MEAN, STD, threads=THREADS)
     augment = Augmentation(TrainingCrop(IMAGE_SIZE, fit=fit))
     if policy is not None:
-        augment = replace(augment, policy=getattr(policies, policy)(), erasing=RandomErasing(ERASING))
+        augment = replace(augment, policy=getattr(policies, policy)())
+    if policy is not None or erases:
+        augment = replace(augment, erasing=RandomErasing(ERASING))
     loader = TrainingLoader(index, LocalShards(dataset.root), plan=plan, augment=augment, decode=decode)
     return lambda: loader
 
@@ -145,6 +149,10 @@ LOADERS = {
     "convoy": convoy,
     "convoy, TrivialAugment": partial(convoy, policy="TrivialAugment"),
     "convoy, RandAugment": partial(convoy, policy="TimmRandAugment"),
+    "convoy, torchvision's RandAugment": partial(convoy, policy="RandAugment"),
+    "convoy, AutoAugment": partial(convoy, policy="AutoAugment"),
+    "convoy, jitter": partial(convoy, policy="ColorJitter"),
+    "convoy, erasing": partial(convoy, erases=True),
     "convoy, fit=pad": partial(convoy, fit="pad"),
     "convoy, fit=squash": partial(convoy, fit="squash"),
     "bare DALI": bare_dali,
@@ -195,13 +203,13 @@ def main() -> None:
         make_images(Path(name))
         _pack(Path(name))
         results = measure_all(Path(name), names=arguments.only, rounds=arguments.rounds, epochs=arguments.epochs)
-    print(f"{'loader':<24}{'images/s':>10}{'CPU ms/image':>14}{'first / its CPU':>16}   medians of {arguments.rounds}")
+    print(f"{'loader':<36}{'images/s':>10}{'CPU ms/image':>14}{'first / its CPU':>16}   medians of {arguments.rounds}")
     ours = [one["cpu_ms"] for one in results[arguments.only[0]]]
     for name, measured in results.items():
         cpu = [one["cpu_ms"] for one in measured]
         ratio = statistics.median(own / other for own, other in zip(ours, cpu, strict=True))
         speed = statistics.median(one["images_per_second"] for one in measured)
-        print(f"{name:<24}{speed:>10.0f}{statistics.median(cpu):>14.2f}{ratio:>16.2f}")
+        print(f"{name:<36}{speed:>10.0f}{statistics.median(cpu):>14.2f}{ratio:>16.2f}")
 
 
 def _pack(folder: Path) -> None:

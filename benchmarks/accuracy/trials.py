@@ -35,12 +35,16 @@ class Trial(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Validation after each epoch, and the seconds of the command."""
+    """Evaluations, and the seconds of the command.
+
+    `averaged` is the top-1 of averaged weights, where they are evaluated beside the others; timm evaluates only them.
+    """
 
     name: str
     top1: list[float]
     loss: list[float]
     seconds: float
+    averaged: Sequence[float] = ()
 
 
 def _folder(out: Path, name: str) -> Path:
@@ -49,9 +53,8 @@ def _folder(out: Path, name: str) -> Path:
 
 def _convoy_curves(run: Path) -> Mapping[str, list[float]]:
     values = [point.values for point in Run(run).journal.points()]
-    group = "val_ema" if any("val_ema/top1" in one for one in values) else "val"
-    evaluations = [one for one in values if f"{group}/top1" in one]
-    return {key: [one[f"{group}/{key}"] for one in evaluations] for key in ("top1", "loss")}
+    names = {"top1": "val/top1", "loss": "val/loss", "averaged": "val_ema/top1"}
+    return {key: [one[name] for one in values if name in one] for key, name in names.items()}
 
 
 def convoy(name: str, words: Sequence[str], *, out: Path) -> Trial:
@@ -105,9 +108,9 @@ def run_trials(trials: Iterable[Trial], *, answers: Path) -> dict[str, Answer]:
     return known
 
 
-def describe_top1(answers: Sequence[Answer]) -> str:
-    """Return mean and standard deviation of the last epoch's top-1 in percent; nothing without an answer."""
-    top1 = [100 * answer.top1[-1] for answer in answers]
+def describe_top1(shares: Iterable[float]) -> str:
+    """Return mean and standard deviation in percent; nothing without a value."""
+    top1 = [100 * share for share in shares]
     deviation = f" ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
     return f"{statistics.mean(top1):.1f}{deviation}" if top1 else ""
 
@@ -135,6 +138,13 @@ def pack(images: Path, out: Path, *, classes: Sequence[str] | None = None, train
                 target.mkdir(parents=True, exist_ok=True)
                 for image in sorted(path.glob("*.jpg"))[:count]:
                     (target / image.name).write_bytes(image.read_bytes())
-    words = [f"source.root={folder}", "source=folder", "name=photos", f"out={out / 'shards'}"]
-    subprocess.run([sys.executable, "-m", "pipeline.pack", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    pack_folders(folder, out / "shards")
     return folder
+
+
+def pack_folders(images: Path, shards: Path) -> Path:
+    """Pack class folders, unless that has been done; return `shards`."""
+    if not (shards / "dataset.json").exists():
+        words = [f"source.root={images}", "source=folder", "name=photos", f"out={shards}"]
+        subprocess.run([sys.executable, "-m", "pipeline.pack", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return shards
