@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import pytorch_lightning as pl
 import torch
@@ -29,7 +29,7 @@ def fused_on(device: torch.device, factory: OptimizerFactory) -> OptimizerFactor
     """
     given = factory.keywords if isinstance(factory, partial) else {}
     has_fused = "fused" in inspect.signature(factory).parameters
-    if device.type != "cuda" or not has_fused or {"fused", "foreach"} & given.keys():
+    if device.type not in ("cpu", "cuda") or not has_fused or {"fused", "foreach"} & given.keys():
         return factory
     return cast(OptimizerFactory, partial(cast(Any, factory), fused=True))
 
@@ -39,6 +39,8 @@ class Classifier(pl.LightningModule):
 
     Residual blocks start as the identity, with a last norm of zero (Goyal et al. 2017, section 5.1).
     """
+
+    is_depthwise: ClassVar[bool] = False  # most of the time goes into depthwise convolutions
 
     def __init__(self, net: nn.Module, *, num_classes: int, recipe: Recipe) -> None:
         super().__init__()
@@ -151,17 +153,22 @@ class Classifier(pl.LightningModule):
             return [RateGroup(decayed, decays=True), RateGroup(free, decays=False)]
         return groups_by_part(self.net, decayed, layer_decay=recipe.layer_decay or 1.0)
 
+    def _clips_mixed(self, precision: str) -> bool:
+        return self.recipe.clip_norm is not None and precision.endswith("mixed")
+
+    def optimizer_factory(self, precision: str) -> OptimizerFactory:
+        """Return the recipe's optimizer, fused where the device and the precision allow it."""
+        factory = self.recipe.optimizer_factory(self.images_per_step)
+        return factory if self._clips_mixed(precision) else fused_on(self.device, factory)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the recipe's optimizer over the groups, and their schedules by optimizer step."""
         groups = self.rate_groups()
-        clips_mixed = self.recipe.clip_norm is not None and str(self.trainer.precision).endswith("mixed")
-        factory = self.recipe.optimizer_factory(self.images_per_step)
-        factory = factory if clips_mixed else fused_on(self.device, factory)
-        optimizer = factory([group.options for group in groups])
+        optimizer = self.optimizer_factory(str(self.trainer.precision))([group.options for group in groups])
         for group, options in zip(groups, optimizer.param_groups, strict=True):
             options["lr"] *= group.scale
         # In mixed precision Lightning refuses to clip gradients for every optimizer that could unscale them itself.
-        if clips_mixed:
+        if self._clips_mixed(str(self.trainer.precision)):
             fits = not getattr(optimizer, "_step_supports_amp_scaling", False)
             require(fits, "does not go with a fused optimizer in mixed precision", clip_norm=self.recipe.clip_norm)
         if computes_gradients(optimizer):

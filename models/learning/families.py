@@ -70,6 +70,8 @@ class SeparableClassifier(Classifier):
     code; here they do not (Howard et al. 2017, section 3.2).
     """
 
+    is_depthwise = True
+
     def initialize(self) -> None:
         """Draw kernels and matrices, zero the biases."""
         for layer in self.net.modules():

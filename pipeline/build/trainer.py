@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from data.shards.parallel import share_of_cores
 from models.arguments import require
-from models.learning.recipe import Recipe
+from models.learning.classifier import Classifier
 from pipeline.build.objects import build_object
 from pipeline.cli.errors import nearest
 
@@ -43,7 +43,7 @@ SET_BY = {
 
 
 def build_trainer(
-    config: DictConfig, recipe: Recipe, *, callbacks: Sequence[pl.Callback], plugins: Sequence[object], folder: Path
+    config: DictConfig, module: Classifier, *, callbacks: Sequence[pl.Callback], plugins: Sequence[object], folder: Path
 ) -> pl.Trainer:
     """Build Lightning's Trainer; logging, progress, summaries and evaluation sampling are this project's.
 
@@ -66,9 +66,9 @@ def build_trainer(
             OmegaConf.create({"trainer": options, "trust": config.get("trust")}),
             "trainer",
             kind=pl.Trainer,
-            precision=choose_precision(options.precision, options.accelerator),
-            accumulate_grad_batches=recipe.accumulate,
-            gradient_clip_val=recipe.clip_norm,
+            precision=choose_precision(options.precision, options.accelerator, is_depthwise=module.is_depthwise),
+            accumulate_grad_batches=module.recipe.accumulate,
+            gradient_clip_val=module.recipe.clip_norm,
             callbacks=list(callbacks),
             default_root_dir=str(folder),
             plugins=[*user_plugins, *plugins],
@@ -148,14 +148,18 @@ def build_callbacks(config: DictConfig) -> list[pl.Callback]:
     return list(found.values())
 
 
-def choose_precision(precision: str, accelerator: str) -> str:
-    """Resolve `auto`: bfloat16 where the device multiplies it faster than float32, else float16 on GPUs or float32."""
+def choose_precision(precision: str, accelerator: str, *, is_depthwise: bool = False) -> str:
+    """Resolve `auto`: bfloat16 where the device multiplies it faster than float32, else float16 on GPUs or float32.
+
+    Depthwise convolutions multiply no matrices, so CPUs compute networks of them faster in float32.
+    """
     if precision != "auto":
         return precision
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
     capabilities = torch.cpu.get_capabilities()
-    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
+    is_fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bf16-mixed" if is_fast and not is_depthwise else "32-true"
 
 
 def no_gpu_reason() -> str:

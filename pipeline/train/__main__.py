@@ -60,7 +60,7 @@ def main(config: DictConfig) -> None:
     network.check_image_sizes(config, net, sizes=sizes)
     job = settle_epochs(config, job, num_classes=num_classes)
     callbacks, plugins = [*fit.own_callbacks(job), *trainer.build_callbacks(config)], fit.own_plugins(job)
-    lightning = trainer.build_trainer(config, recipe, callbacks=callbacks, plugins=plugins, folder=job.run.folder)
+    lightning = trainer.build_trainer(config, job.module, callbacks=callbacks, plugins=plugins, folder=job.run.folder)
     fit.train(job, lightning, norm_eps=config.model.get("norm_eps"))
 
 

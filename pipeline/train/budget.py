@@ -56,7 +56,7 @@ def _recorded_epochs(job: Job) -> int | None:
 
 
 def _choose_epochs(config: DictConfig, job: Job) -> int:
-    trainer = build_trainer(config, job.module.recipe, callbacks=[], plugins=[], folder=job.run.folder)
+    trainer = build_trainer(config, job.module, callbacks=[], plugins=[], folder=job.run.folder)
     limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices)))
     try:
         seconds = measure_epoch(job, trainer)
@@ -86,7 +86,7 @@ def measure_epoch(job: Job, trainer: pl.Trainer) -> float:
     if job.averaging is not None:
         module.average = AveragedWeights(module.net, job.averaging)
         module.average.follow()
-    optimizer = module.recipe.optimizer_factory()([group.options for group in module.rate_groups()])
+    optimizer = module.optimizer_factory(str(trainer.precision))([group.options for group in module.rate_groups()])
     numbers = count(1)
 
     def gradients(batch: Batch) -> float:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import DictConfig
+from torch import nn
 
 from data.shards import parallel
+from models.learning.classifier import Classifier
 from pipeline.build.network import build_recipe
 from pipeline.build.trainer import (
     build_callbacks,
@@ -20,6 +24,11 @@ from pipeline.build.trainer import (
 from pipeline.cli.compose import compose
 
 
+def untrained(config: DictConfig) -> Classifier:
+    """Some network with the config's recipe."""
+    return Classifier(nn.Linear(1, 1), num_classes=2, recipe=build_recipe(config))
+
+
 def test_precision_auto_is_what_the_device_multiplies_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     for capabilities, expected in (
         ({}, "32-true"),
@@ -28,10 +37,11 @@ def test_precision_auto_is_what_the_device_multiplies_fastest(monkeypatch: pytes
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda value=capabilities: value)
         assert choose_precision("auto", "cpu") == expected
+        assert choose_precision("auto", "cpu", is_depthwise=True) == "32-true"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, expected in (((7, 5), "16-mixed"), ((8, 0), "bf16-mixed"), ((9, 0), "bf16-mixed")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda value=capability: value)
-        assert choose_precision("auto", "auto") == expected
+        assert choose_precision("auto", "auto", is_depthwise=True) == expected
     assert choose_precision("16-mixed", "auto") == "16-mixed"
 
 
@@ -76,7 +86,7 @@ def test_ranks_that_would_train_alone_in_one_folder_are_refused(
     with pytest.raises(
         ValueError, match=r"4 ranks were started, but trainer\.devices=1 on 1 of the nodes trains with 1"
     ):
-        build_trainer(config, build_recipe(config), callbacks=[], plugins=[], folder=tmp_path)
+        build_trainer(config, untrained(config), callbacks=[], plugins=[], folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +123,11 @@ def test_callbacks_that_save_checkpoints_are_refused() -> None:
         build_callbacks(config)
 
 
-def test_ranks_share_gradients_and_no_buffers(tmp_path: Path) -> None:
+def test_ranks_share_gradients_and_no_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train"])  # pytest's may have a -m, which here begins a sweep
     config = compose("train", ["+model=resnet", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"])
     parts = {"callbacks": [], "plugins": [], "folder": tmp_path}
-    trainer = build_trainer(config, build_recipe(config), **parts)
+    trainer = build_trainer(config, untrained(config), **parts)
     assert trainer.strategy._ddp_kwargs == {"gradient_as_bucket_view": True, "broadcast_buffers": False}
 
 
@@ -126,7 +137,7 @@ def test_cudnn_may_choose_its_algorithms_unless_bits_must_repeat(
 ) -> None:
     config = compose("train", ["+model=resnet", "trainer=cpu", *words])
     before = torch.backends.cudnn.benchmark
-    build_trainer(config, build_recipe(config), callbacks=[], plugins=[], folder=tmp_path)
+    build_trainer(config, untrained(config), callbacks=[], plugins=[], folder=tmp_path)
     chosen, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, before
     torch.use_deterministic_algorithms(False)
     assert chosen is benchmark
