@@ -7,7 +7,7 @@ nearest valid word.
 import copy
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -60,9 +60,10 @@ def check_command_line(verb: Verb, arguments: Sequence[str], *, composed: Compos
     for key, (setters, choice) in verb.implied.items():
         if _sets(overrides, key) and not _sets(overrides, *setters):
             complete, overrides = [*complete, choice], [*overrides, _parse(choice)]
-    for override in overrides:
-        if _is_group(override):
-            _check_choice(verb, override)
+    chosen = [override for override in overrides if _is_group(override)]
+    for override in chosen:
+        _check_choice(verb, override)
+    _check_chosen_once(chosen)
     base = _check_hooks(verb, overrides, composed={} if composed is None else composed)
     if any(flag in complete for flag in FLAGS_ALONE):
         return complete
@@ -167,6 +168,19 @@ def _check_choice(verb: Verb, override: Override) -> None:
         raise ConfigError(f"{group}={value} needs a plus: +{group}={value}")
     if override.is_add() and group not in verb.added_groups:
         raise ConfigError(f"+{group}={value} needs no plus: {group}={value}")
+
+
+def _check_chosen_once(overrides: Iterable[Override]) -> None:
+    """Refuse a group with two choices, of which Hydra would drop the first."""
+    chosen: dict[str, str] = {}
+    for override in overrides:
+        if override.is_delete() or override.input_line is None:
+            continue
+        group, value = override.key_or_group, override.input_line.partition("=")[2]
+        before = chosen.setdefault(group, value)
+        if before != value:
+            both = f", or {group}=[{before},{value}]" if group in MERGED else ""
+            raise ConfigError(f"{group}={before} and {group}={value} are alternatives: choose one{both}")
 
 
 def _check_required(verb: Verb, base: DictConfig, *, overrides: list[Override]) -> None:

@@ -187,8 +187,17 @@ def _train_step(one: Training, data: Tree, *, known: Mapping[str, Step], folder:
         needs.append(f"train/{one.weights}")
         words.append(f"weights={folder / 'runs' / one.weights / 'checkpoints' / 'best.ckpt'}")
     out = folder / "runs" / one.name
-    overrides = (*words, *one.overrides, f"out={out}", "again=replace")
+    overrides = (*_drop_replaced([*words, *one.overrides]), f"out={out}", "again=replace")
     return Step("train", one.name, overrides, tuple(needs), out / "result.json")
+
+
+def _drop_replaced(words: Sequence[str]) -> list[str]:
+    """Leave out a group that a later word chooses again: `policy=trivial` for all trainings, `policy=none` for one."""
+    keys = [word.lstrip("+").partition("=")[0] for word in words]
+    last = {key: number for number, key in enumerate(keys)}
+    return [
+        word for number, (word, key) in enumerate(zip(words, keys, strict=True)) if "." in key or last[key] == number
+    ]
 
 
 def _result_step(verb: str, name: str, *, words: Sequence[str], run: str, folder: Path) -> Step:

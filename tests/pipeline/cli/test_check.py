@@ -71,6 +71,8 @@ GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
         (["+experiment=cifar10_resnet18", "experiment=cifar10_resnet18"], "needs a plus"),
         (["+model=resnet", "policy=trivail"], "did you mean trivial?"),
         (["+model=resnet", "policy=[trivial,jitter]"], "are alternatives: choose policy=trivial or policy=jitter"),
+        (["+model=resnet", "policy=trivial", "policy=jitter"], "policy=trivial and policy=jitter are alternatives"),
+        (["+model=resnet", "+model=vgg"], "model=resnet and model=vgg are alternatives: choose one"),
         (["+model=resnet", "source=folder"], "train has no group source, pack has"),
         (
             ["+model=resnet,resnt", "-m"],

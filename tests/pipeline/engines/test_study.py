@@ -64,6 +64,22 @@ def test_every_step_names_its_command_its_needs_and_its_result() -> None:
     }  # fmt: skip
 
 
+def test_a_run_may_choose_again_what_all_runs_have() -> None:
+    data = {"pets": {"root": "pets", "train": ["data=cifar10", "augment=small"]}}
+    runs = {"one": ["+model=lenet", "policy=none", "+trainer.max_steps=3"], "two": ["+model=vgg", "data=shards"]}
+    train = {"overrides": ["policy=trivial", "+trainer.max_steps=2"], "runs": runs}
+    found = steps_of(data=data, train=train)
+    place, index = "data.root=pets", "data.index=studies/mine/data/pets"
+    chosen = {name: found[f"train/{name}"].overrides[:-2] for name in runs}
+    assert chosen["one"] == (
+        *("data=cifar10", "augment=small", place, index, "+trainer.max_steps=2", "+model=lenet", "policy=none"),
+        "+trainer.max_steps=3",
+    )
+    assert chosen["two"] == (
+        *("augment=small", place, index, "policy=trivial", "+trainer.max_steps=2", "+model=vgg", "data=shards"),
+    )
+
+
 def test_a_grid_may_nest_its_keys() -> None:
     runs = {"a": ["+model=lenet"]}
     nested, flat = {"recipe": {"optimizer": {"lr": [0.1, 0.2]}}}, {"recipe.optimizer.lr": [0.1, 0.2]}
