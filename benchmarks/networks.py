@@ -3,7 +3,7 @@
     python -m benchmarks.networks                       the six, 20 rounds each
     python -m benchmarks.networks resnet50 --rounds 40
 
-Both get the same images, precision, memory format, optimizer and stochastic depth: float32, then bfloat16 where the CPU
+Both get the same images, precision, memory format, optimizer and stochastic depth: float32, then bfloat16 if the device
 has units for it. Throughput is by CPU time on a CPU and by wall-clock time on a GPU; the target is a ratio of at
 least 0.98.
 """

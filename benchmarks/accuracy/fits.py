@@ -23,7 +23,8 @@ def make_images(folder: Path) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    digits, places = load_digits(), np.random.default_rng(0).integers(0, WIDTH - SIDE + 1, size=2000)
+    digits = load_digits()
+    places = np.random.default_rng(0).integers(0, WIDTH - SIDE + 1, size=len(digits.images))
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         digit = Image.fromarray((pixels * 255 / 16).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         image = Image.new("L", (WIDTH, SIDE))

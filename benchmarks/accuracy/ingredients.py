@@ -9,7 +9,6 @@ weights and for their average.
 """
 
 from collections.abc import Mapping
-from operator import attrgetter
 from pathlib import Path
 
 from benchmarks.accuracy.trials import Answer, Trial, convoy, describe_top1, option_parser, pack, run_trials, timm
@@ -60,8 +59,7 @@ def make_trials(images: Path, *, out: Path, clone: Path | None) -> list[Trial]:
 
 def _describe(answers: Mapping[str, Answer], name: str, *, weights: str) -> str:
     names = [f"{name}, seed {seed}" for seed in SEEDS]
-    curves = map(attrgetter(weights), [answers[one] for one in names if one in answers])
-    return describe_top1(curve[-1] for curve in curves)
+    return describe_top1(getattr(answers[one], weights)[-1] for one in names if one in answers)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.shards.dataset import ROWS_FOLDER, partial_folder
-from pipeline.cli.compose import quote
+from pipeline.cli.compose import groups, quote
 from pipeline.cli.errors import ConfigError, nearest
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -193,11 +193,12 @@ def _train_step(one: Training, data: Tree, *, known: Mapping[str, Step], folder:
 
 def _drop_replaced(words: Sequence[str]) -> list[str]:
     """Leave out a group that a later word chooses again: `policy=trivial` for all trainings, `policy=none` for one."""
-    keys = [word.lstrip("+").partition("=")[0] for word in words]
-    last = {key: number for number, key in enumerate(keys)}
-    return [
-        word for number, (word, key) in enumerate(zip(words, keys, strict=True)) if "." in key or last[key] == number
-    ]
+    last = {_key(word): word for word in words}
+    return [word for word in words if _key(word) not in groups() or word == last[_key(word)]]
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
 
 
 def _result_step(verb: str, name: str, *, words: Sequence[str], run: str, folder: Path) -> Step:
@@ -238,6 +239,10 @@ def _words(found: object, *, place: str) -> tuple[str, ...]:
     """Return overrides. Raises: ConfigError for what is no list of `key=value`."""
     if not isinstance(found, list | tuple) or not all(isinstance(word, str) and "=" in word for word in found):
         raise ConfigError(f"{place}={found} must be a list of overrides, as in [+model=resnet,recipe.epochs=6]")
+    keys = [_key(word) for word in found]
+    twice = next((key for key in keys if key in groups() and keys.count(key) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{place} chooses {twice} twice: its options are alternatives")
     fixed = next((word for word in found if word.lstrip("+").startswith(FIXED)), None)
     if fixed is not None:
         raise ConfigError(f"{place}: {fixed} is set by the study, whose folder has all results")

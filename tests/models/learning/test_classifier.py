@@ -219,16 +219,15 @@ def test_the_net_is_trained_in_channels_last_memory() -> None:
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
 
 
-def test_optimizers_are_fused_where_they_can_be() -> None:
-    cpu, gpu, other = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
+def test_optimizers_are_fused_on_a_gpu_where_they_can_be() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     sgd, rmsprop = partial(torch.optim.SGD, lr=0.1), partial(torch.optim.RMSprop, lr=0.1)
-    for device in (cpu, gpu):
-        fused = fused_on(device, sgd)
-        assert isinstance(fused, partial)
-        assert fused.keywords == {"lr": 0.1, "fused": True}
-        assert fused([{"params": [nn.Parameter(torch.zeros(2))]}]).defaults["fused"] is True
+    fused = fused_on(gpu, sgd)
+    assert isinstance(fused, partial)
+    assert fused.keywords == {"lr": 0.1, "fused": True}
+    assert fused([{"params": [nn.Parameter(torch.zeros(2))]}]).defaults["fused"] is True
     chosen = partial(torch.optim.AdamW, foreach=True)
-    for device, factory in ((other, sgd), (cpu, rmsprop), (gpu, rmsprop), (gpu, chosen)):
+    for device, factory in ((cpu, sgd), (gpu, rmsprop), (gpu, chosen)):
         assert fused_on(device, factory) is factory
 
 

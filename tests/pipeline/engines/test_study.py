@@ -144,6 +144,10 @@ def test_a_data_set_that_is_packed_needs_no_step_and_foreign_tars_an_index(tmp_p
     [
         ({"trian": {}}, "study has no trian, it takes data, train, .*: did you mean train?"),
         ({"data": {}}, "study.data is empty: name a data set"),
+        (
+            {"train": {"runs": {"a": ["+model=lenet", "policy=trivial", "policy=jitter"]}}},
+            r"study.train.runs.a.overrides chooses policy twice: its options are alternatives",
+        ),
         ({"data": {"pets": {}}}, r"study.data.pets needs either pack=\[source=...\] or root=FOLDER"),
         ({"data": {"pets": {"rooot": "x"}}}, "study.data.pets has no rooot, it takes .*: did you mean root?"),
         ({"data": {"a/b": {"root": "x"}}}, "study.data.a/b: a/b cannot name a folder"),
