@@ -26,8 +26,8 @@ def fused_on(device: torch.device, factory: OptimizerFactory) -> OptimizerFactor
     """Return an optimizer that updates all weights in one kernel where it has one for a GPU.
 
     torch's RMSprop has none. Those for a CPU are left alone: torch 2.14.1 reads gradients in the order of their memory,
-    so one that has another memory format than its weights updates the wrong ones. A choice of `fused` or `foreach` in the
-    config stays.
+    so one that has another memory format than its weights updates the wrong ones. A choice of `fused` or `foreach` in
+    the config stays.
     """
     given = factory.keywords if isinstance(factory, partial) else {}
     has_fused = "fused" in inspect.signature(factory).parameters
