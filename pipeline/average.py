@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -179,19 +181,31 @@ def write_run(folder: Path, first: RestoredRun, *, net: nn.Module, files: dict[s
     from pipeline.runs.run import Run
     from pipeline.runs.status import State, write_status
 
-    partial = folder.with_name(f".{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    run = Run(partial)
-    run.checkpoints.path.mkdir(parents=True)
-    for name in (run.config_file.name, run.fingerprint_file.name):
-        shutil.copyfile(first.run.folder / name, partial / name)
     norms, state = batch_norms(net), {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
     settings = {"norm_eps": norms[0].eps if norms else None, "image_size": getattr(net, "image_size", None)}
-    written = run.checkpoints.write({"state_dict": state, **settings}, Checkpoint(0, 0, ""))
-    write_status(run.status_file, State.FINISHED, step=0)
-    checkpoint = {"checkpoint": str(Run(folder).checkpoints.path / "last.ckpt"), "checkpoint_sha256": written.sha256}
-    run.finish({"val/top1": None, "chosen_by": None, **checkpoint, "averaged": files})
-    partial.replace(folder)
+    with _folder_at_once(folder) as partial:
+        run = Run(partial)
+        run.checkpoints.path.mkdir()
+        for name in (run.config_file.name, run.fingerprint_file.name):
+            shutil.copyfile(first.run.folder / name, partial / name)
+        written = run.checkpoints.write({"state_dict": state, **settings}, Checkpoint(0, 0, ""))
+        write_status(run.status_file, State.FINISHED, step=0)
+        path = str(Run(folder).checkpoints.path / "last.ckpt")
+        sums = {"checkpoint": path, "checkpoint_sha256": written.sha256}
+        run.finish({"val/top1": None, "chosen_by": None, **sums, "averaged": files})
+
+
+@contextmanager
+def _folder_at_once(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, and rename it to that at the end; after an error there is none."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
 
 
 if __name__ == "__main__":

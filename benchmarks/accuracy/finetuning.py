@@ -1,10 +1,12 @@
 """Fine-tuning on 900 photographs, beside timm's `train.py` with its defaults and with those of Ultralytics.
 
     python -m benchmarks.accuracy.finetuning --images FOLDER --out FOLDER --timm CLONE
+    python -m benchmarks.accuracy.finetuning --images FOLDER --out FOLDER --network resnet18
 
 `--images` has CIFAR-10 as class folders in `train` and `test`. MobileNetV3-Small is trained on 1,000 images of each of
 seven classes, then fine-tuned on 300 of each of the other three, all enlarged to 96 pixels; 500 of each are validated.
-Top-1 is that of the last epoch, with averaged weights theirs.
+ResNet-18 gets 64 pixels, and only AdamW and SGD are compared. Top-1 is that of the last epoch, with averaged weights
+theirs.
 """
 
 import statistics
@@ -18,7 +20,10 @@ from benchmarks.accuracy.trials import ROOT, Trial, convoy, describe_top1, optio
 CLASSES = ("airplane", "automobile", "bird")
 OTHERS = ("cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SEEDS = (0, 1, 2)
-NETWORK = ("+model=mobilenet", "model.variant=mobilenet_v3_small", "data=shards", "data.image_size=96")
+NETWORKS = {
+    "mobilenet_v3_small": ("+model=mobilenet", "model.variant=mobilenet_v3_small", "data=shards", "data.image_size=96"),
+    "resnet18": ("+model=resnet", "data=shards", "data.image_size=64", "model.image_size=224"),
+}
 CONVOY: Mapping[str, Sequence[str]] = {
     "`recipe=finetune weights=FILE`": (),
     "the same with `optimizer=sgd`": ("optimizer=sgd",),
@@ -29,7 +34,6 @@ CONVOY: Mapping[str, Sequence[str]] = {
 TIMM_NETWORK = (
     *("--train-split", "train", "--val-split", "val", "--model", "mobilenetv3_small_100", "--img-size", "96"),
     *("--num-classes", "3", "--bn-eps", "0.001", "--workers", "1", "--checkpoint-hist", "1"),
-    *("--amp", "--amp-dtype", "bfloat16"),
 )
 ULTRALYTICS = (
     *("--opt", "adamw", "--lr", "0.001429", "--weight-decay", "5e-4", "--batch-size", "16", "--grad-accum-steps", "4"),
@@ -45,18 +49,13 @@ TIMM: Mapping[str, Sequence[str]] = {
 }
 
 
-def pretrain(images: Path, out: Path) -> Path:
+def pretrain(images: Path, out: Path, *, network: str) -> Path:
     """Train on the seven classes, once; return the weights, with timm's names."""
     run, weights = out / "pretrained", out / "weights"
     if not weights.exists():
         pack(images, out / "others", classes=OTHERS, train=1000, val=100)
-        words = [
-            *NETWORK,
-            f"data.root={out / 'others' / 'shards'}",
-            "augment=small",
-            "recipe=adamw",
-            "recipe.epochs=20",
-        ]
+        root = out / "others" / "shards"
+        words = [*NETWORKS[network], f"data.root={root}", "augment=small", "recipe=adamw", "recipe.epochs=20"]
         own = [f"out={run}", "tracking=none", "trainer=cpu"]
         subprocess.run([sys.executable, "-m", "pipeline.train", *words, *own], cwd=ROOT, check=True)
         words = [f"run={run}", "format=safetensors", "names=timm", f"out={weights}", "tracking=none"]
@@ -64,12 +63,14 @@ def pretrain(images: Path, out: Path) -> Path:
     return next(weights.glob("*.safetensors"))
 
 
-def make_trials(weights: Path, images: Path, *, out: Path, clone: Path | None) -> list[Trial]:
+def make_trials(weights: Path, images: Path, *, out: Path, clone: Path | None, network: str) -> list[Trial]:
     """All trainings, seed by seed; the longest one comes last, with one seed."""
+    recipes = CONVOY.items() if network == "mobilenet_v3_small" else [*CONVOY.items()][:2]
     trials, longest = list[Trial](), list[Trial]()
     for seed in SEEDS:
-        ours = (*NETWORK, "recipe=finetune", f"weights={weights}", f"data.root={out / 'shards'}", f"seed={seed}")
-        trials += [convoy(f"{name}, seed {seed}", [*ours, *words], out=out / "runs") for name, words in CONVOY.items()]
+        ours = [*NETWORKS[network], "recipe=finetune", f"weights={weights}", f"data.root={out / 'shards'}"]
+        ours.append(f"seed={seed}")
+        trials += [convoy(f"{name}, seed {seed}", [*ours, *words], out=out / "runs") for name, words in recipes]
         theirs = ("--data-dir", str(images), "--pretrained", "--pretrained-path", str(weights), "--seed", str(seed))
         if clone is None:
             continue
@@ -83,10 +84,11 @@ def main() -> None:
     """Print a table of mean and standard deviation."""
     parser = option_parser(__doc__)
     parser.add_argument("--timm", type=Path, help="a clone of timm's repository")
+    parser.add_argument("--network", choices=NETWORKS, default="mobilenet_v3_small")
     options = parser.parse_args()
     images = pack(options.images, options.out, classes=CLASSES, train=300, val=500)
-    weights = pretrain(options.images, options.out)
-    trials = make_trials(weights, images, out=options.out, clone=options.timm)
+    weights = pretrain(options.images, options.out, network=options.network)
+    trials = make_trials(weights, images, out=options.out, clone=options.timm, network=options.network)
     answers = run_trials(trials, answers=options.out / "answers.jsonl")
     print("| training | top-1 | seconds |\n|---|--:|--:|")
     for name in (*CONVOY, *TIMM):

@@ -109,6 +109,7 @@ class Recipe:
         self._check_learning_rate()
         self._check_warmup()
         self._check_finetuning()
+        require(self.mix is None or isinstance(self.mix, Mixing), "must be chosen by mix=, or null", mix=self.mix)
         _check("optimizer", self.optimizer, call=self._build_example)
         rule = "does not go with an optimizer that needs all gradients of a step at once: use 1"
         fits = self.accumulate == 1 or not computes_gradients(self._build_example())
@@ -132,6 +133,8 @@ class Recipe:
         lengths = {"warmup_epochs": self.warmup_epochs, "warmup_steps": self.warmup_steps}
         for name, value in lengths.items():
             require(value is None or value == 0 or _is_positive(value), "must be at least 0", **{name: value})
+        steps, rule = self.warmup_steps, "must be an integer of at least 0, or null for the fraction"
+        require(steps is None or float(steps).is_integer(), rule, warmup_steps=steps)
         require(None in lengths.values(), "does not go with warmup_epochs: choose one", warmup_steps=self.warmup_steps)
 
     def _check_finetuning(self) -> None:

@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from pipeline.cli.compose import choices, compose, default_groups, groups, known_keys, quote, verbs
+from pipeline.cli.compose import choices, compose, default_groups, groups, known_keys, quote, replace_parts, verbs
 from pipeline.cli.errors import ConfigError, nearest
 from pipeline.cli.hooks import check_hooks
 from pipeline.cli.secrets import mask_secrets
@@ -53,7 +53,8 @@ def check_command_line(verb: Verb, arguments: Sequence[str], *, composed: Compos
     if verb.positional is not None and len(bare) > 1:
         raise ConfigError(f"{verb.name} takes one {verb.positional}, not {' and '.join(bare)}")
     words = [_expand_alias(verb, word, sweeps=bool({*SWEEP} & {*arguments})) for word in typed]
-    complete = [*(word for word in arguments if word not in typed), *words]  # Hydra takes flags only before overrides
+    flags = [word for word in arguments if word not in typed]
+    complete = [*flags, *words]  # Hydra takes flags only before overrides
     if any(flag in complete for flag in HELP):
         return complete
     overrides = [_parse(word) for word in words]
@@ -64,7 +65,7 @@ def check_command_line(verb: Verb, arguments: Sequence[str], *, composed: Compos
     for override in chosen:
         _check_choice(verb, override)
     _check_chosen_once(chosen)
-    base = _check_hooks(verb, overrides, composed={} if composed is None else composed)
+    base, parts = _check_hooks(verb, overrides, composed={} if composed is None else composed)
     if any(flag in complete for flag in FLAGS_ALONE):
         return complete
     _check_required(verb, base, overrides=overrides)
@@ -75,7 +76,7 @@ def check_command_line(verb: Verb, arguments: Sequence[str], *, composed: Compos
     missing = sorted(unset - {override.key_or_group for override in overrides})
     if missing:
         raise ConfigError(f"{missing[0]} has no default: add {missing[0]}=VALUE")
-    return complete
+    return [*flags, *parts, *complete[len(flags) :]]  # values that are typed come last
 
 
 def overrides_in(arguments: Sequence[str]) -> list[str]:
@@ -283,20 +284,30 @@ def _sets(overrides: list[Override], *keys: str) -> bool:
     return any(override.key_or_group in keys for override in overrides)
 
 
-def _check_hooks(verb: Verb, overrides: list[Override], *, composed: Composed) -> DictConfig:
-    """Check what Hydra would run for every combination of groups; return the config of the first, without values."""
+def _check_hooks(verb: Verb, overrides: list[Override], *, composed: Composed) -> tuple[DictConfig, tuple[str, ...]]:
+    """Check what Hydra would run for every combination of groups.
+
+    Returns the config of the first, without values, and the overrides that its parts need.
+    """
     deciding = [one for one in overrides if _is_group(one) or _is_hydras(one) or _is_trust(one)]
     combinations = [(verb.name, *words) for words in product(*(_each(override) for override in deciding))]
+    chosen = [one for one in overrides if _is_group(one) and not one.is_delete()]
+    parts = {replace_parts(verb.name, *words) for words in product(*(_each(one) for one in chosen))}
+    if len(parts) > 1:
+        swept = " and ".join(one.key_or_group for one in chosen if one.is_sweep_override())
+        reason = "an experiment has values of its own, which each choice replaces in another way"
+        raise ConfigError(f"no sweep over {swept} here: {reason}; give each a command, or list them in a study")
+    (replaced,) = parts
     for words in combinations:
         if words not in composed:
-            composed[words] = compose(verb.name, words[1:], with_hydra=True)
+            composed[words] = compose(verb.name, [*words[1:], *replaced], with_hydra=True)
         check_hooks(composed[words])
     first = copy.deepcopy(composed[combinations[0]])
     with open_dict(first):
         del first["hydra"]
         if "trust" in first:
             first.trust = False  # its default
-    return first
+    return first, replaced
 
 
 def _check_no_secret(base: DictConfig, overrides: list[Override]) -> None:

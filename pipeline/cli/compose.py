@@ -1,7 +1,8 @@
 """Configs from `conf/`: compose them, list their groups and keys, flatten them."""
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,20 @@ from pipeline.cli.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
+
+# The keys that each group sets.
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "optimizer": ("recipe.optimizer", "recipe.base_lr", "recipe.base_batch_size", "recipe.lr_scaling"),
+    "schedule": ("recipe.schedule", "recipe.warmup", "recipe.warmup_epochs", "recipe.warmup_steps"),
+    "loss": ("recipe.loss",),
+    "mix": ("recipe.mix",),
+    "averaging": ("averaging", "choose_by"),
+    "augment": ("augment.training", "augment.evaluation"),
+    "fit": ("augment.fit", "augment.fill", "augment.evaluation.crop_fraction"),
+    "policy": ("augment.policy",),
+    "erasing": ("augment.erasing",),
+}
+PARTS_OF_RECIPE = ("optimizer", "schedule", "loss")
 
 guard_environment()
 
@@ -33,6 +48,39 @@ def compose(verb: str, overrides: Sequence[str], *, with_hydra: bool = False) ->
         GlobalHydra.instance().hydra = running
     check_trust(config, overrides)
     return config
+
+
+@lru_cache
+def replace_parts(verb: str, *choices: str) -> tuple[str, ...]:
+    """Return overrides with which each chosen part has the values of its own file.
+
+    `choices` are choices of groups as typed, such as `+experiment=timm_a2` and `mix=none`. Hydra would merge the
+    experiment's values into whatever is chosen for a part.
+    """
+    chosen = {word.lstrip("+").partition("=")[0]: word for word in choices}
+    parts = [*chosen, *(PARTS_OF_RECIPE if "recipe" in chosen else ())]
+    paths = dict.fromkeys(path for part in parts for path in PARTS.get(part, ()))
+    if not paths or "experiment" not in chosen:
+        return ()
+    merged = compose(verb, choices, with_hydra=True)
+    same = {group: f"{group}={merged.hydra.runtime.choices[group]}" for group in ("data", "augment")}
+    alone = compose(verb, [word for group, word in {**same, **chosen}.items() if group != "experiment"])
+    nodes = ([_plain(OmegaConf.select(config, path)) for config in (merged, alone)] for path in paths)
+    return tuple(word for path, (node, to) in zip(paths, nodes, strict=True) for word in _changes(path, node, to=to))
+
+
+def _plain(node: object) -> object:
+    return OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
+
+
+def _changes(path: str, node: object, *, to: object) -> Iterator[str]:
+    """Yield overrides that turn a node into another one."""
+    if isinstance(node, dict) and isinstance(to, dict):
+        yield from (f"~{path}.{key}" for key in node if key not in to)
+        for key, value in to.items():
+            yield from _changes(f"{path}.{key}", node.get(key), to=value)
+    elif node != to:
+        yield f"++{path}={to if isinstance(to, str) else json.dumps(to)}"
 
 
 def quote(text: str) -> str:

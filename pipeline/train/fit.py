@@ -18,9 +18,8 @@ from data.loading.datamodule import ShardData
 from data.memory import GPU_MEMORY, exhausted_memory
 from data.shards.dataset import write_atomically
 from models.arguments import require
-from models.learning.evaluation import TOP5
+from models.learning.evaluation import TOP1, TOP5
 from models.norms import shorten_windows
-from pipeline.build.choice import Choice
 from pipeline.build.settings import Again
 from pipeline.build.trainer import accept_ntasks, launched_ranks, limit_threads
 from pipeline.cli.console import is_main_process, main_console, print_facts, print_line
@@ -157,7 +156,7 @@ def prepare_norms(job: Job, trainer: pl.Trainer) -> dict[str, str]:
 def check_choice(job: Job, trainer: pl.Trainer) -> None:
     """Raise ValueError when early stopping, or a configured metric, has no evaluation to depend on."""
     choice, dataset = job.settings.choice, job.data.dataset
-    if choice == Choice():
+    if choice.patience is None and choice.metric.name == TOP1.name:  # recipes set val_ema/top1, and all can do without
         return
     key, value = ("choose_by", choice.metric.key) if choice.patience is None else ("stop_early", choice.patience)
     no_split = f"needs an evaluation, and {dataset.name} has no split val or test: leave {key} out, or add a split"

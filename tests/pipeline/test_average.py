@@ -14,6 +14,7 @@ import torch
 from data.shards.dataset import Dataset
 from pipeline import average as average_verb
 from pipeline.cli.errors import ConfigError
+from pipeline.runs.checkpoints import CheckpointFolder
 from pipeline.runs.restore import RestoredRun
 from pipeline.runs.trained import load_model
 from pipeline.train import __main__ as train_verb
@@ -98,6 +99,27 @@ def test_an_average_of_runs_is_a_run(average: Typed, trained: Path) -> None:
     assert model.predict([]) == []
     with pytest.raises(FileExistsError, match=r"mine-average exists already: remove it, or add out=FOLDER$"):
         average(f"runs=[mine,{second}]")
+
+
+def test_an_average_leaves_every_other_file_alone(
+    average: Typed, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = trained / ".git" / "HEAD"
+    hidden.parent.mkdir()
+    hidden.touch()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    before = sorted(trained.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFolder, "write", fail)
+        with pytest.raises(OSError, match="No space left"):
+            average("run=kept", "last=2", "norm_images=0", "out=git")
+    assert sorted(trained.iterdir()) == before
+    average("run=kept", "last=2", "norm_images=0", "out=git")
+    assert hidden.exists()
+    assert sorted(trained.iterdir()) == sorted([*before, trained / "git"])
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,8 @@ def of_the_first(logits: Tensor, labels: Tensor) -> Tensor:
         ({"lr_scaling": "root"}, "^lr_scaling=root is not one of linear, sqrt, none"),
         ({"warmup": 5}, "^warmup=5 must be a fraction of the training, from 0 to 1"),
         ({"warmup_epochs": -1}, "^warmup_epochs=-1 must be at least 0"),
+        ({"warmup_steps": 2.5}, "^warmup_steps=2.5 must be an integer of at least 0, or null for the fraction$"),
+        ({"mix": {"mixup_alpha": 0.1}}, "^mix={'mixup_alpha': 0.1} must be chosen by mix=, or null$"),
         ({"warmup_epochs": 1, "warmup_steps": 9}, "^warmup_steps=9 does not go with warmup_epochs"),
         ({"clip_norm": 0.0}, "^clip_norm=0.0 must be a number above 0, or null"),
         ({"optimizer": partial(torch.optim.SGD, rate=1)}, "^optimizer=SGD: .* unexpected keyword argument 'rate'"),

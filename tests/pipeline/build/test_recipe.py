@@ -6,12 +6,15 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data.shards.dataset import Dataset
 from models.learning.mixing import Mixing
 from pipeline.build.network import build_recipe, count_classes
+from pipeline.cli.check import check_command_line
 from pipeline.cli.compose import choices, compose
+from pipeline.cli.errors import ConfigError
+from pipeline.train.__main__ import VERB
 
 KEYS = {
     "optimizer": ("optimizer", "base_lr", "base_batch_size", "lr_scaling"),
@@ -20,6 +23,7 @@ KEYS = {
     "mix": ("mix",),
 }
 PARTS = tuple(KEYS)
+COMPOSED = (*PARTS, "averaging", "augment", "fit", "policy", "erasing")
 
 
 @pytest.mark.parametrize("recipe", choices("recipe"))
@@ -37,6 +41,44 @@ def test_every_part_replaces_that_of_every_recipe(recipe: str) -> None:
 def alone(part: str, choice: str) -> DictConfig:
     """A config with a part beside the values of one recipe."""
     return compose("train", ["+model=resnet", "recipe=sgd", f"{part}={choice}"])
+
+
+@pytest.mark.parametrize("position", [0, -1])
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_every_part_replaces_that_of_every_experiment(experiment: str, position: int) -> None:
+    words = [f"{part}={choices(part)[position]}" for part in COMPOSED]
+    typed = ["data.root=photos", f"+experiment={experiment}", *words]
+    config = compose("train", check_command_line(VERB, typed))
+    build_recipe(config)
+    known = compose("train", [f"+experiment={experiment}"], with_hydra=True).hydra.runtime.choices
+    expected = compose("train", [f"data={known.data}", *words])
+    for key in (
+        "recipe.optimizer",
+        "recipe.schedule",
+        "recipe.loss",
+        "recipe.mix",
+        "augment",
+        "averaging",
+        "choose_by",
+    ):
+        assert OmegaConf.select(config, key) == OmegaConf.select(expected, key), key
+    for part in PARTS:
+        for key in KEYS[part]:
+            assert config.recipe[key] == expected.recipe[key], key
+
+
+def test_values_that_are_typed_beside_an_experiment_and_a_part_count() -> None:
+    words = ["data.root=photos", "+experiment=torchvision_v2", "optimizer=adamw", "recipe.optimizer.weight_decay=0.1"]
+    recipe = compose("train", check_command_line(VERB, words)).recipe
+    assert (recipe.optimizer.weight_decay, recipe.base_lr, recipe.epochs) == (0.1, 0.004, 600)
+    both = compose(
+        "train", check_command_line(VERB, ["data.root=photos", "+experiment=timm_a2", "recipe=adamw"])
+    ).recipe
+    alone = compose("train", ["recipe=adamw"]).recipe
+    assert all(both[key] == alone[key] for part in ("optimizer", "schedule", "loss") for key in KEYS[part])
+    assert both.epochs == 300
+    with pytest.raises(ConfigError, match=r"^no sweep over mix here: an experiment has values of its own"):
+        check_command_line(VERB, ["data.root=photos", "+experiment=timm_a2", "mix=none,mixup", "-m"])
 
 
 def test_parts_are_called_without_hydra() -> None:

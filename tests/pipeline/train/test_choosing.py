@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.runs.restore import RestoredRun
 from tests.support.commands import Typed, journal
 from tests.support.scored import SCORES
 from tests.support.shards import make_samples, write_tar
@@ -84,6 +85,17 @@ def test_a_choice_needs_a_split_that_evaluates(train: Typed, tars: Path, words: 
         train("+model=lenet", *TARS, *words)
     assert not (tars / "runs").exists()
     assert "none: no split val or test" in train("+model=lenet", "tracking=none", *TARS, "recipe.epochs=1")
+
+
+def test_without_an_evaluation_finetuning_keeps_its_averaged_weights(train: Typed, tars: Path) -> None:
+    printed = train("+model=lenet", "tracking=none", *TARS, "recipe=finetune", "recipe.epochs=2", "name=mine")
+    assert "averaging   off: 6 steps are fewer than 10 windows" in printed
+    words = ("averaging.min_windows=0", "recipe.epochs=2", "name=averaged")
+    train("+model=lenet", "tracking=none", *TARS, "recipe=finetune", *words)
+    net, _ = RestoredRun(tars / "runs" / "averaged").load_network()
+    state = torch.load(tars / "runs" / "averaged" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert torch.equal(net.stem[0].weight, state["state_dict_ema"]["stem.0.weight"])
+    assert not torch.equal(net.stem[0].weight, state["state_dict"]["net.stem.0.weight"])
 
 
 def test_few_classes_have_no_top5(train: Typed, tars: Path) -> None:
