@@ -19,7 +19,7 @@ from data.memory import GPU_MEMORY, exhausted_memory
 from data.shards.dataset import write_atomically
 from models.arguments import require
 from models.learning.evaluation import TOP1, TOP5
-from models.norms import shorten_windows
+from models.norms import fit_momentum
 from pipeline.build.settings import Again
 from pipeline.build.trainer import accept_ntasks, launched_ranks, limit_threads
 from pipeline.cli.console import is_main_process, main_console, print_facts, print_line
@@ -146,11 +146,10 @@ def limit_epoch(trainer: pl.Trainer, data: ShardData, *, num_epochs: int) -> Non
 
 
 def prepare_norms(job: Job, trainer: pl.Trainer) -> dict[str, str]:
-    """Fit the averages of batch norms to a short training unless the config sets their momentum; say so in words."""
-    if job.settings.norm_momentum is not None:
-        return {}
-    change = shorten_windows(job.module.net, trainer.max_steps * job.data.settings.accumulate)
-    return {} if change is None else {"norms": change}
+    """Fit the averages of batch norms to a short training; say in words what changed, or how far a given one lags."""
+    num_batches, is_given = trainer.max_steps * job.data.settings.accumulate, job.settings.norm_momentum is not None
+    fitted = fit_momentum(job.module.net, num_batches, is_given=is_given)
+    return {} if fitted is None else {"norms": fitted}
 
 
 def check_choice(job: Job, trainer: pl.Trainer) -> None:

@@ -59,6 +59,8 @@ def describe_start(job: Job) -> dict[str, str]:
     images, weights = job.data.dataset.splits["train"].samples, job.initial_weights
     if weights.file is not None:
         return {}
+    if job.module.recipe.freeze:
+        return {"weights": "none: frozen parts keep random values, add weights=FILE"}
     if weights.head == "auto":
         return {"weights": "none: this recipe is for trained ones, add weights=FILE"}
     if job.num_parameters <= MANY_PARAMETERS * images:

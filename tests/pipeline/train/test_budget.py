@@ -10,11 +10,16 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+import torch
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pipeline.build.settings import parse_budget
 from pipeline.train import budget, fit
+from pipeline.train.budget import Rehearsal
+from pipeline.train.fit import limit_epoch
+from pipeline.train.job import Job
 from tests.support.commands import Typed
 from tests.support.resume import Stop, checkpoint, differences, results, train_until
 
@@ -113,6 +118,8 @@ def test_the_default_name_does_not_depend_on_what_was_measured(
         (("++trainer.limit_val_batches=0",), 4, (4, 4)),
         (("++trainer.limit_val_batches=0.5",), 4 + 300, (4 + 4, 4)),  # half of 6
         (("++trainer.limit_train_batches=0.5",), 11 + 200, (4 + 4, 4)),  # half of 22
+        (("+trainer.check_val_every_n_epoch=2",), 4 + 100, (4 + 4, 4)),
+        (("+trainer.val_check_interval=0.5",), 4 + 400, (4 + 4, 4)),
     ],
 )
 def test_what_is_measured_is_what_an_epoch_does(
@@ -124,6 +131,52 @@ def test_what_is_measured_is_what_an_epoch_does(
     printed = train(*WORDS, *words, "budget=1s")
     assert f"budget      1s: 1 epochs of {seconds} s, as measured\n" in printed
     assert (measurement.calls["ConvNet"], measurement.calls["SGD"]) == calls
+
+
+def test_a_measurement_has_complete_optimizer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, clock = {"batch": 1.0, "step": 10.0}, [0.0]
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: clock[0])
+    for multiple in (1, 5, 12, 20):
+        taken: list[int] = []
+
+        def take(number: int, multiple: int = multiple, taken: list[int] = taken) -> None:
+            taken.append(number)
+            is_step = (number + 1) % multiple == 0
+            clock[0] += seconds["batch"] + (seconds["step"] if is_step else 0) + (100 if number < 3 else 0)
+
+        found = budget._seconds_a_batch(take, range(1000), device=torch.device("cpu"), multiple=multiple)
+        assert found == pytest.approx(seconds["batch"] + seconds["step"] / multiple)
+        assert 15 <= len(taken) <= 40
+    clock[0] = 0.0
+    assert budget._seconds_a_batch(take, range(20), device=torch.device("cpu"), multiple=20) == 1 + (10 + 300) / 20
+
+
+def test_a_copy_steps_as_the_training_does(train: Typed, with_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same batches through the measurement's copy and through Lightning give the same weights and averages."""
+    words = ("+model=lenet", "data.batch_size=64", "tracking=none", "trainer=cpu", "trainer.precision=32-true")
+    tuned = ("recipe.clip_norm=0.1", "recipe.accumulate=2", "averaging=ema", "averaging.min_windows=0")
+    flat = ("schedule=constant", "recipe.warmup=0", "recipe.epochs=1", "+trainer.limit_train_batches=4", "name=one")
+    copies: list[Rehearsal] = []
+
+    def measure(job: Job, trainer: pl.Trainer) -> float:
+        limit_epoch(trainer, job.data, num_epochs=1)
+        job.data.trainer = trainer
+        job.data.choose_decoder(torch.device("cpu"), before=None, probes=True)
+        job.module.images_per_step = job.data.images_per_step(trainer.world_size)
+        copies.append(Rehearsal(job, trainer))
+        for batch in islice(job.data.train_dataloader(), 4):
+            copies[0].train(batch)
+        job.data.limit_batches = None
+        return 1.0
+
+    monkeypatch.setattr(budget, "measure_epoch", measure)
+    train(*words, *tuned, *flat, "budget=1s")
+    saved = checkpoint(with_digits / "runs" / "one")
+    module = copies[0].module
+    assert module.average is not None
+    for name, tensor in module.net.state_dict().items():
+        torch.testing.assert_close(tensor, saved["state_dict"][f"net.{name}"], rtol=0, atol=1e-7)
+        torch.testing.assert_close(module.average.tensors[name], saved["averages"][name], rtol=0, atol=1e-7)
 
 
 def test_a_measurement_changes_nothing(train: Typed, with_digits: Path) -> None:
