@@ -1,4 +1,4 @@
-"""Draw training images as the network gets them: `python -m pipeline.preview +model=resnet policy=trivial`."""
+"""Draw training images as the network gets them, before mixing: `python -m pipeline.preview +model=resnet`."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def check_values(config: DictConfig) -> None:
 
 VERB = Verb(
     "preview",
-    "Draw training images as the network gets them, with their labels.",
+    "Draw training images as the network gets them, before mixing, with their labels.",
     {
         "+model=resnet policy=trivial": "scikit-learn's digits",
         "+model=resnet data=shards data.root=PATH policy=randaugment erasing=pixel": "a data set of your own",

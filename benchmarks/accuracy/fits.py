@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy.fits --out FOLDER
 
 Each of scikit-learn's digits is enlarged to 32 pixels and put somewhere into a black image of 96 x 32; a fifth is
-validated. LeNet-5 sees squares of 32 pixels. Top-1 is that of the last epoch.
+validated. LeNet-5 gets squares of 32 pixels. Top-1 is that of the last epoch.
 """
 
 import argparse

@@ -9,9 +9,8 @@ used, for 10 epochs. Rates are a ninth of the default to nine times the default.
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from hydra.utils import instantiate
-
 from benchmarks.accuracy.trials import Answer, Trial, convoy, option_parser, pack, run_trials
+from pipeline.build.network import build_recipe
 from pipeline.cli.compose import compose
 
 NETWORKS = ("lenet", "alexnet", "vgg", "resnet", "resnext", "mobilenet", "efficientnet", "convnext", "coatnet")
@@ -34,7 +33,8 @@ def _words(network: str, factor: float, *, out: Path) -> list[str]:
     if factor == 1:
         return words
     config = compose("train", words)
-    rate = instantiate(config.recipe).learning_rate(config.data.batch_size)
+    rate = build_recipe(config).learning_rate(config.data.batch_size)
+    assert rate is not None
     return [*words, f"recipe.optimizer.lr={rate.value * factor:.4g}"]
 
 

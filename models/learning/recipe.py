@@ -205,6 +205,11 @@ class Recipe:
             length = self.warmup * num_steps if epochs is None else epochs * steps_per_epoch
         return min(round(length), num_steps)
 
+    @property
+    def falls_in_vain(self) -> bool:
+        """Whether the learning rate falls under an optimizer that is made for a constant one."""
+        return self.schedule(1.0) < self.schedule(0.0) and computes_gradients(self._build_example())
+
     def rises_until_end(self, steps_per_epoch: int, num_steps: int) -> bool:
         """Return whether the learning rate still rises at the last of `num_steps` steps."""
         factor = partial(self.lr_factor, steps_per_epoch=steps_per_epoch, num_steps=num_steps)

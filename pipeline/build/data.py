@@ -5,6 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from data.augment.crops import ImageSize
 from data.loading.datamodule import LoaderSettings, ShardData
 from data.shards.dataset import Dataset
 from data.shards.remote_index import load_versions
@@ -35,7 +36,7 @@ class DataConfig:
     """
 
     root: str
-    image_size: int
+    image_size: ImageSize
     batch_size: int
     shuffle_window: int
     readahead: int

@@ -107,9 +107,12 @@ def describe_steps(job: Job, trainer: pl.Trainer) -> str:
 
 
 def describe_learning_rate(module: Classifier) -> dict[str, str]:
-    """Return the highest learning rate and how it came about, nothing where the optimizer chooses it."""
+    """Return the highest learning rate and how it came about, unless the optimizer chooses it, and a caution."""
     rate = module.recipe.learning_rate(module.images_per_step)
-    return {} if rate is None else {"rate": f"{rate.value:.4g} ({rate.origin})"}
+    facts = {} if rate is None else {"rate": f"{rate.value:.4g} ({rate.origin})"}
+    if module.recipe.falls_in_vain:
+        facts["schedule"] = "the rate falls, and this optimizer is made for a constant one: add schedule=constant"
+    return facts
 
 
 def describe_mixing(recipe: Recipe) -> dict[str, str]:

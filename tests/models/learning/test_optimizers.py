@@ -85,7 +85,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], *, befor
         ("muon", {"ns_coefficients": "original", "nesterov": True, "momentum": 0.95, "betas": (0.9, 0.999)}),
     ],
 )
-def test_a_member_from_timm_trains_as_in_timms_loop(name: str, options: dict[str, object]) -> None:
+def test_an_optimizer_of_timm_trains_as_in_timms_loop(name: str, options: dict[str, object]) -> None:
     module = classifier(f"optimizer={name}", "recipe.optimizer.lr=0.01", "recipe.optimizer.weight_decay=0.1")
     before = copy.deepcopy(module.net)
     net = copy.deepcopy(module.net)
@@ -98,7 +98,7 @@ def test_a_member_from_timm_trains_as_in_timms_loop(name: str, options: dict[str
     assert_close(trained(module), looped(net, step), before=before, within=1e-6)
 
 
-def test_the_schedule_free_member_has_the_weights_of_its_authors_evaluation() -> None:
+def test_schedule_free_adamw_has_the_weights_of_its_authors_evaluation() -> None:
     """Their other implementation has the averaged weights between `eval()` and `train()` only."""
     module = classifier("optimizer=schedule_free", "recipe.optimizer.lr=0.01", "recipe.optimizer.weight_decay=0")
     before = copy.deepcopy(module.net)
@@ -115,11 +115,13 @@ def test_the_schedule_free_member_has_the_weights_of_its_authors_evaluation() ->
     assert_close(trained(module), net.state_dict(), before=before, within=1e-4)  # it rounds the weights twice a step
 
 
-def test_only_the_schedule_free_member_computes_its_gradients_itself() -> None:
+def test_only_schedule_free_adamw_computes_its_gradients_itself() -> None:
     found = {}
     for name in choices("optimizer"):
-        factory = build_recipe(compose("train", ["+model=resnet", f"optimizer={name}"])).optimizer_factory()
-        found[name] = computes_gradients(factory([nn.Parameter(torch.zeros(2, 2))]))
+        recipe = build_recipe(compose("train", ["+model=resnet", f"optimizer={name}"]))
+        found[name] = computes_gradients(recipe.optimizer_factory()([nn.Parameter(torch.zeros(2, 2))]))
+        constant = build_recipe(compose("train", ["+model=resnet", f"optimizer={name}", "schedule=constant"]))
+        assert (recipe.falls_in_vain, constant.falls_in_vain) == (found[name], False)
     assert len(found) >= 9
     assert [name for name, value in found.items() if value] == ["schedule_free"]
 
