@@ -21,7 +21,8 @@ from tests.support.resume import checkpoint, differences, results
 pytestmark = pytest.mark.faults
 NET = (
     "+model=mobilenet", "model.variant=mobilenet_v3_small", "model.stochastic_depth=0.2", "recipe.optimizer.lr=0.001",
-    "trainer.precision=32-true", "augment=reference", "tracking=none",
+    "trainer.precision=32-true", "augment=reference", "policy=randaugment", "erasing=pixel", "mix=mixup_cutmix",
+    "averaging=ema", "averaging.min_windows=0", "recipe.layer_decay=0.7", "recipe.head_warmup=0.1", "tracking=none",
 )  # fmt: skip
 # 15 steps of two ranks; checkpoints at every second one, so that most kills lose a step.
 SHORT = two_ranks(

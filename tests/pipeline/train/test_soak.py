@@ -26,6 +26,7 @@ from tests.support.saving import kill_in_saves
 pytestmark = pytest.mark.soak
 RANKS = (
     "+model=lenet", "model.dropout=0.3", "recipe.optimizer.lr=0.01", "trainer.precision=32-true", "augment=reference",
+    "policy=randaugment", "erasing=pixel", "mix=mixup_cutmix", "averaging=ema", "recipe.head_warmup=0.1",
     "data.batch_size=8", "recipe.epochs=60", "+trainer.limit_val_batches=2", "log_every=7", "tracking=none",
     "checkpoint.every_steps=9", *TWO_RANKS,
 )  # fmt: skip
