@@ -1,4 +1,6 @@
-"""The error for impossible arguments; `models` has the same, because neither room imports the other."""
+"""Checks of arguments and their error; `models` has the same error, because neither room imports the other."""
+
+from collections.abc import Sequence
 
 Part = str | tuple[str, object]  # of a message: text, or an argument as (name, value)
 
@@ -18,3 +20,24 @@ def require(condition: bool, rule: str, /, **argument: object) -> None:
     if not condition:
         ((name, value),) = argument.items()
         raise ArgumentError((name, value), f" {rule}")
+
+
+def require_probability(**argument: float) -> None:
+    """Raise ArgumentError unless an argument is from 0 to 1."""
+    ((_, value),) = argument.items()
+    require(0 <= value <= 1, "must be a probability: 0 to 1", **argument)
+
+
+def require_colour(**argument: Sequence[int]) -> None:
+    """Raise ArgumentError unless an argument has three levels of a pixel."""
+    ((name, value),) = argument.items()
+    is_colour = len(value) == 3 and all(isinstance(level, int) and 0 <= level <= 255 for level in value)
+    require(is_colour, "must be three levels from 0 to 255", **{name: list(value)})
+
+
+def require_ranges(*, scale: Sequence[float], ratio: Sequence[float]) -> None:
+    """Raise ArgumentError unless `scale` and `ratio` are ranges of areas and of shapes of rectangles."""
+    for name, value in (("scale", scale), ("ratio", ratio)):
+        require(len(value) == 2, "must be a range of two numbers", **{name: list(value)})
+    require(0 < scale[0] <= scale[1] <= 1, "must rise from above 0 to at most 1", scale=list(scale))
+    require(0 < ratio[0] <= ratio[1], "must rise from above 0", ratio=list(ratio))

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from data.arguments import require
+from data.arguments import require, require_colour, require_probability, require_ranges
 from data.draws import Samples, uniform
 
 ImageSize = int | Sequence[int]  # side of a square in pixels, or height and width
@@ -97,12 +97,8 @@ class TrainingCrop:
 
     def __post_init__(self) -> None:
         _check_output(self.image_size, self.fit, fill=self.fill)
-        for name, value in (("scale", self.scale), ("ratio", self.ratio)):
-            require(len(value) == 2, "must be a range of two numbers", **{name: list(value)})
-        scale, ratio = list(self.scale), list(self.ratio)
-        require(0 < scale[0] <= scale[1] <= 1, "must rise from above 0 to at most 1", scale=scale)
-        require(0 < ratio[0] <= ratio[1], "must rise from above 0", ratio=ratio)
-        require(0 <= self.flip <= 1, "must be a probability: 0 to 1", flip=self.flip)
+        require_ranges(scale=self.scale, ratio=self.ratio)
+        require_probability(flip=self.flip)
 
     def crops(self, sizes: NDArray[np.int64], samples: Samples, *, seed: int, epoch: int) -> CropWindows:
         """Draw one crop per image, a function of (seed, epoch, sample) alone."""
@@ -181,8 +177,7 @@ class EvaluationCrop:
 def _check_output(image_size: ImageSize, fit: str, *, fill: Sequence[int]) -> None:
     height_and_width(image_size)
     require(fit in list(Fit), f"is not one of {', '.join(Fit)}", fit=fit)
-    is_colour = len(fill) == 3 and all(isinstance(level, int) and 0 <= level <= 255 for level in fill)
-    require(is_colour, "must be three levels of 0 to 255", fill=list(fill))
+    require_colour(fill=fill)
 
 
 def _fit_within(frame: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.arguments import require
+from data.arguments import require, require_probability, require_ranges
 from data.augment.crops import ATTEMPTS, draw_rectangles
 from data.draws import ERASE, NOISE, Samples, key, uniform
 
@@ -34,13 +34,9 @@ class RandomErasing:
     fill: str = "pixel"
 
     def __post_init__(self) -> None:
-        require(0 <= self.probability <= 1, "must be a probability: 0 to 1", probability=self.probability)
+        require_probability(probability=self.probability)
         require(self.fill in FILLS, f"is not one of {', '.join(FILLS)}", fill=self.fill)
-        for name, value in (("scale", self.scale), ("ratio", self.ratio)):
-            require(len(value) == 2, "must be a range of two numbers", **{name: list(value)})
-        scale, ratio = list(self.scale), list(self.ratio)
-        require(0 < scale[0] <= scale[1] <= 1, "must rise from above 0 to at most 1", scale=scale)
-        require(0 < ratio[0] <= ratio[1], "must rise from above 0", ratio=ratio)
+        require_ranges(scale=self.scale, ratio=self.ratio)
 
     def draw(self, samples: Samples, *, size: tuple[int, int], seed: int, epoch: int) -> Boxes:
         """Draw a rectangle per image of `size`, height and width: (N,) -> (N, 4)."""

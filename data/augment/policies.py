@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from data.arguments import require
+from data.arguments import require, require_colour, require_probability
 from data.augment.apply import CODES, IDENTITY, Operations
 from data.augment.geometry import Fill
 from data.augment.operations import HALF, MAX_SIGMA
@@ -119,20 +119,10 @@ def _pick(draws: Draws, count: int) -> NDArray[np.int64]:
     return (draws * count).astype(np.int64)
 
 
-def _check_fill(fill: Fill) -> None:
-    is_colour = len(fill) == 3 and all(isinstance(level, int) and 0 <= level <= 255 for level in fill)
-    require(is_colour, "must be three levels from 0 to 255", fill=list(fill))
-
-
 def _check_count(**argument: object) -> None:
     ((_, value),) = argument.items()
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     require(is_count, "must be an integer of at least 1", **argument)
-
-
-def _check_probability(**argument: float) -> None:
-    ((_, value),) = argument.items()
-    require(0 <= value <= 1, "must be a probability: 0 to 1", **argument)
 
 
 @dataclass(frozen=True)
@@ -147,7 +137,7 @@ class TrivialAugment:
 
     def __post_init__(self) -> None:
         _check_count(num_levels=self.num_levels)
-        _check_fill(self.fill)
+        require_colour(fill=self.fill)
 
     def draw(self, samples: Samples, *, size: tuple[int, int], seed: int, epoch: int) -> Operations:
         """Draw one operation per image."""
@@ -173,7 +163,7 @@ class RandAugment:
         _check_count(num_levels=self.num_levels)
         rule = f"must be a level of 0 to {self.num_levels - 1} (num_levels - 1)"
         require(0 <= self.magnitude < self.num_levels, rule, magnitude=self.magnitude)
-        _check_fill(self.fill)
+        require_colour(fill=self.fill)
 
     def draw(self, samples: Samples, *, size: tuple[int, int], seed: int, epoch: int) -> Operations:
         """Draw `num_ops` operations per image."""
@@ -204,8 +194,8 @@ class TimmRandAugment:
         _check_count(num_ops=self.num_ops)
         require(0 <= self.magnitude <= 10, "must be a level of 0 to 10", magnitude=self.magnitude)
         require(self.magnitude_std >= 0, "must be at least 0", magnitude_std=self.magnitude_std)
-        _check_probability(probability=self.probability)
-        _check_fill(self.fill)
+        require_probability(probability=self.probability)
+        require_colour(fill=self.fill)
 
     def draw(self, samples: Samples, *, size: tuple[int, int], seed: int, epoch: int) -> Operations:
         """Draw `num_ops` operations per image, some of them left out."""
@@ -258,7 +248,7 @@ class AutoAugment:
     fill: Fill = BLACK
 
     def __post_init__(self) -> None:
-        _check_fill(self.fill)
+        require_colour(fill=self.fill)
 
     def draw(self, samples: Samples, *, size: tuple[int, int], seed: int, epoch: int) -> Operations:
         """Draw a pair of operations per image, some of them left out."""
@@ -296,7 +286,7 @@ class ColorJitter:
             require(getattr(self, name) >= 0, "must be at least 0", **{name: getattr(self, name)})
         require(0 <= self.hue <= 0.5, "must be a part of the circle: 0 to 0.5", hue=self.hue)
         for name in ("grey", "blur", "solarize"):
-            _check_probability(**{name: getattr(self, name)})
+            require_probability(**{name: getattr(self, name)})
         sigma, rule = list(self.sigma), f"must be a range that rises from above 0 to at most {MAX_SIGMA:g} pixels"
         require(len(sigma) == 2 and 0 < sigma[0] <= sigma[1] <= MAX_SIGMA, rule, sigma=sigma)
 
