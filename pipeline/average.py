@@ -190,9 +190,9 @@ def write_run(folder: Path, first: RestoredRun, *, net: nn.Module, files: dict[s
             shutil.copyfile(first.run.folder / name, partial / name)
         written = run.checkpoints.write({"state_dict": state, **settings}, Checkpoint(0, 0, ""))
         write_status(run.status_file, State.FINISHED, step=0)
-        path = str(Run(folder).checkpoints.path / "last.ckpt")
-        sums = {"checkpoint": path, "checkpoint_sha256": written.sha256}
-        run.finish({"val/top1": None, "chosen_by": None, **sums, "averaged": files})
+        checkpoint = str(Run(folder).checkpoints.path / "last.ckpt")
+        chosen = {"checkpoint": checkpoint, "checkpoint_sha256": written.sha256}
+        run.finish({"val/top1": None, "chosen_by": None, **chosen, "averaged": files})
 
 
 @contextmanager
