@@ -32,6 +32,7 @@ TIMM = (
 CROPS, ENTIRE = ("augment=small",), ("augment=small", "augment.training.scale=[1,1]", "augment.training.ratio=[1,1]")
 TRIVIAL, MIX = ("policy=trivial",), ("mix=mixup_cutmix", "recipe.mix.probability=0.5")
 RANDAUGMENT = ("policy=randaugment_timm", "augment.policy.magnitude_std=0", "augment.policy.fill=[124,116,104]")
+TIMM_START = ("classifier._target_=benchmarks.accuracy.initial.TimmsInitialWeights", "trust=true")
 TIMM_MIX = ("--mixup", "0.2", "--cutmix", "1", "--mixup-prob", "0.5", "--mixup-switch-prob", "0.5")
 TIMM_RANDAUGMENT = ("--aa", "rand-m9-mstd0-inc1")  # with a deviation Pillow refuses some posterisations
 RECIPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {  # words of Convoy, and of timm's train.py
@@ -41,6 +42,7 @@ RECIPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {  # wor
     "TrivialAugment, mixup and CutMix": ((*ENTIRE, *TRIVIAL, *MIX), None),
     "RandAugment, mixup and CutMix": ((*ENTIRE, *RANDAUGMENT, *MIX), (*TIMM_RANDAUGMENT, *TIMM_MIX)),
     "crops": (CROPS, None),
+    "base with timm's initial weights": ((*ENTIRE, *TIMM_START), None),
 }
 
 
