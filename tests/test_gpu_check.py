@@ -20,6 +20,7 @@ from tests.support.commands import run_module
 from tests.support.paths import ROOT
 
 
+@pytest.mark.faults
 def test_checks_run_on_a_cpu() -> None:
     answer = run_module(ROOT, "benchmarks.gpu", "--device", "cpu", "--only", "versions", "graphs", "memory")
     assert answer.returncode == 0, answer.stderr
