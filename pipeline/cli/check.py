@@ -65,7 +65,8 @@ def check_command_line(verb: Verb, arguments: Sequence[str], *, composed: Compos
     for override in chosen:
         _check_choice(verb, override)
     _check_chosen_once(chosen)
-    base, parts = _check_hooks(verb, overrides, composed={} if composed is None else composed)
+    parts = _replace_parts(verb, chosen)
+    base = _check_hooks(verb, overrides, parts=parts, composed={} if composed is None else composed)
     if any(flag in complete for flag in FLAGS_ALONE):
         return complete
     _check_required(verb, base, overrides=overrides)
@@ -284,30 +285,31 @@ def _sets(overrides: list[Override], *keys: str) -> bool:
     return any(override.key_or_group in keys for override in overrides)
 
 
-def _check_hooks(verb: Verb, overrides: list[Override], *, composed: Composed) -> tuple[DictConfig, tuple[str, ...]]:
-    """Check what Hydra would run for every combination of groups.
-
-    Returns the config of the first, without values, and the overrides that its parts need.
-    """
-    deciding = [one for one in overrides if _is_group(one) or _is_hydras(one) or _is_trust(one)]
-    combinations = [(verb.name, *words) for words in product(*(_each(override) for override in deciding))]
-    chosen = [one for one in overrides if _is_group(one) and not one.is_delete()]
-    parts = {replace_parts(verb.name, *words) for words in product(*(_each(one) for one in chosen))}
-    if len(parts) > 1:
-        swept = " and ".join(one.key_or_group for one in chosen if one.is_sweep_override())
+def _replace_parts(verb: Verb, chosen: Iterable[Override]) -> tuple[str, ...]:
+    """Return the overrides that parts beside an experiment need. Raises: ConfigError for a sweep that needs several."""
+    kept = [override for override in chosen if not override.is_delete()]
+    needed = {replace_parts(verb.name, *words) for words in product(*(_each(override) for override in kept))}
+    if len(needed) > 1:
+        swept = " and ".join(override.key_or_group for override in kept if override.is_sweep_override())
         reason = "an experiment has values of its own, which each choice replaces in another way"
         raise ConfigError(f"no sweep over {swept} here: {reason}; give each a command, or list them in a study")
-    (replaced,) = parts
+    return needed.pop()
+
+
+def _check_hooks(verb: Verb, overrides: list[Override], *, parts: Sequence[str], composed: Composed) -> DictConfig:
+    """Check what Hydra would run for every combination of groups; return the config of the first, without values."""
+    deciding = [one for one in overrides if _is_group(one) or _is_hydras(one) or _is_trust(one)]
+    combinations = [(verb.name, *words) for words in product(*(_each(override) for override in deciding))]
     for words in combinations:
         if words not in composed:
-            composed[words] = compose(verb.name, [*words[1:], *replaced], with_hydra=True)
+            composed[words] = compose(verb.name, [*words[1:], *parts], with_hydra=True)
         check_hooks(composed[words])
     first = copy.deepcopy(composed[combinations[0]])
     with open_dict(first):
         del first["hydra"]
         if "trust" in first:
             first.trust = False  # its default
-    return first, replaced
+    return first
 
 
 def _check_no_secret(base: DictConfig, overrides: list[Override]) -> None:

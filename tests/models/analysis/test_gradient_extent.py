@@ -121,7 +121,7 @@ def networks(draw: st.DrawFn) -> nn.Module:
     return Network(*[draw(layers()) for _ in range(draw(st.integers(1, 5)))])
 
 
-@settings(max_examples=120, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(networks())
 def test_gradients_of_random_networks_equal_their_fields(net: nn.Module) -> None:
     aligned = [layer for layer in net.modules() if isinstance(layer, nn.UpsamplingBilinear2d)]
