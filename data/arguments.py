@@ -1,5 +1,6 @@
 """Checks of arguments and their error; `models` has the same error, because neither room imports the other."""
 
+import math
 from collections.abc import Sequence
 
 Part = str | tuple[str, object]  # of a message: text, or an argument as (name, value)
@@ -38,6 +39,7 @@ def require_colour(**argument: Sequence[int]) -> None:
 def require_ranges(*, scale: Sequence[float], ratio: Sequence[float]) -> None:
     """Raise ArgumentError unless `scale` and `ratio` are ranges of areas and of shapes of rectangles."""
     for name, value in (("scale", scale), ("ratio", ratio)):
-        require(len(value) == 2, "must be a range of two numbers", **{name: list(value)})
+        is_range = len(value) == 2 and all(isinstance(one, int | float) and math.isfinite(one) for one in value)
+        require(is_range, "must be a range of two numbers", **{name: list(value)})
     require(0 < scale[0] <= scale[1] <= 1, "must rise from above 0 to at most 1", scale=list(scale))
     require(0 < ratio[0] <= ratio[1], "must rise from above 0", ratio=list(ratio))

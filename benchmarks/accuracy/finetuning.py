@@ -5,8 +5,8 @@
 
 `--images` has CIFAR-10 as class folders in `train` and `test`. MobileNetV3-Small is trained on 1,000 images of each of
 seven classes, then fine-tuned on 300 of each of the other three, all enlarged to 96 pixels; 500 of each are validated.
-ResNet-18 gets 64 pixels, and only AdamW and SGD are compared. Top-1 is that of the last epoch, with averaged weights
-theirs.
+ResNet-18 gets 64 pixels, and only AdamW and SGD, with three learning rates, are compared. Top-1 is that of the last
+epoch, with averaged weights theirs.
 """
 
 import statistics
@@ -24,9 +24,16 @@ NETWORKS = {
     "mobilenet_v3_small": ("+model=mobilenet", "model.variant=mobilenet_v3_small", "data=shards", "data.image_size=96"),
     "resnet18": ("+model=resnet", "data=shards", "data.image_size=64", "model.image_size=224"),
 }
+DEFAULT, SGD = "`recipe=finetune weights=FILE`", "the same with `optimizer=sgd`"
+RESIDUAL: Mapping[str, Sequence[str]] = {
+    DEFAULT: (),
+    SGD: ("optimizer=sgd",),
+    f"{SGD} and a rate of 0.02": ("optimizer=sgd", "recipe.optimizer.lr=0.02"),
+    f"{SGD} and a rate of 0.006": ("optimizer=sgd", "recipe.optimizer.lr=0.006"),
+}
 CONVOY: Mapping[str, Sequence[str]] = {
-    "`recipe=finetune weights=FILE`": (),
-    "the same with `optimizer=sgd`": ("optimizer=sgd",),
+    DEFAULT: (),
+    SGD: ("optimizer=sgd",),
     "the same without decay by stage": ("recipe.layer_decay=null",),
     "the same without a warm-up of the head": ("recipe.head_warmup=null",),
     "the same with stem and stages 1 to 3 frozen": ("recipe.freeze=[stem,stage1,stage2,stage3]",),
@@ -65,7 +72,7 @@ def pretrain(images: Path, out: Path, *, network: str) -> Path:
 
 def make_trials(weights: Path, images: Path, *, out: Path, clone: Path | None, network: str) -> list[Trial]:
     """All trainings, seed by seed; the longest one comes last, with one seed."""
-    recipes = CONVOY.items() if network == "mobilenet_v3_small" else [*CONVOY.items()][:2]
+    recipes = (CONVOY if network == "mobilenet_v3_small" else RESIDUAL).items()
     trials, longest = list[Trial](), list[Trial]()
     for seed in SEEDS:
         ours = [*NETWORKS[network], "recipe=finetune", f"weights={weights}", f"data.root={out / 'shards'}"]
@@ -91,7 +98,7 @@ def main() -> None:
     trials = make_trials(weights, images, out=options.out, clone=options.timm, network=options.network)
     answers = run_trials(trials, answers=options.out / "answers.jsonl")
     print("| training | top-1 | seconds |\n|---|--:|--:|")
-    for name in (*CONVOY, *TIMM):
+    for name in dict.fromkeys((*RESIDUAL, *CONVOY, *TIMM)):
         found = [answers[key] for seed in SEEDS if (key := f"{name}, seed {seed}") in answers]
         if found:
             seconds = statistics.median(answer.seconds for answer in found)

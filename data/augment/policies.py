@@ -74,6 +74,7 @@ def _colour(strength: float, *, lost_bits: int) -> tuple[Choice, ...]:
     )
 
 
+MAX_COUNT = 1000  # of operations an image, and of levels
 PIXELS = [Choice(name, 0, 32, signed=True, truncated=True) for name in ("translate_x", "translate_y")]
 SHARES = [  # of the image's side
     Choice(f"translate_{axis}", 0, 150 / 331, signed=True, unit=unit, truncated=True)
@@ -121,8 +122,8 @@ def _pick(draws: Draws, count: int) -> NDArray[np.int64]:
 
 def _check_count(**argument: object) -> None:
     ((_, value),) = argument.items()
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(is_count, "must be an integer of at least 1", **argument)
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_COUNT
+    require(is_count, f"must be an integer from 1 to {MAX_COUNT:,}", **argument)
 
 
 @dataclass(frozen=True)

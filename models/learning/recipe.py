@@ -16,6 +16,8 @@ from models.learning.mixing import Mixing
 from models.learning.schedules import Schedule
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]  # takes parameter groups, and maybe `lr`
+MAX_EPOCHS = 1_000_000
+SMALL_RATE = 1e-3
 POWERS = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}  # of the ratio of two batch sizes, by scaling of the learning rate
 
 
@@ -60,7 +62,7 @@ def _check(name: str, function: object, *, call: Callable[[], object]) -> None:
     """Call a configured function once. Raises: ArgumentError, with its name, when it refuses its arguments."""
     try:
         call()
-    except (TypeError, ValueError) as error:
+    except (IndexError, TypeError, ValueError) as error:
         target = getattr(function, "func", function)  # inside a partial
         parts = error.args if isinstance(error, ArgumentError) else [str(error)]
         reason: list[Part] = [one if isinstance(one, str) else (f"{name}.{one[0]}", one[1]) for one in parts]
@@ -69,6 +71,26 @@ def _check(name: str, function: object, *, call: Callable[[], object]) -> None:
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _take_step(factory: OptimizerFactory) -> None:
+    """Take a step of an optimizer with a small matrix. Raises: ValueError for arguments with which it cannot."""
+    matrix = nn.Parameter(torch.eye(4))
+    optimizer = factory([{"params": [matrix]}])
+    for group in optimizer.param_groups:
+        group["lr"] = SMALL_RATE  # a rate that is too high is for the training to find out
+
+    def compute_gradients() -> float:
+        matrix.grad = torch.full_like(matrix, 0.5)
+        return 0.0
+
+    try:
+        for _ in range(2):  # the second one uses what the first has left
+            optimizer.step(compute_gradients)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    if not matrix.isfinite().all():
+        raise ValueError("a step with a gradient of 0.5 makes weights that are not finite")
 
 
 @dataclass(frozen=True)
@@ -105,19 +127,24 @@ class Recipe:
     freeze: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        require(self.epochs >= 1, "must be at least 1", epochs=self.epochs)
+        require(1 <= self.epochs <= MAX_EPOCHS, f"must be from 1 to {MAX_EPOCHS:,}", epochs=self.epochs)
         self._check_learning_rate()
         self._check_warmup()
         self._check_finetuning()
         require(self.mix is None or isinstance(self.mix, Mixing), "must be chosen by mix=, or null", mix=self.mix)
-        _check("optimizer", self.optimizer, call=self._build_example)
+        _check("optimizer", self.optimizer, call=lambda: _take_step(self.optimizer_factory()))
         rule = "does not go with an optimizer that needs all gradients of a step at once: use 1"
-        fits = self.accumulate == 1 or not computes_gradients(self._build_example())
-        require(fits, rule, accumulate=self.accumulate)
-        _check("schedule", self.schedule, call=lambda: self.schedule(0.0))
+        require(self.accumulate == 1 or not self.computes_gradients, rule, accumulate=self.accumulate)
+        _check("schedule", self.schedule, call=self._check_schedule)
         _check("loss", self.loss, call=lambda: _check_loss(self.loss, mixes=self.mix is not None))
         rule = "must be a number above 0, or null for none"
         require(self.clip_norm is None or _is_positive(self.clip_norm), rule, clip_norm=self.clip_norm)
+
+    def _check_schedule(self) -> None:
+        for progress in (0.0, 0.5, 1.0):
+            factor = self.schedule(progress)
+            is_rate = isinstance(factor, int | float) and 0 <= factor < math.inf
+            require(is_rate, f"must be a factor of at least 0, after {progress:.0%} of the training", schedule=factor)
 
     def _check_learning_rate(self) -> None:
         given, rule = self._given_lr, "must be a number, or null for base_lr"
@@ -126,13 +153,15 @@ class Recipe:
         rule = "must be a number above 0, or null for the optimizer's default"
         require(self.base_lr is None or _is_positive(self.base_lr), rule, base_lr=self.base_lr)
         require(_is_positive(self.base_batch_size), "must be at least 1", base_batch_size=self.base_batch_size)
-        require(self.lr_scaling in POWERS, f"is not one of {', '.join(POWERS)}", lr_scaling=self.lr_scaling)
+        is_known = isinstance(self.lr_scaling, str) and self.lr_scaling in POWERS
+        require(is_known, f"is not one of {', '.join(POWERS)}", lr_scaling=self.lr_scaling)
 
     def _check_warmup(self) -> None:
         require(0 <= self.warmup <= 1, "must be a fraction of the training, from 0 to 1", warmup=self.warmup)
         lengths = {"warmup_epochs": self.warmup_epochs, "warmup_steps": self.warmup_steps}
         for name, value in lengths.items():
-            require(value is None or value == 0 or _is_positive(value), "must be at least 0", **{name: value})
+            rule = "must be a number of at least 0, or null for the fraction"
+            require(value is None or value == 0 or _is_positive(value), rule, **{name: value})
         steps, rule = self.warmup_steps, "must be an integer of at least 0, or null for the fraction"
         require(steps is None or float(steps).is_integer(), rule, warmup_steps=steps)
         require(None in lengths.values(), "does not go with warmup_epochs: choose one", warmup_steps=self.warmup_steps)
@@ -147,8 +176,10 @@ class Recipe:
         rule = "must be a list of parts of the network, as in [stem,stage1], or null"
         require(self.freeze is None or is_list, rule, freeze=self.freeze)
 
-    def _build_example(self) -> torch.optim.Optimizer:
-        return self.optimizer_factory()([{"params": [nn.Parameter(torch.zeros(1))]}])
+    @property
+    def computes_gradients(self) -> bool:
+        """Whether a step of the optimizer needs a function that computes gradients."""
+        return computes_gradients(self.optimizer_factory()([{"params": [nn.Parameter(torch.zeros(1))]}]))
 
     @property
     def _given_lr(self) -> float | None:
@@ -208,7 +239,7 @@ class Recipe:
     @property
     def falls_in_vain(self) -> bool:
         """Whether the learning rate falls under an optimizer that is made for a constant one."""
-        return self.schedule(1.0) < self.schedule(0.0) and computes_gradients(self._build_example())
+        return self.schedule(1.0) < self.schedule(0.0) and self.computes_gradients
 
     def rises_until_end(self, steps_per_epoch: int, num_steps: int) -> bool:
         """Return whether the learning rate still rises at the last of `num_steps` steps."""

@@ -80,8 +80,7 @@ def build_trainer(
         if reason and options.accelerator in ("gpu", "cuda"):
             problem = f"trainer.accelerator={options.accelerator}: there is no GPU{reason}"
         raise ValueError(f"{problem.rstrip('.')}: trainer=auto uses what the machine has") from error
-    if launched is not None:
-        _check_ranks(trainer, launched, devices=options.devices)
+    _check_trainer(trainer, launched, options=options)
     if isinstance(trainer.strategy, DDPStrategy):
         # Gradients live in the buffers that are reduced. Ranks need no common batch-norm statistics before an
         # evaluation, for which the Classifier broadcasts them.
@@ -131,11 +130,16 @@ def accept_ntasks(launched: LaunchedRanks) -> None:
     os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launched.per_node))
 
 
-def _check_ranks(trainer: pl.Trainer, launched: LaunchedRanks, *, devices: object) -> None:
-    """Raise ValueError where some ranks would be left out: each would train separately, in the same folder."""
-    started = launched.nodes * launched.per_node
+def _check_trainer(trainer: pl.Trainer, launched: LaunchedRanks | None, *, options: DictConfig) -> None:
+    """Raise ValueError for float16 on a CPU, where Lightning takes bfloat16, and where some ranks would be left out.
+
+    Each of these would train separately, in the same folder.
+    """
+    if str(options.precision).startswith("16") and str(trainer.precision).startswith("bf16"):
+        raise ValueError(f"trainer.precision={options.precision} needs a GPU: use auto, bf16-mixed or 32-true")
+    started = launched.nodes * launched.per_node if launched is not None else trainer.world_size
     if started != trainer.world_size:
-        used = f"trainer.devices={devices} on {trainer.num_nodes} of the nodes trains with {trainer.world_size}"
+        used = f"trainer.devices={options.devices} on {trainer.num_nodes} of the nodes trains with {trainer.world_size}"
         raise ValueError(f"{started} ranks were started, but {used}: trainer.devices=auto takes them all")
 
 

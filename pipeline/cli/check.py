@@ -15,13 +15,29 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from pipeline.cli.compose import choices, compose, default_groups, groups, known_keys, quote, replace_parts, verbs
+from pipeline.cli.compose import (
+    CONF,
+    PARTS,
+    choices,
+    compose,
+    default_groups,
+    groups,
+    known_keys,
+    quote,
+    replace_parts,
+    verbs,
+)
 from pipeline.cli.errors import ConfigError, nearest
 from pipeline.cli.hooks import check_hooks
 from pipeline.cli.secrets import mask_secrets
 from pipeline.cli.verb import Verb
 
-CLOSED = "pipeline."  # targets whose arguments are all in the config
+CLOSED = ("pipeline.", "data.", "models.learning.")  # targets whose arguments are all in the config
+# Keys that are null for "none", although all configs give a number.
+NULLABLE = (
+    *("checkpoint.every_minutes", "recipe.base_lr", "recipe.loss.target_threshold", "recipe.optimizer.max_grad_norm"),
+    *("model.stochastic_depth", "model.dropout"),
+)
 # Hydra's own flags.
 FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--multirun", "-m", "--run", "-r")
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i")
@@ -65,6 +81,7 @@ def check_command_line(verb: Verb, arguments: Sequence[str], *, composed: Compos
     for override in chosen:
         _check_choice(verb, override)
     _check_chosen_once(chosen)
+    _check_one_network(verb, chosen)
     parts = _replace_parts(verb, chosen)
     base = _check_hooks(verb, overrides, parts=parts, composed={} if composed is None else composed)
     if any(flag in complete for flag in FLAGS_ALONE):
@@ -207,7 +224,18 @@ def _check_keys(verb: Verb, base: DictConfig, *, overrides: list[Override]) -> N
         if key in known and key not in deleted and not override.is_sweep_override():
             if is_open:
                 _check_shape(override, known)
+            elif isinstance(override.value(), dict) and known[key] == {}:
+                _check_names(override, known, base=base)
             _check_type(verb, override, default=known[key])
+
+
+def _check_names(override: Override, known: Mapping[str, object], *, base: DictConfig) -> None:
+    """Raise ConfigError for a group of values that names a key which is not there."""
+    key, values = override.key_or_group, override.value()
+    assert isinstance(values, dict)
+    for name in (f"{key}.{one}" for one in values):
+        if name not in known and not _is_addable(name, base):
+            raise ConfigError(f"there is no {name}{_hint(name, known, base=base)}")
 
 
 def _check_shape(override: Override, known: Mapping[str, object]) -> None:
@@ -243,6 +271,8 @@ def _nearest_sibling(key: str, known: Mapping[str, object]) -> str:
 def _hint(key: str, known: Mapping[str, object], *, base: DictConfig) -> str:
     """Return the likely key: one with the same ending, a new one with a plus, or the nearest."""
     last = key.rpartition(".")[2]
+    if part := _part_with(key, base):
+        return f": {part} has it"
     same_ending = {name for name in known if name.endswith(f".{last}")}  # lr for recipe.optimizer.lr
     same_ending = same_ending or {name for name in known if name.endswith(f"_{last}")}
     if "." not in key:
@@ -253,6 +283,21 @@ def _hint(key: str, known: Mapping[str, object], *, base: DictConfig) -> str:
         target = known[f"{key.rpartition('.')[0]}._target_"]
         return f"{_nearest_sibling(key, known) or ' in this config:'} +{key}=VALUE passes it to {target}"
     return nearest(key, known)
+
+
+def _part_with(key: str, base: DictConfig) -> str:
+    """Return the choices that would set a key, for one of a part that is not chosen, such as recipe.mix.probability."""
+    for group, paths in PARTS.items():
+        for path in paths:
+            if key.startswith(f"{path}.") and not OmegaConf.select(base, path):
+                having = [name for name in choices(group) if _has(group, name, last=key.removeprefix(f"{path}."))]
+                return " or ".join(f"{group}={name}" for name in having)
+    return ""
+
+
+def _has(group: str, name: str, *, last: str) -> bool:
+    config = OmegaConf.load(CONF / group / f"{name}.yaml")
+    return isinstance(config, DictConfig) and last in config
 
 
 def _is_addable(key: str, base: DictConfig) -> bool:
@@ -277,12 +322,22 @@ def _check_type(verb: Verb, override: Override, *, default: object) -> None:
 
 
 def _is_optional(verb: Verb, key: str) -> bool:
-    """Return whether a key is null without the chosen groups, such as recipe.layer_decay without recipe=finetune."""
-    return known_keys(compose(verb.name, [])).get(key, key) is None
+    """Return whether a key may be null, as recipe.layer_decay is without recipe=finetune."""
+    return key in NULLABLE or known_keys(compose(verb.name, [])).get(key, key) is None
 
 
 def _sets(overrides: list[Override], *keys: str) -> bool:
     return any(override.key_or_group in keys for override in overrides)
+
+
+def _check_one_network(verb: Verb, chosen: Iterable[Override]) -> None:
+    """Raise ConfigError for +model= beside an experiment that has a network."""
+    words = {override.key_or_group: override for override in chosen if not override.is_delete()}
+    if verb.required_group != "model" or not {"model", "experiment"} <= words.keys():
+        return
+    for word in _each(words["experiment"]):
+        if "model" in compose(verb.name, [word]):
+            raise ConfigError(f"{word} has a network: leave +model= out; model.variant=NAME changes the experiment's")
 
 
 def _replace_parts(verb: Verb, chosen: Iterable[Override]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,20 @@ from pipeline.cli.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 
+RECIPE_KEYS = ("epochs", "accumulate", "clip_norm", "layer_decay", "head_warmup", "freeze")
 # The keys that each group sets.
-PARTS: Mapping[str, tuple[str, ...]] = {
+PARTS: dict[str, tuple[str, ...]] = {
     "optimizer": ("recipe.optimizer", "recipe.base_lr", "recipe.base_batch_size", "recipe.lr_scaling"),
     "schedule": ("recipe.schedule", "recipe.warmup", "recipe.warmup_epochs", "recipe.warmup_steps"),
     "loss": ("recipe.loss",),
     "mix": ("recipe.mix",),
-    "averaging": ("averaging", "choose_by"),
+    "averaging": ("averaging",),
     "augment": ("augment.training", "augment.evaluation"),
     "fit": ("augment.fit", "augment.fill", "augment.evaluation.crop_fraction"),
     "policy": ("augment.policy",),
     "erasing": ("augment.erasing",),
 }
+PARTS |= {"recipe": tuple(f"recipe.{name}" for name in RECIPE_KEYS)}
 PARTS_OF_RECIPE = ("optimizer", "schedule", "loss")
 
 guard_environment()
@@ -59,12 +61,16 @@ def replace_parts(verb: str, *choices: str) -> tuple[str, ...]:
     """
     chosen = {word.lstrip("+").partition("=")[0]: word for word in choices}
     parts = [*chosen, *(PARTS_OF_RECIPE if "recipe" in chosen else ())]
-    paths = dict.fromkeys(path for part in parts for path in PARTS.get(part, ()))
-    if not paths or "experiment" not in chosen:
+    if not PARTS.keys() & set(parts) or "experiment" not in chosen:
         return ()
     merged = compose(verb, choices, with_hydra=True)
     same = {group: f"{group}={merged.hydra.runtime.choices[group]}" for group in ("data", "augment")}
     alone = compose(verb, [word for group, word in {**same, **chosen}.items() if group != "experiment"])
+    if "recipe" in chosen and alone.averaging:  # some recipes average weights
+        parts.append("averaging")
+    paths = dict.fromkeys(path for part in parts for path in PARTS.get(part, ()))
+    if "averaging" in parts and (not alone.averaging or "recipe" in chosen):
+        paths["choose_by"] = None
     nodes = ([_plain(OmegaConf.select(config, path)) for config in (merged, alone)] for path in paths)
     return tuple(word for path, (node, to) in zip(paths, nodes, strict=True) for word in _changes(path, node, to=to))
 

@@ -11,7 +11,7 @@ It imports nothing heavy at its top, so that `--help` and mistakes on the comman
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,13 @@ from pipeline.cli.environment import check_server
 from pipeline.cli.errors import FAILURE, ConfigError, one_line_errors
 from pipeline.cli.targets import check_targets
 from pipeline.cli.verb import Verb, help_text
+
+# Keys that others replace.
+OUTRANKED: Mapping[str, tuple[str, ...]] = {
+    "recipe.warmup": ("recipe.warmup_epochs", "recipe.warmup_steps"),
+    "recipe.base_lr": ("recipe.optimizer.lr",),
+    "recipe.epochs": ("budget",),
+}
 
 
 @contextmanager
@@ -68,8 +75,20 @@ def check_config(config: DictConfig, overrides: Sequence[str], *, verb: Verb) ->
     out = config.get("out")
     if out is not None and verb.out_is_folder and (out == "" or Path(str(out)).is_file()):
         raise ConfigError(f"out={out} {'is a file' if out else 'has no value'}: give a folder")
+    _check_ranks(config, overrides)
     if verb.check_values is not None:
         verb.check_values(config)
+
+
+def _check_ranks(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a value that does not count, because another key decides."""
+    typed = {word.lstrip("+").partition("=")[0] for word in overrides}
+    for key, deciding in OUTRANKED.items():
+        if key not in typed or OmegaConf.select(config, key) is None:
+            continue
+        for other in deciding:
+            if (value := OmegaConf.select(config, other)) is not None:
+                raise ConfigError(f"{key} does not count beside {other}={value}: leave one of them out, or null")
 
 
 def run_verb(verb: Verb, main: Callable[[DictConfig], None]) -> None:

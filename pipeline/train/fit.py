@@ -68,6 +68,9 @@ def own_callbacks(job: Job) -> list[pl.Callback]:
     choice = settings.choice
     require(settings.hang_seconds > 0, "must be a number above 0", hang_seconds=settings.hang_seconds)
     guard = GuardFinite(settings.on_nonfinite, data=job.data, report=progress.print)
+    # Such an optimizer has moved the weights before it knows the gradients.
+    rule = "does not go with an optimizer that computes gradients inside its step: use stop"
+    require(not guard.skips or not job.module.recipe.computes_gradients, rule, on_nonfinite=settings.on_nonfinite)
     monitor = choice.metric.key if job.data.num_evaluation_images else None
     with config_keys_in_errors({name: f"checkpoint.{name}" for name in ("every_steps", "every_minutes")}):
         saving = SaveCheckpoints(

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from data.loading.datamodule import ShardData
 from models.arguments import require
-from models.learning.recipe import computes_gradients
 from pipeline.train.callbacks.ranks import gather
 from pipeline.train.ends import DivergedError
 
@@ -51,12 +50,6 @@ class GuardFinite(pl.Callback):
         self._has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._buffers = list(pl_module.buffers()) if self.skips else []
         self._before: list[Tensor] = []
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to skip steps of an optimizer that has moved the weights before it knows the gradients."""
-        (optimizer,) = trainer.optimizers
-        rule = f"does not go with {type(optimizer).__name__}, which cannot leave out a step: use stop"
-        require(not self.skips or not computes_gradients(optimizer), rule, on_nonfinite="skip")
 
     def on_train_batch_start(self, trainer: pl.Trainer, *rest: object) -> None:
         """Keep the buffers that a forward pass changes, for a step that is skipped."""

@@ -208,9 +208,9 @@ def test_ranges_of_a_share_follow_the_size() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: TrivialAugment(num_levels=0), "num_levels=0 must be an integer of at least 1"),
+        (lambda: TrivialAugment(num_levels=0), "num_levels=0 must be an integer from 1 to 1,000"),
         (lambda: RandAugment(magnitude=31), r"magnitude=31 must be a level of 0 to 30 \(num_levels - 1\)"),
-        (lambda: RandAugment(num_ops=0), "num_ops=0 must be an integer of at least 1"),
+        (lambda: RandAugment(num_ops=0), "num_ops=0 must be an integer from 1 to 1,000"),
         (lambda: RandAugment(fill=(0, 0, 256)), r"fill=\[0, 0, 256\] must be three levels from 0 to 255"),
         (lambda: TimmRandAugment(magnitude=11), "magnitude=11 must be a level of 0 to 10"),
         (lambda: TimmRandAugment(probability=2), "probability=2 must be a probability: 0 to 1"),

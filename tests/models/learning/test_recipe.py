@@ -7,6 +7,7 @@ import math
 from functools import partial
 
 import pytest
+import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -143,7 +144,8 @@ def of_the_first(logits: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"epochs": 0}, "^epochs=0 must be at least 1"),
+        ({"epochs": 0}, "^epochs=0 must be from 1 to 1,000,000"),
+        ({"epochs": 10**20}, "^epochs=100000000000000000000 must be from 1 to 1,000,000"),
         (
             {"optimizer": partial(torch.optim.SGD, lr="fast")},
             "^optimizer.lr=fast must be a number, or null for base_lr",
@@ -154,12 +156,35 @@ def of_the_first(logits: Tensor, labels: Tensor) -> Tensor:
         ({"base_batch_size": 0}, "^base_batch_size=0 must be at least 1"),
         ({"lr_scaling": "root"}, "^lr_scaling=root is not one of linear, sqrt, none"),
         ({"warmup": 5}, "^warmup=5 must be a fraction of the training, from 0 to 1"),
-        ({"warmup_epochs": -1}, "^warmup_epochs=-1 must be at least 0"),
+        ({"lr_scaling": ["sqrt"]}, r"^lr_scaling=\['sqrt'\] is not one of linear, sqrt, none"),
+        ({"warmup_epochs": -1}, "^warmup_epochs=-1 must be a number of at least 0"),
+        ({"warmup_epochs": "two"}, "^warmup_epochs=two must be a number of at least 0"),
         ({"warmup_steps": 2.5}, "^warmup_steps=2.5 must be an integer of at least 0, or null for the fraction$"),
         ({"mix": {"mixup_alpha": 0.1}}, "^mix={'mixup_alpha': 0.1} must be chosen by mix=, or null$"),
         ({"warmup_epochs": 1, "warmup_steps": 9}, "^warmup_steps=9 does not go with warmup_epochs"),
         ({"clip_norm": 0.0}, "^clip_norm=0.0 must be a number above 0, or null"),
         ({"optimizer": partial(torch.optim.SGD, rate=1)}, "^optimizer=SGD: .* unexpected keyword argument 'rate'"),
+        ({"optimizer": partial(torch.optim.AdamW, betas=[0.9])}, "^optimizer=AdamW: list index out of range"),
+        (
+            {"optimizer": partial(torch.optim.SGD, momentum=math.nan)},
+            "^optimizer=SGD: a step with a gradient of 0.5 mak",
+        ),
+        ({"optimizer": partial(torch.optim.SGD, weight_decay=math.inf)}, "^optimizer=SGD: a step with a gradient of 0"),
+        (
+            {"optimizer": partial(torch.optim.RMSprop, alpha=2)},
+            "^optimizer=RMSprop: a step with a gradient of 0.5 make",
+        ),
+        ({"optimizer": partial(timm.optim.Muon, adjust_lr_fn="no")}, '^optimizer=Muon: Invalid scaling function "no"'),
+        ({"optimizer": partial(timm.optim.Lamb, betas=[1, 2])}, "^optimizer=Lamb: result type Complex"),
+        ({"schedule": partial(cosine, final_fraction=-1)}, "^schedule=cosine: schedule.final_fraction=-1 must be the "),
+        (
+            {"schedule": partial(exponential, final_fraction=math.nan)},
+            "schedule.final_fraction=nan must be the last ra",
+        ),
+        ({"schedule": partial(milestones, factor=-1)}, "schedule.factor=-1 must be a number from 0 to 1"),
+        ({"schedule": partial(milestones, milestones=["a"])}, r"schedule.milestones=\['a'\] must be rising fractions"),
+        ({"schedule": partial(milestones, milestones=[0.9, 0.1])}, r"schedule.milestones=\[0.9, 0.1\] must be rising"),
+        ({"schedule": lambda progress: 0.5 - progress}, "schedule=-0.5 must be a factor of at least 0, after 100% of"),
         (
             {"schedule": partial(cosine, rise=1)},
             "^schedule=cosine: .* unexpected keyword argument 'rise'",

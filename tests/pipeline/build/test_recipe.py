@@ -52,18 +52,11 @@ def test_every_part_replaces_that_of_every_experiment(experiment: str, position:
     typed = ["data.root=photos", f"+experiment={experiment}", *words]
     config = compose("train", check_command_line(VERB, typed))
     build_recipe(config)
-    known = compose("train", [f"+experiment={experiment}"], with_hydra=True).hydra.runtime.choices
-    expected = compose("train", [f"data={known.data}", *words])
-    for key in (
-        "recipe.optimizer",
-        "recipe.schedule",
-        "recipe.loss",
-        "recipe.mix",
-        "augment",
-        "averaging",
-        "choose_by",
-    ):
+    own = compose("train", [f"+experiment={experiment}"], with_hydra=True)
+    expected = compose("train", [f"data={own.hydra.runtime.choices.data}", *words])
+    for key in ("recipe.optimizer", "recipe.schedule", "recipe.loss", "recipe.mix", "augment", "averaging"):
         assert OmegaConf.select(config, key) == OmegaConf.select(expected, key), key
+    assert config.choose_by == (own if config.averaging else expected).choose_by
     for part in PARTS:
         for key in KEYS[part]:
             assert config.recipe[key] == expected.recipe[key], key
@@ -79,6 +72,8 @@ def test_values_that_are_typed_beside_an_experiment_and_a_part_count() -> None:
     alone = compose("train", ["recipe=adamw"]).recipe
     assert all(both[key] == alone[key] for part in ("optimizer", "schedule", "loss") for key in KEYS[part])
     assert both.epochs == 300
+    tuned = compose("train", check_command_line(VERB, ["data.root=photos", "+experiment=timm_a2", "recipe=finetune"]))
+    assert (tuned.recipe.epochs, tuned.recipe.clip_norm, tuned.choose_by) == (20, 1.0, "val_ema/top1")
     with pytest.raises(ConfigError, match=r"^no sweep over mix here: an experiment has values of its own"):
         check_command_line(VERB, ["data.root=photos", "+experiment=timm_a2", "mix=none,mixup", "-m"])
 

@@ -17,7 +17,7 @@ from pipeline.build.objects import build_object
 from pipeline.cli.check import check_command_line
 from pipeline.cli.compose import CONF, compose, flatten, known_keys
 from pipeline.cli.errors import ConfigError, config_keys_in_errors
-from pipeline.cli.run import fast_imports
+from pipeline.cli.run import check_config, fast_imports
 from pipeline.cli.targets import check_targets
 from pipeline.index import VERB as INDEX
 from pipeline.pack import VERB as PACK
@@ -28,6 +28,8 @@ from tests.support.commands import Run
 
 NAMES = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
 GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
+# Parts with a number where other configs have null.
+NUMBERED = ((), ("recipe=finetune",), ("optimizer=lamb",), ("loss=binary_cross_entropy",), ("mix=mixup",))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,12 @@ GROUPS = sorted(path for path in CONF.glob("*/*.yaml"))
             f"model=resnt is not one of {NAMES}: did you mean resnet?",
         ),
         (["+model=resnet", "--lr=0.1"], "there is no flag --lr=0.1: set values with KEY=VALUE"),
+        (["+model=resnet", "recipe.mix.probability=0.5"], "there is no recipe.mix.probability: mix=mixup has it"),
+        (["+model=resnet", "averaging.decay=0.5"], "there is no averaging.decay: averaging=ema has it"),
+        (["+model=resnet", "augment.policy.magnitude=3"], ": policy=randaugment or policy=randaugment_timm has it"),
+        (["+model=resnet", "policy=trivial", "augment.policy.magnitude=3"], "did you mean augment.policy.fill?"),
+        (["+model=resnet", "weights={file:a.pth,part:1}"], "there is no weights.part"),
+        (["+model=resnet", "+experiment=timm_a2"], "+experiment=timm_a2 has a network: leave +model= out; model.vari"),
     ],
 )
 def test_a_mistake_names_the_nearest_valid_word(words: list[str], answer: str) -> None:
@@ -98,6 +106,9 @@ def test_a_mistake_names_the_nearest_valid_word(words: list[str], answer: str) -
         ["+model=resnet", "+trainer.limit_val_batches=3", "trainer.devices=[0]", "data.root='2024'", "data=shards"],
         ["+experiment=cifar10_resnet18"],
         ["+model=resnet", "recipe=finetune", "recipe.layer_decay=null", "recipe.clip_norm=null"],
+        ["+model=resnet", "loss=binary_cross_entropy", "recipe.loss.target_threshold=null", "recipe.base_lr=null"],
+        ["+experiment=timm_a2", "model.stochastic_depth=null", "recipe.optimizer.max_grad_norm=null", "data.root='a'"],
+        ["+model=resnet", "checkpoint.every_minutes=null"],
         ["--cfg", "job", "+model=resnet"],
         ["--help", "+model=resnet", "data=shards"],
         ["+model=resnet", "data.threads=2", "data.threads=null", "data.image_size=${data.batch_size}"],
@@ -105,6 +116,37 @@ def test_a_mistake_names_the_nearest_valid_word(words: list[str], answer: str) -
 )
 def test_a_valid_command_line_is_unchanged(words: list[str]) -> None:
     assert sorted(check_command_line(TRAIN, words)) == sorted(words)
+
+
+def test_whatever_a_config_calls_null_may_be_null() -> None:
+    documented = re.compile(r"^ *(\w+): .*#.*\bnull\b", re.MULTILINE)
+    names = {name for path in (CONF / "train.yaml", *GROUPS) for name in documented.findall(path.read_text())}
+    assert {"every_minutes", "max_grad_norm", "target_threshold", "clip_norm", "threads"} <= names
+    configs = [known_keys(compose("train", ["+model=resnet", *words])) for words in NUMBERED]
+    values = {key: value for config in configs for key, value in config.items() if key.rpartition(".")[2] in names}
+    keys = [key for key, value in values.items() if not str(value).startswith("${")]  # image_size has other values
+    for key in keys:
+        words = next(words for words, config in zip(NUMBERED, configs, strict=True) if key in config)
+        check_command_line(TRAIN, ["+model=resnet", *words, f"{key}=null"])
+    assert len(keys) > 15
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["recipe.warmup=0.2", "recipe.warmup_steps=3"], "recipe.warmup does not count beside recipe.warmup_steps=3"),
+        (
+            ["recipe.base_lr=1", "recipe.optimizer.lr=0.1"],
+            "recipe.base_lr does not count beside recipe.optimizer.lr=0.1",
+        ),
+        (["recipe.epochs=3", "budget=5m"], "recipe.epochs does not count beside budget=5m: leave one of them out"),
+    ],
+)
+def test_a_value_that_another_one_replaces_is_refused(words: list[str], message: str) -> None:
+    typed = ["+model=resnet", *words]
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        check_config(compose("train", typed), typed, verb=TRAIN)
+    check_config(compose("train", typed[:2]), typed[:2], verb=TRAIN)
 
 
 def test_weights_is_short_for_its_file() -> None:

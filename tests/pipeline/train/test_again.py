@@ -106,6 +106,7 @@ def test_an_unfinished_run_continues_or_is_moved_with_its_settings(train: Typed,
     assert not Run(trained.folder.with_name("place-replaced-1")).is_finished
 
 
+@pytest.mark.faults
 def test_two_ranks_replace_a_run(trained: Run) -> None:
     words = (*WORDS, *TWO_RANKS, "data.batch_size=128", "seed=1", "again=replace")
     launch = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pipeline.train")
@@ -117,6 +118,7 @@ def test_two_ranks_replace_a_run(trained: Run) -> None:
     assert (again.returncode, "step " in again.stdout) == (0, False), again.stderr
 
 
+@pytest.mark.faults
 def test_two_ranks_train_in_a_new_folder_with_refuse(with_digits: Path) -> None:
     words = (*WORDS, *TWO_RANKS, "data.batch_size=128", "again=refuse")
     answer = run_module(with_digits, "pipeline.train", *words)  # the second rank starts when the first has begun

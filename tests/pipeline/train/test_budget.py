@@ -155,7 +155,7 @@ def test_a_copy_steps_as_the_training_does(train: Typed, with_digits: Path, monk
     """The same batches through the measurement's copy and through Lightning give the same weights and averages."""
     words = ("+model=lenet", "data.batch_size=64", "tracking=none", "trainer=cpu", "trainer.precision=32-true")
     tuned = ("recipe.clip_norm=0.1", "recipe.accumulate=2", "averaging=ema", "averaging.min_windows=0")
-    flat = ("schedule=constant", "recipe.warmup=0", "recipe.epochs=1", "+trainer.limit_train_batches=4", "name=one")
+    flat = ("schedule=constant", "recipe.warmup=0", "+trainer.limit_train_batches=4", "name=one")
     copies: list[Rehearsal] = []
 
     def measure(job: Job, trainer: pl.Trainer) -> float:

@@ -173,6 +173,10 @@ def test_without_tracking_mlflow_is_not_imported(run_verb: Run, with_digits: Pat
         (["mix=cutmix", "data.batch_size=1"], "data.batch_size=1 leaves an image no other to be mixed with"),
         (["loss=binary_cross_entropy", "recipe.loss.target_threshold=1"], "recipe.loss.target_threshold=1 must be at"),
         (["augment.training.scale=[0.5]"], "augment.training.scale=[0.5] must be a range of two numbers"),
+        (["augment.training.scale=[a,b]"], "augment.training.scale=['a', 'b'] must be a range of two numbers"),
+        (["trainer.precision=16-mixed"], "trainer.precision=16-mixed needs a GPU: use auto, bf16-mixed or 32-true"),
+        (["optimizer=schedule_free", "on_nonfinite=skip"], "on_nonfinite=skip does not go with an optimizer that"),
+        (["schedule=cosine", "recipe.schedule.final_fraction=-1"], "recipe.schedule.final_fraction=-1 must be the la"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused(
