@@ -75,7 +75,7 @@ def _is_positive(value: object) -> bool:
 
 def _take_step(factory: OptimizerFactory) -> None:
     """Take a step of an optimizer with a small matrix. Raises: ValueError for arguments with which it cannot."""
-    matrix = nn.Parameter(torch.eye(4))
+    matrix = nn.Parameter(torch.eye(4, device="cpu"))  # also where a network is built without its weights
     optimizer = factory([{"params": [matrix]}])
     for group in optimizer.param_groups:
         group["lr"] = SMALL_RATE  # a rate that is too high is for the training to find out

@@ -219,8 +219,8 @@ def test_a_declaration_of_no_norm_or_parameter_is_refused(
 
 def test_every_config_brings_the_recipe_of_its_family() -> None:
     recipes = {choice.stem: compose("train", ["+model=resnet", f"recipe={choice.stem}"]).recipe for choice in RECIPES}
-    assert len(recipes) == 6
-    refined = {"coatnet": "adamw_coatnet"}
+    assert len(recipes) == 7
+    refined = {"coatnet": "adamw_coatnet", "lenet": "sgd_lenet"}
     for path in MODELS:
         config = compose("train", [f"+model={path.stem}"])
         family = get_class(config.classifier._target_)
