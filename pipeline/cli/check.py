@@ -32,7 +32,7 @@ from pipeline.cli.hooks import check_hooks
 from pipeline.cli.secrets import mask_secrets
 from pipeline.cli.verb import Verb
 
-CLOSED = ("pipeline.", "data.", "models.learning.")  # targets whose arguments are all in the config
+CLOSED = ("pipeline.", "data.augment.", "models.learning.")  # targets whose arguments are all in the config
 # Keys that are null for "none", although all configs give a number.
 NULLABLE = (
     *("checkpoint.every_minutes", "recipe.base_lr", "recipe.loss.target_threshold", "recipe.optimizer.max_grad_norm"),
@@ -81,9 +81,9 @@ def check_command_line(verb: Verb, arguments: Sequence[str], *, composed: Compos
     for override in chosen:
         _check_choice(verb, override)
     _check_chosen_once(chosen)
-    _check_one_network(verb, chosen)
     parts = _replace_parts(verb, chosen)
     base = _check_hooks(verb, overrides, parts=parts, composed={} if composed is None else composed)
+    _check_one_network(verb, chosen)
     if any(flag in complete for flag in FLAGS_ALONE):
         return complete
     _check_required(verb, base, overrides=overrides)
@@ -233,7 +233,7 @@ def _check_names(override: Override, known: Mapping[str, object], *, base: DictC
     """Raise ConfigError for a group of values that names a key which is not there."""
     key, values = override.key_or_group, override.value()
     assert isinstance(values, dict)
-    for name in (f"{key}.{one}" for one in values):
+    for name in (f"{key}.{one}" for one in values if "_target_" not in values):  # another target, other arguments
         if name not in known and not _is_addable(name, base):
             raise ConfigError(f"there is no {name}{_hint(name, known, base=base)}")
 

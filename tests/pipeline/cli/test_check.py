@@ -256,8 +256,8 @@ def test_every_recipe_composes_with_the_verbs_that_read_it(verb: str) -> None:
 def test_a_model_selects_its_recipe_and_the_command_line_wins() -> None:
     assert compose("train", ["+model=resnet"]).recipe.optimizer._target_ == "torch.optim.SGD"
     assert compose("train", ["+model=resnet", "recipe.optimizer.lr=0.5"]).recipe.optimizer.lr == 0.5
-    lenet = compose("train", ["+model=lenet"]).recipe
-    assert (lenet.base_lr, lenet.schedule.factor, lenet.loss.label_smoothing) == (0.1, 0.1, 0.0)
+    vgg = compose("train", ["+model=vgg"]).recipe
+    assert (vgg.base_lr, vgg.schedule.factor, vgg.loss.label_smoothing) == (0.1, 0.1, 0.0)
     changed = compose("train", ["+model=lenet", "optimizer=adamw", "loss=label_smoothing"]).recipe
     assert (changed.optimizer.betas, changed.loss.label_smoothing) == ([0.9, 0.999], 0.1)
 
