@@ -38,6 +38,7 @@ def mirror(local_uri: str, run: Run, *, steps: tuple[int, ...] = (), state: Stat
         return tracker.finish(state)
 
 
+@pytest.mark.faults
 def test_several_processes_create_one_store(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OPEN]
     processes = [subprocess.Popen(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}) for _ in range(3)]

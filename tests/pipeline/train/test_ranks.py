@@ -21,7 +21,7 @@ from models.learning.averaging import AveragedWeights, Averaging
 from models.learning.classifier import Classifier
 from models.learning.recipe import Recipe
 from models.learning.schedules import cosine
-from models.residual import resnet
+from models.separable import mobilenet
 from tests.support.commands import PLAIN, TWO_RANKS, Run, Typed, journal, run_module
 
 
@@ -71,7 +71,8 @@ def test_accumulated_batches_equal_one_large_batch(train: Typed, with_digits: Pa
 def test_torchrun_evaluates_the_weights_of_the_checkpoint(with_digits: Path, digits: Dataset) -> None:
     short = ("recipe.epochs=1", "+trainer.limit_train_batches=12", "data.batch_size=32")
     words = (
-        "+model=resnet",
+        "+model=mobilenet",
+        "model.variant=mobilenet_v3_small",
         *TWO_RANKS,
         "tracking=none",
         *short,
@@ -85,7 +86,8 @@ def test_torchrun_evaluates_the_weights_of_the_checkpoint(with_digits: Path, dig
     assert answer.stdout.count("batch       2 x 32") == 1
     # Batch-norm statistics differ between ranks. One rank that evaluates the checkpoint gets the result of both.
     run = with_digits / "runs" / "two"
-    module = Classifier(resnet("resnet18", num_classes=10, image_size=16), num_classes=10, recipe=recipe())
+    net = mobilenet("mobilenet_v3_small", num_classes=10, image_size=16)
+    module = Classifier(net, num_classes=10, recipe=recipe())
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     module.load_state_dict(saved["state_dict"])
     module.average = AveragedWeights(module.net, Averaging())

@@ -199,6 +199,7 @@ def test_a_run_killed_twice_stops_as_one_that_was_not(
         assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
+@pytest.mark.faults
 def test_two_ranks_stop_together(run_verb: Run, with_digits: Path) -> None:
     answer = run_verb("train", *SCRIPTED, *TWO_RANKS, "data.batch_size=32", "stop_early=2", "min_improvement=0.2")
     assert answer.returncode == 0, answer.stderr
