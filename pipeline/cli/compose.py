@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ from pipeline.cli.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 
-RECIPE_KEYS = ("epochs", "accumulate", "clip_norm", "layer_decay", "head_warmup", "freeze")
 # The keys that each group sets.
-PARTS: dict[str, tuple[str, ...]] = {
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "recipe": (
+        *("recipe.epochs", "recipe.accumulate", "recipe.clip_norm"),
+        *("recipe.layer_decay", "recipe.head_warmup", "recipe.freeze"),
+    ),
     "optimizer": ("recipe.optimizer", "recipe.base_lr", "recipe.base_batch_size", "recipe.lr_scaling"),
     "schedule": ("recipe.schedule", "recipe.warmup", "recipe.warmup_epochs", "recipe.warmup_steps"),
     "loss": ("recipe.loss",),
@@ -30,7 +33,6 @@ PARTS: dict[str, tuple[str, ...]] = {
     "policy": ("augment.policy",),
     "erasing": ("augment.erasing",),
 }
-PARTS |= {"recipe": tuple(f"recipe.{name}" for name in RECIPE_KEYS)}
 PARTS_OF_RECIPE = ("optimizer", "schedule", "loss")
 
 guard_environment()

@@ -75,12 +75,12 @@ def check_config(config: DictConfig, overrides: Sequence[str], *, verb: Verb) ->
     out = config.get("out")
     if out is not None and verb.out_is_folder and (out == "" or Path(str(out)).is_file()):
         raise ConfigError(f"out={out} {'is a file' if out else 'has no value'}: give a folder")
-    _check_ranks(config, overrides)
+    _check_that_all_count(config, overrides)
     if verb.check_values is not None:
         verb.check_values(config)
 
 
-def _check_ranks(config: DictConfig, overrides: Sequence[str]) -> None:
+def _check_that_all_count(config: DictConfig, overrides: Sequence[str]) -> None:
     """Raise ConfigError for a value that does not count, because another key decides."""
     typed = {word.lstrip("+").partition("=")[0] for word in overrides}
     for key, deciding in OUTRANKED.items():
@@ -88,7 +88,7 @@ def _check_ranks(config: DictConfig, overrides: Sequence[str]) -> None:
             continue
         for other in deciding:
             if (value := OmegaConf.select(config, other)) is not None:
-                raise ConfigError(f"{key} does not count beside {other}={value}: leave one of them out, or null")
+                raise ConfigError(f"{key} does not count beside {other}={value}: leave one of them out")
 
 
 def run_verb(verb: Verb, main: Callable[[DictConfig], None]) -> None:

@@ -16,7 +16,7 @@ from tests.support.networks import build, by_numbers, scatter
 from tests.support.published import SMALLEST
 
 FACTS = DatasetFacts("numbers", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), tuple("abcde"))
-QUICK = ("lenet", "convnext")
+QUICK = ("lenet", "coatnet")
 CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(SMALLEST)]
 
 
